@@ -1,0 +1,3285 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["pg8000>=1.31", "PyYAML>=6.0"]
+# ///
+"""Attolytics receives analytics events over HTTP and inserts them into PostgreSQL.
+
+    python attolytics.py --schema schema.conf.yaml --db_url postgres://user@host/database
+
+The life of a batch (the events of one request):
+
+    HTTP thread    read request -> find app -> check key -> decode JSON -> convert every event
+                   -> hand the batch to the writer, wait for its verdict -> answer
+    writer thread  take every batch that is waiting -> one transaction -> a verdict each -> repeat
+
+While one flush is being committed the next batches pile up, and the next flush takes them all: no
+timer, no added latency when idle, and under load the cost of a commit is shared. An answer of 200 is
+sent only after COMMIT.
+
+Threads, and what each owns:
+
+    main           signals and systemd notifications
+    acceptors      one listening socket each
+    HTTP threads   one client connection each, from a bounded pool of reused threads
+    writer         the connection to PostgreSQL
+    connector      exists only while the database is away; hands a ready connection to the writer
+
+The file reads from top to bottom, a section uses only what stands above it:
+
+    Limits, Errors, Schema, Conversion, Batches, SQL, Database URL    pure, no I/O
+    Database, Writer, HTTP, systemd, Command line                     the outside world
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import getpass
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import os
+import queue
+import random
+import re
+import resource
+import select
+import signal
+import socket
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from email.utils import formatdate
+from enum import StrEnum
+from functools import partial
+from http import HTTPStatus
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
+from typing import Any, ClassVar, NoReturn
+from urllib.parse import unquote_to_bytes
+
+import pg8000.exceptions
+import pg8000.native
+import yaml
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("attolytics")
+TRACE = 5  # The level of -vv, below DEBUG (-v)
+
+
+# --- Limits -------------------------------------------------------------------
+# Every bound and time-out, with its unit in the name and its reason beside it.
+
+REQUEST_LINE_BYTES_MAX = 8 << 10  # nginx's own default for one line.
+HEADER_BYTES_MAX = 32 << 10  # nginx's default for all of them.
+HEADER_COUNT_MAX = 100  # A browser behind two proxies sends about 30.
+CHUNK_LINE_BYTES_MAX = 256  # A chunk's size in hex; nobody sends extensions.
+BODY_BYTES_MAX = 1 << 20  # nginx's own default, so both refuse the same request.
+EVENTS_MAX = 10_000  # Per request; keeps one transaction well below a second.
+JSON_DEPTH_MAX = 100  # In a json value; PostgreSQL and every client cope with that.
+PROBLEMS_MAX = 1_000  # Refused events listed in one answer, about 150 kB.
+UNKNOWN_KEYS_MAX = 20  # Unknown keys named in one answer; each costs a search for a suggestion.
+SHOWN_CHARS_MAX = 60  # Of a value quoted in a message.
+
+HEAD_DEADLINE_S = 10  # A phone on a bad network needs 3 s; a slow attacker gets no more than this.
+BODY_DEADLINE_S = 30  # 1 MiB at 35 kB/s.
+IDLE_S = 75  # Longer than nginx keeps an upstream connection (60 s), so that nginx closes first.
+IDLE_CROWDED_S = 2  # The same while connections are scarce.
+SEND_TIMEOUT_S = 10  # Answers are small; only a client that stopped reading needs longer.
+LINGER_S = 2  # Time for a refused client to read its answer before the connection is cut.
+RETRY_AFTER_S = 5  # Sent with 503: clients come back about when the connector has tried again.
+PREFLIGHT_AGE_S = 86_400  # Browsers cap it themselves (Chromium at 2 h).
+
+CONNECTIONS_MAX = 512  # Default of --max_connections; a thread each, about 50 kB resident.
+TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
+SPARE_FILES = 64  # File descriptors beside the client connections: database, log, libraries.
+LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kernel caps it.
+ACCEPT_PAUSE_S = 0.1  # When file descriptors ran out, instead of spinning.
+
+FLUSH_EVENTS_MAX = 10_000  # As many as one request may bring.
+FLUSH_CHARS_MAX = 8 << 20  # Bounds memory and the time one flush takes.
+LOCK_TIMEOUT_MS = 2_000  # Another session holds a lock on a table: the database is busy.
+STATEMENT_TIMEOUT_MS = 7_000  # Cancels a flush that hangs in the server ...
+FLUSH_TIMEOUT_S = 8  # ... and this notices a server that does not answer at all.
+CONFLICT_TRIES = 3  # For deadlocks and serialisation failures: PostgreSQL asks to try again.
+CONNECT_TIMEOUT_S = 5  # Default of connect_timeout in the URL.
+PATIENCE_S = 1.5  # A restart of PostgreSQL is hidden from clients this long; then they get 503.
+BACKOFF_FIRST_S = 0.1  # Between attempts to connect, doubled each time ...
+BACKOFF_MAX_S = 5  # ... up to this; half of it is jitter.
+STILL_AWAY_LOG_S = 60  # The same failure to connect is logged no more often than this.
+
+DRAIN_S = 9  # Requests in flight are answered; systemd and Docker kill after 90 s and 10 s.
+
+NAME_BYTES_MAX = 63  # PostgreSQL manual, 4.1.1: longer identifiers are cut silently.
+NUMERIC_DIGITS_BEFORE_POINT = 131_072  # PostgreSQL manual, table 8.2; jsonb holds numbers as numeric.
+NUMERIC_DIGITS_AFTER_POINT = 16_383
+
+
+# --- Errors -------------------------------------------------------------------
+# Three families: what the operator must mend (one clear text, exit code 1), what
+# a client did wrong (a reason; HTTP turns the class into a status, in one place),
+# and what PostgreSQL said.
+
+
+class OperatorError(Exception):
+    """Something only the operator can mend. str() is the whole message, no traceback needed."""
+
+
+class SchemaError(OperatorError):
+    """The schema file has mistakes. `problems` has all of them, a line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        super().__init__("\n".join([f"the schema file has {count}:", *problems]))
+        self.problems = tuple(problems)
+
+
+class RequestError(Exception):
+    """A request is refused; `reason` is for the client."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class MalformedRequest(RequestError):
+    """Not HTTP that we accept; where the next request starts is unknown."""
+
+
+class InvalidBody(RequestError):
+    """Not JSON, or JSON of another shape."""
+
+
+class WrongKey(RequestError):
+    """The secret key is not the app's."""
+
+
+class OriginRefused(RequestError):
+    """A browser on a site that the app does not allow."""
+
+
+class UnknownPath(RequestError):
+    """No such path, or no such app."""
+
+
+class MethodRefused(RequestError):
+    """A method that exists, but not here."""
+
+
+class RequestTooSlow(RequestError):
+    """The request did not arrive before its deadline."""
+
+
+class LengthMissing(RequestError):
+    """A POST that does not say where its body ends."""
+
+
+class BodyTooLarge(RequestError):
+    """More bytes or events than the limits allow."""
+
+
+class TargetTooLong(RequestError):
+    """The request line is over its limit."""
+
+
+class MediaRefused(RequestError):
+    """A content type or a content coding that we do not read."""
+
+
+class HeadersTooLarge(RequestError):
+    """More or longer header fields than the limits allow."""
+
+
+class NotImplementedHere(RequestError):
+    """A method or a transfer coding that we do not know."""
+
+
+class StorageAway(RequestError):
+    """The batch cannot be stored now; the client should send it again later."""
+
+
+class TooManyConnections(RequestError):
+    """All connections that we serve at once are taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class EventProblem:
+    """Why one event is refused: its place in the request's `events`, and the column if it is one's."""
+
+    index: int | None
+    column: str | None
+    reason: str
+
+
+class InvalidEvents(RequestError):
+    """Events that do not fit their table; `problems` has at most PROBLEMS_MAX of them."""
+
+    def __init__(self, reason: str, problems: Sequence[EventProblem]) -> None:
+        super().__init__(reason)
+        self.problems = tuple(problems)
+
+
+class TableRefused(InvalidEvents):
+    """Events for tables that the app may not write to."""
+
+
+class DatabaseError(Exception):
+    """PostgreSQL, or the way to it, said no. `sqlstate` is "" where there was none."""
+
+    def __init__(self, reason: str, sqlstate: str = "", column: str | None = None, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.sqlstate = sqlstate
+        self.column = column
+        self.detail = detail  # may quote rows: for the operator only
+
+
+class DatabaseAway(DatabaseError):
+    """Unreachable, shutting down, read-only, full or blocked: it may work again without anybody's help."""
+
+
+class DatabaseConflict(DatabaseError):
+    """A deadlock or a serialisation failure: nothing was stored, trying again is right."""
+
+
+class DataRefused(DatabaseError):
+    """The data is at fault: a constraint, a trigger or a type refused it."""
+
+
+class DatabaseMisconfigured(DatabaseError):
+    """A table, a permission, a password or a database is wrong: the operator must mend it."""
+
+
+# --- Schema -------------------------------------------------------------------
+# The schema file as frozen dataclasses. Pure: text in, Schema or SchemaError out.
+# Every mistake is found, each with its line, its place and, where a name is nearly
+# right, a suggestion.
+
+
+class Type(StrEnum):
+    """Column types by their names in the schema file."""
+
+    BOOL = "bool"
+    I32 = "i32"
+    I64 = "i64"
+    F32 = "f32"
+    F64 = "f64"
+    STRING = "string"
+    TIMESTAMP = "timestamp"
+    JSON = "json"
+    UUID = "uuid"
+
+
+class Source(StrEnum):
+    """What the server itself can fill into a column."""
+
+    RECEIVED_AT = "received_at"
+    CLIENT_IP = "client_ip"
+    APP_ID = "app_id"
+
+
+SOURCE_TYPES: Mapping[Source, Type] = {
+    Source.RECEIVED_AT: Type.TIMESTAMP,
+    Source.CLIENT_IP: Type.STRING,
+    Source.APP_ID: Type.STRING,
+}
+
+# What people write who know SQL, Python or TypeScript better than our names.
+TYPE_SYNONYMS: Mapping[str, Type] = {
+    **dict.fromkeys(("boolean",), Type.BOOL),
+    **dict.fromkeys(("int", "integer", "int4", "int32", "number"), Type.I32),
+    **dict.fromkeys(("bigint", "int8", "int64", "long"), Type.I64),
+    **dict.fromkeys(("real", "float4", "float32"), Type.F32),
+    **dict.fromkeys(("float", "double", "float8", "float64", "numeric"), Type.F64),
+    **dict.fromkeys(("str", "text", "varchar", "char"), Type.STRING),
+    **dict.fromkeys(("time", "date", "datetime", "timestamptz"), Type.TIMESTAMP),
+    **dict.fromkeys(("jsonb", "object", "dict", "map"), Type.JSON),
+    **dict.fromkeys(("guid",), Type.UUID),
+}
+
+INVALID_EVENTS = ("refuse", "quarantine")
+TABLE_KEY = "_t"  # In an event: the name of its table.
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2: token
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table. At most one of `header`, `source` and `extra` is set."""
+
+    name: str
+    type: Type = Type.STRING
+    header: str | None = None  # lower case
+    source: Source | None = None
+    extra: bool = False
+    indexed: bool = False
+    unique: bool = False
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that events can name in `_t`."""
+
+    name: str
+    columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """An app: who may write (key, origins) and where to (tables)."""
+
+    id: str
+    secret_key: str
+    origins: frozenset[str] | None  # lower case; None allows every origin
+    tables: tuple[Table, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """The whole schema file."""
+
+    tables: Mapping[str, Table]
+    apps: Mapping[str, App]
+    database_url: str | None = None
+
+
+def suggestion(wrong: str, right: Iterable[str]) -> str:
+    """Return ', did you mean "x"?' for the nearest of `right`, or "" when none is near."""
+    near = difflib.get_close_matches(wrong, list(right), n=1)
+    return f', did you mean "{near[0]}"?' if near else ""
+
+
+def show(value: object) -> str:
+    """Return a JSON value as it reads well in a message: short, and naming its kind."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case dict():
+            return "an object"
+        case list():
+            return "an array"
+        case float() if not math.isfinite(value):
+            return str(value).replace("nan", "NaN").replace("inf", "Infinity")
+        case str():
+            text = json.dumps(value[: SHOWN_CHARS_MAX + 1], ensure_ascii=False)
+            long = len(value) > SHOWN_CHARS_MAX
+        case _:
+            # An integer beyond 4,300 digits has no str(); none reaches us, but hex() is always safe.
+            text = str(value) if not isinstance(value, int) or value.bit_length() < 4_096 else "a number"
+            long = len(text) > SHOWN_CHARS_MAX
+    return text[:SHOWN_CHARS_MAX] + "..." if long else text
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML where every plain scalar is a string, except null, true and false as in YAML 1.2.
+
+    The original reads its files so: `yes`, `on` and `12:30` are strings (in PyYAML's YAML 1.1 they are
+    booleans and base-60 numbers). No setting of ours is a number.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {  # type: ignore[misc]
+        **{
+            c: [("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"))]
+            for c in ("~", "n", "N", "")
+        },
+        **{c: [("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE)$"))] for c in "tT"},
+        **{c: [("tag:yaml.org,2002:bool", re.compile(r"(?:false|False|FALSE)$"))] for c in "fF"},
+    }
+
+
+class SchemaReader:
+    """Reads one schema file: where things stand in it, and what is wrong with them.
+
+    The methods never raise; they add to `problems` and return something of the right type, so that
+    one run finds every mistake.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.problems: list[str] = []
+        self._file = file
+        self._lines: dict[str, int] = {}
+        self._unfinished: list[yaml.Node] = []
+
+    def problem(self, place: str, reason: str) -> None:
+        """Note a mistake at a place such as `tables.events.columns[2].type`."""
+        nearest = place
+        while nearest not in self._lines and nearest:
+            nearest = re.sub(r"(^|[.\[])[^.\[]*$", "", nearest)
+        position = f"{self._file}:{self._lines[nearest]}: " if nearest in self._lines else f"{self._file}: "
+        self.problems.append(position + (f"{place}: {reason}" if place else reason))
+
+    def plain(self, node: yaml.Node, place: str = "") -> object:
+        """Return what a YAML node stands for, as dict, list, str, bool or None."""
+        self._lines.setdefault(place, node.start_mark.line + 1)
+        if node in self._unfinished:
+            self.problem(place, "an alias that contains itself")
+            return None
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, place)
+        self._unfinished.append(node)
+        result: object
+        if isinstance(node, yaml.SequenceNode):
+            result = [self.plain(item, f"{place}[{i}]") for i, item in enumerate(node.value)]
+        else:
+            result = self._plain_mapping(node, place)
+        self._unfinished.pop()
+        return result
+
+    def _scalar(self, node: yaml.ScalarNode, place: str) -> object:
+        match node.tag.removeprefix("tag:yaml.org,2002:"):
+            case "str":
+                return str(node.value)
+            case "bool" if node.value.lower() in ("true", "false"):
+                return bool(node.value.lower() == "true")
+            case "null":
+                return None
+        self.problem(place, f"expected a plain value, got the tag {node.tag}")
+        return None
+
+    def _plain_mapping(self, node: yaml.Node, place: str) -> dict[str, object]:
+        result: dict[str, object] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag != "tag:yaml.org,2002:str":
+                got = show(key_node.value)
+                self.problem(place, f"a key must be a string, got {got}; put it in quotes")
+                continue
+            key = key_node.value
+            inner = f"{place}.{key}" if place else key
+            value = self.plain(value_node, inner)
+            self._lines[inner] = key_node.start_mark.line + 1
+            if key in result:
+                self.problem(inner, "duplicate key")
+            result[key] = value
+        return result
+
+    def mapping(self, value: object, place: str, what: str) -> dict[str, object]:
+        """Return a mapping that is not empty."""
+        if not isinstance(value, dict) or not value:
+            self.problem(place, f"expected {what}, got {show(value) if value else 'nothing'}")
+            return {}
+        return value
+
+    def known(self, section: Mapping[str, object], place: str, keys: Sequence[str]) -> None:
+        """Report the keys of a section that mean nothing."""
+        for key in section.keys() - set(keys):
+            self.problem(f"{place}.{key}" if place else key, f'unknown key "{key}"{suggestion(key, keys)}')
+
+    def text(self, section: Mapping[str, object], place: str, key: str) -> str | None:
+        """Return a string, or None if the key is missing or not a string (which is reported)."""
+        value = section.get(key)
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return value
+        quotes = "" if isinstance(value, (dict, list)) else "; put it in quotes"
+        self.problem(f"{place}.{key}", f"expected a string, got {show(value)}{quotes}")
+        return None
+
+    def required_text(self, section: Mapping[str, object], place: str, key: str) -> str:
+        """Return a string that must be there and not be empty."""
+        value = self.text(section, place, key)
+        if value is None and section.get(key) is None:
+            self.problem(f"{place}.{key}", "missing, expected a string")
+        elif value == "":
+            self.problem(f"{place}.{key}", "expected a string, got an empty one")
+        return value or ""
+
+    def flag(self, section: Mapping[str, object], place: str, key: str) -> bool:
+        """Return true or false; missing is false."""
+        value = section.get(key)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        self.problem(f"{place}.{key}", f"expected true or false, got {show(value)}")
+        return False
+
+    def name(self, name: str, place: str, what: str) -> None:
+        """Report a name that PostgreSQL would not take as it is."""
+        size = len(name.encode(errors="surrogatepass"))
+        if size > NAME_BYTES_MAX:
+            self.problem(place, f"{what} has {size} bytes; PostgreSQL holds {NAME_BYTES_MAX}")
+        if "\0" in name or not name:
+            self.problem(place, f"{what} must not be empty or contain NUL")
+
+
+def parse_schema(text: str, file: str = "schema file") -> Schema:
+    """Return the schema that a file's text describes.
+
+    `file` is the name to use in messages. Raises SchemaError with every mistake in it.
+    """
+    reader = SchemaReader(file)
+    try:
+        node = yaml.compose(text, YamlLoader)
+    except yaml.YAMLError as error:
+        raise SchemaError([f"{file}: not YAML: {one_line(error)}"]) from None
+    document = reader.mapping(reader.plain(node) if node else None, "", "tables and apps")
+    if document:
+        reader.known(document, "", ("tables", "apps", "database_url"))
+        tables = parse_tables(reader, document.get("tables"))
+        apps = parse_apps(reader, document.get("apps"), tables)
+        url = reader.text(document, "", "database_url")
+    if reader.problems:
+        raise SchemaError(reader.problems)
+    return Schema(tables, apps, url)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def parse_tables(reader: SchemaReader, raw: object) -> dict[str, Table]:
+    tables = {}
+    for name, raw_table in reader.mapping(raw, "tables", "at least one table").items():
+        place = f"tables.{name}"
+        reader.name(name, place, "the table's name")
+        section = reader.mapping(raw_table, place, "a table with columns")
+        reader.known(section, place, ("columns",))
+        raw_columns = section.get("columns")
+        if section and (not isinstance(raw_columns, list) or not raw_columns):
+            got = show(raw_columns) if raw_columns else "nothing"
+            reader.problem(f"{place}.columns", f"expected a list of columns, got {got}")
+        columns = [
+            parse_column(reader, column, f"{place}.columns[{i}]")
+            for i, column in enumerate(raw_columns if isinstance(raw_columns, list) else [])
+        ]
+        check_columns(reader, columns, f"{place}.columns")
+        tables[name] = Table(name, tuple(columns))
+    return tables
+
+
+def check_columns(reader: SchemaReader, columns: Sequence[Column], place: str) -> None:
+    """Report what is wrong between the columns of one table."""
+    names: dict[str, int] = {}
+    extra = None
+    for i, column in enumerate(columns):
+        first = names.setdefault(column.name, i)
+        if first != i and column.name:
+            reader.problem(f"{place}[{i}].name", f'duplicate column "{column.name}", also columns[{first}]')
+        if column.extra and extra is not None:
+            reader.problem(f"{place}[{i}].extra", f"only one column can be extra, columns[{extra}] is")
+        elif column.extra:
+            extra = i
+
+
+COLUMN_KEYS = ("name", "type", "header", "source", "extra", "indexed", "unique", "required")
+
+
+def parse_column(reader: SchemaReader, raw: object, place: str) -> Column:
+    section = reader.mapping(raw, place, "a column with a name")
+    if not section:
+        return Column("")
+    reader.known(section, place, COLUMN_KEYS)
+    name = reader.required_text(section, place, "name")
+    if name:
+        reader.name(name, f"{place}.name", "the column's name")
+    if name == TABLE_KEY:
+        reader.problem(f"{place}.name", f'"{TABLE_KEY}" names the table in an event, a column cannot have it')
+    column = Column(
+        name,
+        parse_type(reader, section, place),
+        header=parse_header(reader, section, place),
+        source=parse_source(reader, section, place),
+        extra=reader.flag(section, place, "extra"),
+        indexed=reader.flag(section, place, "indexed"),
+        unique=reader.flag(section, place, "unique"),
+        required=reader.flag(section, place, "required"),
+    )
+    check_column(reader, column, place)
+    return column
+
+
+def parse_type(reader: SchemaReader, section: Mapping[str, object], place: str) -> Type:
+    name = reader.text(section, place, "type")
+    if name is None:
+        return Type.STRING
+    if name in list(Type):
+        return Type(name)
+    synonym = TYPE_SYNONYMS.get(name.lower())
+    hint = f', did you mean "{synonym}"?' if synonym else suggestion(name, Type)
+    known = "" if hint else f"; the types are {', '.join(Type)}"
+    reader.problem(f"{place}.type", f'unknown type "{name}"{hint}{known}')
+    return Type.STRING
+
+
+def parse_header(reader: SchemaReader, section: Mapping[str, object], place: str) -> str | None:
+    name = reader.text(section, place, "header")
+    if name is not None and not HEADER_NAME.fullmatch(name):
+        reader.problem(f"{place}.header", f"expected the name of a request header, got {show(name)}")
+    return name.lower() if name else None
+
+
+def parse_source(reader: SchemaReader, section: Mapping[str, object], place: str) -> Source | None:
+    name = reader.text(section, place, "source")
+    if name is None:
+        return None
+    if name in list(Source):
+        return Source(name)
+    hint = suggestion(name, Source) or f"; the sources are {', '.join(Source)}"
+    reader.problem(f"{place}.source", f'unknown source "{name}"{hint}')
+    return None
+
+
+def check_column(reader: SchemaReader, column: Column, place: str) -> None:
+    """Report properties of one column that contradict each other."""
+    if column.header and column.type is not Type.STRING:
+        reader.problem(f"{place}.type", f"a column filled from a header must be a string, not {column.type}")
+    if column.source and column.type is not SOURCE_TYPES[column.source]:
+        needed = SOURCE_TYPES[column.source]
+        reader.problem(f"{place}.type", f"source {column.source} needs type {needed}, not {column.type}")
+    if column.extra and column.type is not Type.JSON:
+        reader.problem(f"{place}.type", f"an extra column must be json, not {column.type}")
+    if column.extra and column.required:
+        reader.problem(f"{place}.required", "an extra column is empty when there are no unknown keys")
+    filled = [key for key in ("header", "source", "extra") if getattr(column, key)]
+    if len(filled) > 1:
+        reader.problem(place, f"a column can have only one of {' and '.join(filled)}")
+
+
+APP_KEYS = ("secret_key", "access_control_allow_origin", "tables", "invalid_events")
+
+
+def parse_apps(reader: SchemaReader, raw: object, tables: Mapping[str, Table]) -> dict[str, App]:
+    apps = {}
+    for app_id, raw_app in reader.mapping(raw, "apps", "at least one app").items():
+        place = f"apps.{app_id}"
+        section = reader.mapping(raw_app, place, "an app with a secret_key and tables")
+        if not section:
+            continue
+        if "/" in app_id or not app_id:
+            reader.problem(place, "an app's id must not be empty or contain a slash: it stands in a URL")
+        reader.known(section, place, APP_KEYS)
+        check_invalid_events(reader, section, place)
+        apps[app_id] = App(
+            app_id,
+            reader.required_text(section, place, "secret_key"),
+            parse_origins(reader, section.get("access_control_allow_origin", "*"), place),
+            parse_app_tables(reader, section.get("tables"), place, tables),
+        )
+    return apps
+
+
+def check_invalid_events(reader: SchemaReader, section: Mapping[str, object], place: str) -> None:
+    policy = reader.text(section, place, "invalid_events")
+    place = f"{place}.invalid_events"
+    if policy == "quarantine":
+        reader.problem(place, '"quarantine" needs the spool, which this version does not have; use "refuse"')
+    elif policy is not None and policy not in INVALID_EVENTS:
+        hint = suggestion(policy, INVALID_EVENTS) or ', expected "refuse"'
+        reader.problem(place, f'unknown policy "{policy}"{hint}')
+
+
+def parse_app_tables(
+    reader: SchemaReader, raw: object, place: str, tables: Mapping[str, Table]
+) -> tuple[Table, ...]:
+    if not isinstance(raw, list):
+        got = "nothing" if raw is None else show(raw)
+        reader.problem(f"{place}.tables", f"expected a list of table names, got {got}")
+        return ()
+    found = {}
+    for i, name in enumerate(raw):
+        if isinstance(name, str) and name in tables:
+            found[name] = tables[name]
+        else:
+            hint = suggestion(name, tables) if isinstance(name, str) else ""
+            reader.problem(f"{place}.tables[{i}]", f"there is no table {show(name)}{hint}")
+    return tuple(found.values())
+
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+|null", re.IGNORECASE)
+
+
+def parse_origins(reader: SchemaReader, raw: object, place: str) -> frozenset[str] | None:
+    """Return the allowed origins in lower case, or None for all of them."""
+    place = f"{place}.access_control_allow_origin"
+    origins = []
+    for i, origin in enumerate(raw if isinstance(raw, list) else [raw]):
+        inner = f"{place}[{i}]" if isinstance(raw, list) else place
+        if not isinstance(origin, str):
+            reader.problem(inner, f"expected an origin, a list of origins or *, got {show(origin)}")
+        elif origin != "*" and not ORIGIN.fullmatch(origin.removesuffix("/")):
+            reader.problem(inner, f'expected an origin such as "https://example.com", got {show(origin)}')
+        else:
+            origins.append(origin.removesuffix("/").lower())
+    return None if "*" in origins else frozenset(origins)
+
+
+# --- Conversion ---------------------------------------------------------------
+# JSON values to column values, as the SQL literals that PostgreSQL reads. Pure: a
+# function returns the literal or raises ValueError with the reason, and knows
+# nothing of tables and requests. Nothing is changed silently: what PostgreSQL
+# would not give back equal is refused.
+
+
+def quote(text: str) -> str:
+    """Return a string literal. Complete for text without NUL (PostgreSQL manual, 4.1.2.1).
+
+    Only with standard_conforming_strings = on, which every connection of ours asks for.
+    """
+    return "'" + text.replace("'", "''") + "'"
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError for text that UTF-8 or PostgreSQL cannot hold."""
+    if "\0" in text:
+        raise ValueError("contains a NUL character (\\u0000), which PostgreSQL cannot store")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise ValueError(f"contains half of a surrogate pair (\\u{code:04x})") from None
+
+
+def to_bool(value: object) -> str:
+    if value is True:
+        return "true"
+    if value is False:
+        return "false"
+    raise ValueError(f"expected true or false, got {show(value)}")
+
+
+def to_integer(low: int, high: int, value: object) -> str:
+    if type(value) is float and value.is_integer():
+        value = int(value)  # 5.0 and 1e3 have no fraction; Lua and GDScript write integers so
+    elif type(value) is Decimal and value.adjusted() < 20 and value == value.to_integral_value():
+        value = int(value)
+    if type(value) is not int:  # bool is an int in Python, but not a number in JSON
+        raise ValueError(f"expected an integer, got {show(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"expected an integer from {low} to {high}, got {show(value)}")
+    return str(value)
+
+
+def to_float(limit: float, smallest: float, value: object) -> str:
+    if type(value) is not float and type(value) is not int and type(value) is not Decimal:
+        raise ValueError(f"expected a number, got {show(value)}")
+    if math.isnan(value) or not -limit <= value <= limit:
+        raise ValueError(f"expected a finite number of at most {limit:.8g}, got {show(value)}")
+    if value and -smallest < value < smallest:
+        raise ValueError(f"expected zero or a number of at least {smallest:.8g}, got {show(value)}")
+    number = float(value)
+    if type(value) is int and limit == sys.float_info.max and Decimal(repr(number)) != value:
+        raise ValueError(f"the integer {show(value)} has more digits than double precision holds")
+    # Quoted, so that PostgreSQL reads it as the column's type at once; bare, -0.0 would become 0.
+    return f"'{number!r}'"
+
+
+def to_string(value: object) -> str:
+    if type(value) is not str:
+        raise ValueError(f"expected a string, got {show(value)}")
+    check_text(value)
+    return quote(value)
+
+
+RFC_3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:)(\d\d)(\.\d+)?(?:([Zz])|([+-])(\d\d):(\d\d))", re.ASCII
+)
+SECONDS_MIN = -62_135_596_800  # 0001-01-01, where Python's calendar starts
+SECONDS_MAX = 253_402_300_799  # 9999-12-31; in milliseconds that is 1978
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MILLISECONDS = "looks like milliseconds; send seconds"
+
+
+def to_timestamp(value: object) -> str:
+    if type(value) is str:
+        return f"'{parse_rfc_3339(value).isoformat()}'"
+    if type(value) is not int and type(value) is not float and type(value) is not Decimal:
+        raise ValueError(
+            f"expected seconds since 1970 or a string such as 2019-04-01T14:49:40Z, got {show(value)}"
+        )
+    if not SECONDS_MIN <= value <= SECONDS_MAX:
+        hint = f": {MILLISECONDS}" if value > SECONDS_MAX and value < SECONDS_MAX * 1e3 else ""
+        raise ValueError(f"expected a time in the years 1 to 9999, got {show(value)}{hint}")
+    # timedelta rounds to microseconds, which is what PostgreSQL holds.
+    seconds = value if type(value) is int else float(value)
+    return f"'{(EPOCH + timedelta(seconds=seconds)).isoformat()}'"
+
+
+def parse_rfc_3339(text: str) -> datetime:
+    """Return the time that an RFC 3339 string (section 5.6) means, to the microsecond, in UTC.
+
+    A leap second is the second after it, as in POSIX and in PostgreSQL. Raises ValueError.
+    """
+    match = RFC_3339.fullmatch(text)
+    if not match:
+        lacks = RFC_3339.fullmatch(text + "Z")
+        reason = "an offset is missing, such as Z or +02:00" if lacks else "expected RFC 3339"
+        raise ValueError(f"{reason}: 2019-04-01T14:49:40Z is one, got {show(text)}")
+    date, clock, second, fraction, _zulu, sign, hours, minutes = match.groups()
+    leap = second == "60"
+    try:
+        # PostgreSQL rounds to microseconds as well.
+        micros = round(float(fraction or 0) * 1_000_000)
+        time_of_day = datetime.fromisoformat(f"{date}T{clock}{'59' if leap else second}+00:00")
+        offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
+        if offset >= timedelta(days=1) or int(minutes or 0) > 59:
+            raise ValueError("offset must be below 24:00")
+        moment = time_of_day - (-offset if sign == "-" else offset)
+        if leap and (moment.hour, moment.minute) != (23, 59):
+            raise ValueError("a leap second is at 23:59:60 UTC only")
+        return moment + timedelta(seconds=int(leap), microseconds=micros)
+    except OverflowError:
+        raise ValueError(f"expected a time in the years 1 to 9999, got {show(text)}") from None
+    except ValueError as error:
+        raise ValueError(f"no such time: {one_line(error)}, got {show(text)}") from None
+
+
+UUID_TEXT = re.compile(r"[0-9a-f]{8}(-?)[0-9a-f]{4}\1[0-9a-f]{4}\1[0-9a-f]{4}\1[0-9a-f]{12}", re.IGNORECASE)
+
+
+def to_uuid(value: object) -> str:
+    if type(value) is not str or not UUID_TEXT.fullmatch(value):
+        example = "123e4567-e89b-12d3-a456-426614174000"
+        raise ValueError(f"expected a UUID such as {example}, got {show(value)}")
+    return f"'{value}'"
+
+
+JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # \\u0000 is a backslash and five characters
+
+
+TOO_DEEP = f"nested deeper than {JSON_DEPTH_MAX} levels"
+
+
+def to_json(value: object) -> str:
+    try:
+        text = JSON_ENCODER.encode(value)
+    except TypeError:  # A Decimal somewhere in it, which the encoder does not know
+        text = exact_json(value, JSON_DEPTH_MAX)
+    except ValueError:
+        raise ValueError("NaN and Infinity are not JSON") from None
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if text.count("{") + text.count("[") > JSON_DEPTH_MAX:
+        check_depth(value, JSON_DEPTH_MAX)
+    if ESCAPED_NUL.search(text):
+        raise ValueError("contains a NUL character (\\u0000), which PostgreSQL cannot store in json")
+    check_text(text)
+    return quote(text)
+
+
+def check_depth(value: object, depth: int) -> None:
+    """Raise ValueError for arrays and objects nested deeper than `depth`."""
+    if type(value) is not dict and type(value) is not list:
+        return
+    if not depth:
+        raise ValueError(TOO_DEEP)
+    for item in value.values() if type(value) is dict else value:
+        check_depth(item, depth - 1)
+
+
+def exact_json(value: object, depth: int) -> str:
+    """Return the JSON text of a value that has numbers in Decimal. Raises ValueError as to_json does."""
+    if type(value) is Decimal:
+        after_point = -int(value.as_tuple().exponent)
+        if value.adjusted() >= NUMERIC_DIGITS_BEFORE_POINT or after_point > NUMERIC_DIGITS_AFTER_POINT:
+            raise ValueError(f"the number {show(value)} is out of range")
+        return str(value)
+    if type(value) is not dict and type(value) is not list:
+        try:
+            return JSON_ENCODER.encode(value)
+        except ValueError:
+            raise ValueError("NaN and Infinity are not JSON") from None
+    if not depth:
+        raise ValueError(TOO_DEEP)
+    if type(value) is list:
+        return "[" + ",".join([exact_json(item, depth - 1) for item in value]) + "]"
+    assert isinstance(value, dict)
+    items = [f"{JSON_ENCODER.encode(key)}:{exact_json(item, depth - 1)}" for key, item in value.items()]
+    return "{" + ",".join(items) + "}"
+
+
+CONVERTERS: Mapping[Type, Callable[[object], str]] = {
+    Type.BOOL: to_bool,
+    Type.I32: partial(to_integer, -(2**31), 2**31 - 1),
+    Type.I64: partial(to_integer, -(2**63), 2**63 - 1),
+    # What still rounds to the largest real, and the smallest that does not round to zero.
+    Type.F32: partial(to_float, 3.4028235677973362e38, 1.401298464324817e-45),
+    Type.F64: partial(to_float, sys.float_info.max, 5e-324),
+    Type.STRING: to_string,
+    Type.TIMESTAMP: to_timestamp,
+    Type.JSON: to_json,
+    Type.UUID: to_uuid,
+}
+
+
+# --- Batches ------------------------------------------------------------------
+# A request's body and headers to a Batch. Pure: an Intake is compiled from each
+# app once, and turns a body into rows or raises a RequestError with the reason.
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The events of one request as rows that are ready for PostgreSQL.
+
+    `rows` has, by table name, a literal such as ('a',1,NULL) per event; `tables` has the table name
+    of each event in the order of the request.
+    """
+
+    rows: Mapping[str, Sequence[str]]
+    tables: Sequence[str]
+    chars: int
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What a request brings beside its body."""
+
+    headers: Mapping[str, str]  # names in lower case
+    client_ip: str
+    received_at: datetime
+
+
+class RepeatedKey(ValueError):
+    """An object has a key twice."""
+
+
+class Repeating(dict[str, object]):
+    """An object that had the key `key` twice."""
+
+    key = ""
+
+
+def unique_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise RepeatedKey
+    return result
+
+
+def marked_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) == len(pairs):
+        return result
+    keys = [key for key, _ in pairs]
+    marked = Repeating(result)
+    marked.key = next(key for key in keys if keys.count(key) > 1)
+    return marked
+
+
+def exact_number(text: str) -> float | Decimal:
+    """Return a JSON number with a fraction or an exponent; as Decimal where a float would change it."""
+    number = float(text)
+    # Up to 15 digits survive the way to binary and back (IEEE 754; DBL_DIG in C).
+    if len(text) <= 16 and "e" not in text and "E" not in text:
+        return number
+    exact = Decimal(text)
+    return number if Decimal(repr(number)) == exact else exact
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_object, parse_float=exact_number)
+MARKING_DECODER = json.JSONDecoder(object_pairs_hook=marked_object)
+
+
+def decode_body(body: bytes) -> dict[str, object]:
+    """Return the JSON object in a request's body.
+
+    Raises InvalidBody for what is not JSON (RFC 8259) or not an object, InvalidEvents for an event
+    that has a key twice.
+    """
+    try:
+        text = body.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InvalidBody(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        document = decode_json(DECODER, text)
+    except RepeatedKey:
+        raise repeated_key(decode_json(MARKING_DECODER, text)) from None
+    if type(document) is not dict:
+        raise InvalidBody(f'expected an object with "secret_key" and "events", got {show(document)}')
+    return document
+
+
+def decode_json(decoder: json.JSONDecoder, text: str) -> object:
+    try:
+        return decoder.decode(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InvalidBody(f"the body is not JSON: {error.msg} at {place}") from None
+    except RepeatedKey:
+        raise
+    except ValueError:
+        raise InvalidBody("the body has an integer of more digits than can be read") from None
+    except RecursionError:
+        raise InvalidBody("the body's JSON is nested too deeply") from None
+
+
+def repeated_key(document: object) -> RequestError:
+    """Return the refusal of a document in which MARKING_DECODER found an object with a key twice."""
+    events = document.get("events") if isinstance(document, dict) else None
+    problems = []
+    for index, event in enumerate(events if isinstance(events, list) else ()):
+        problems += [EventProblem(index, key, "the key stands twice in one object") for key in repeats(event)]
+    if problems:
+        return refused_events(problems, len(events or ()))
+    return InvalidBody(f'the key "{next(repeats(document))}" stands twice in one object')
+
+
+def repeats(value: object) -> Iterator[str]:
+    """Yield the keys that objects in `value` have twice. Recurses no deeper than the decoder did."""
+    if isinstance(value, Repeating):
+        yield value.key
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from repeats(item)
+
+
+def refused_events(problems: Sequence[EventProblem], count: int) -> InvalidEvents:
+    """Return the refusal of a batch of `count` events because of `problems`, as one error."""
+    bad = len({problem.index for problem in problems})
+    reason = f"{bad} of {count} events do not fit, none was stored" if count > 1 else "the event does not fit"
+    if len(problems) > PROBLEMS_MAX:
+        reason += f"; the first {PROBLEMS_MAX} reasons are listed"
+    return InvalidEvents(reason, problems[:PROBLEMS_MAX])
+
+
+class TableIntake:
+    """How events become rows of one table; compiled once from its columns.
+
+    A row has first the columns that come from the event, then those that the request fills, then the
+    catch-all column. `columns` has them all in that order.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.name = table.name
+        events = [c for c in table.columns if not (c.header or c.source or c.extra)]
+        self._fields = [(c.name, CONVERTERS[c.type], c.required) for c in events]
+        self._filled = [c for c in table.columns if c.header or c.source]
+        extra = [c for c in table.columns if c.extra]
+        self._extra = extra[0].name if extra else None
+        self._from_event = frozenset(c.name for c in events)
+        self._known = self._from_event | {TABLE_KEY}
+        self._by_request = {c.name: filled_by(c) for c in self._filled}
+        self.columns = (*events, *self._filled, *extra)
+
+    def filled(self, app_id: str, delivery: Delivery) -> tuple[str, list[tuple[str, str]]]:
+        """Return the end of every row of this request, and (column, reason) for what cannot be filled."""
+        literals, problems = [], []
+        for column in self._filled:
+            try:
+                literals.append(filled_literal(column, app_id, delivery))
+            except ValueError as error:
+                problems.append((column.name, str(error)))
+        return "".join(f",{literal}" for literal in literals), problems
+
+    def row(self, event: dict[str, object], end: str, problems: list[tuple[str, str]]) -> str:
+        """Return an event's row, to which `end` has what the request fills.
+
+        Adds a (column, reason) to `problems` for each value that does not fit.
+        """
+        literals = []
+        for name, convert, required in self._fields:
+            value = event.get(name)
+            if value is None:
+                if required:
+                    problems.append((name, "missing, but required" if name not in event else NULL_REFUSED))
+                literals.append("NULL")
+                continue
+            try:
+                literals.append(convert(value))
+            except ValueError as error:
+                problems.append((name, str(error)))
+        row = ",".join(literals) + end
+        if self._extra:
+            row += "," + self._rest(event, self._extra, problems)
+        # Without columns from the event, `end` starts the row.
+        return f"({row})" if literals else f"({row[1:]})"
+
+    def unknown(self, event: dict[str, object]) -> set[str]:
+        """Return the keys of an event that no column takes."""
+        if self._extra or event.keys() <= self._known:
+            return set()
+        return event.keys() - self._known
+
+    def explain(self, key: str) -> str:
+        """Return why a key is not stored."""
+        if key in self._by_request:
+            return f'the key "{key}" is ignored: its column is filled from {self._by_request[key]}'
+        return f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], self._from_event)}"
+
+    def _rest(self, event: dict[str, object], column: str, problems: list[tuple[str, str]]) -> str:
+        rest = {key: event[key] for key in event if key not in self._known}
+        if not rest:
+            return "NULL"
+        try:
+            return to_json(rest)
+        except ValueError as error:
+            problems.append((column, str(error)))
+            return "NULL"
+
+
+NULL_REFUSED = "null, but required"
+
+
+def filled_by(column: Column) -> str:
+    """Return what fills a column that is not the event's, for messages."""
+    return f"the request header {column.header}" if column.header else f"the server ({column.source})"
+
+
+def filled_literal(column: Column, app_id: str, delivery: Delivery) -> str:
+    """Return the literal of a column that the request fills. Raises ValueError with the reason."""
+    match column.source:
+        case Source.APP_ID:
+            return to_string(app_id)
+        case Source.CLIENT_IP:
+            return to_string(delivery.client_ip)
+        case Source.RECEIVED_AT:
+            return f"'{delivery.received_at.isoformat()}'"
+    value = delivery.headers.get(column.header or "")
+    if value is not None:
+        return to_string(header_text(value))
+    if column.required:
+        raise ValueError(f"the request header {column.header} is missing, but required")
+    return "NULL"
+
+
+def header_text(value: str) -> str:
+    """Return a header's value, read as UTF-8 where it is that, else as Latin-1 (RFC 9110, section 5.5)."""
+    try:
+        return value if value.isascii() else value.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return value
+
+
+class Intake:
+    """How requests of one app become batches; compiled once from the schema."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self._key = app.secret_key.encode(errors="surrogatepass")
+        self._tables = {table.name: TableIntake(table) for table in app.tables}
+        self.headers = sorted({c.header for table in app.tables for c in table.columns if c.header})
+
+    def batch(self, body: bytes, delivery: Delivery) -> Batch:
+        """Return the batch in a request's body.
+
+        Raises InvalidBody, WrongKey, BodyTooLarge, InvalidEvents or TableRefused.
+        """
+        document = decode_body(body)
+        key = document.get("secret_key")
+        if type(key) is not str:
+            got = show(key) if "secret_key" in document else "nothing"
+            raise InvalidBody(f'expected a string "secret_key", got {got}')
+        if not hmac.compare_digest(key.encode(errors="surrogatepass"), self._key):
+            raise WrongKey("the secret key is wrong")
+        events = document.get("events")
+        if type(events) is not list:
+            got = show(events) if "events" in document else "nothing"
+            raise InvalidBody(f'expected an array "events", got {got}')
+        if len(events) > EVENTS_MAX:
+            raise BodyTooLarge(f"{len(events)} events; a request may bring {EVENTS_MAX}")
+        return self._convert(events, delivery, document.keys() - {"secret_key", "events"})
+
+    def _convert(self, events: list[object], delivery: Delivery, unknown: set[str]) -> Batch:
+        rows: dict[str, list[str]] = {}
+        tables: list[str] = []
+        ends: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+        problems: list[EventProblem] = []
+        misplaced = 0
+        warnings = Warnings(unknown)
+        for index, event in enumerate(events):
+            if type(event) is not dict:
+                problems.append(EventProblem(index, None, f"expected an object, got {show(event)}"))
+                continue
+            name = event.get(TABLE_KEY)
+            table = self._tables.get(name) if type(name) is str else None
+            if table is None:
+                problems.append(self._table_problem(index, event))
+                misplaced += type(name) is str
+                continue
+            if table.name not in ends:
+                ends[table.name] = table.filled(self.app.id, delivery)
+                rows[table.name] = []
+            end, lacking = ends[table.name]
+            reasons = lacking.copy()
+            row = table.row(event, end, reasons)
+            if reasons:
+                problems.extend([EventProblem(index, column, reason) for column, reason in reasons])
+                continue
+            rows[table.name].append(row)
+            tables.append(table.name)
+            if keys := table.unknown(event):
+                warnings.note(index, table, keys)
+        if problems:
+            refusal = refused_events(problems, len(events))
+            only_tables = misplaced == len(problems)
+            raise TableRefused(refusal.reason, refusal.problems) if only_tables else refusal
+        chars = sum(len(row) for table_rows in rows.values() for row in table_rows)
+        return Batch(rows, tables, chars, warnings.texts())
+
+    def _table_problem(self, index: int, event: dict[str, object]) -> EventProblem:
+        name = event.get(TABLE_KEY)
+        if type(name) is not str:
+            got = show(name) if TABLE_KEY in event else "nothing"
+            return EventProblem(index, TABLE_KEY, f"expected the name of a table, got {got}")
+        near = suggestion(name[:NAME_BYTES_MAX], self._tables)
+        return EventProblem(index, TABLE_KEY, f"the app has no table {show(name)}{near}")
+
+
+class Warnings:
+    """Collects what was ignored in a batch: each unknown key once, with its first place."""
+
+    def __init__(self, top_level: Iterable[str]) -> None:
+        self._texts = {
+            ("", key): f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], ('secret_key', 'events'))}"
+            for key in sorted(top_level)[:UNKNOWN_KEYS_MAX]
+        }
+        self._more = False
+
+    def note(self, index: int, table: TableIntake, keys: Iterable[str]) -> None:
+        """Note the unknown keys of one event."""
+        for key in sorted(keys):
+            if (table.name, key) in self._texts:
+                continue
+            if len(self._texts) >= UNKNOWN_KEYS_MAX:
+                self._more = True
+                return
+            self._texts[table.name, key] = f"events[{index}]: {table.explain(key)}"
+
+    def texts(self) -> tuple[str, ...]:
+        """Return the warnings in the order of the events."""
+        more = ("there are more unknown keys",) if self._more else ()
+        return (*self._texts.values(), *more)
+
+
+def inflate(body: bytes, coding: str, limit: int) -> bytes:
+    """Return a body without its content coding, which is gzip or deflate (RFC 9110, section 8.4.1).
+
+    Some clients send deflate without the zlib header; both are read. Raises InvalidBody for data
+    that is damaged or cut short and BodyTooLarge when the result has more than `limit` bytes.
+    """
+    zlib_header = len(body) >= 2 and body[0] & 15 == 8 and (body[0] << 8 | body[1]) % 31 == 0
+    stream = zlib.decompressobj(31 if coding == "gzip" else 15 if zlib_header else -15)
+    try:
+        result = stream.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise InvalidBody(f"the body is not {coding}: {one_line(error)}") from None
+    if len(result) > limit:
+        raise BodyTooLarge(f"the body inflates to more than {limit} bytes")
+    if not stream.eof:
+        raise InvalidBody(f"the body's {coding} data is cut short")
+    if stream.unused_data:
+        raise InvalidBody(f"the body has {len(stream.unused_data)} bytes after its {coding} data")
+    return result
+
+
+# --- SQL ----------------------------------------------------------------------
+# Statement texts, and what an existing database lacks. Pure: a Catalog (what the
+# database has) and a Schema (what it should have) in, SQL out.
+
+
+@dataclass(frozen=True, slots=True)
+class SqlType:
+    """How a column type is called in SQL, and which existing types (pg_type.typname) hold it."""
+
+    name: str
+    accepts: frozenset[str]
+
+
+SQL_TYPES: Mapping[Type, SqlType] = {
+    Type.BOOL: SqlType("boolean", frozenset({"bool"})),
+    Type.I32: SqlType("integer", frozenset({"int4"})),
+    Type.I64: SqlType("bigint", frozenset({"int8"})),
+    Type.F32: SqlType("real", frozenset({"float4"})),
+    Type.F64: SqlType("double precision", frozenset({"float8"})),
+    Type.STRING: SqlType("varchar", frozenset({"varchar", "text", "citext"})),
+    Type.TIMESTAMP: SqlType("timestamp with time zone", frozenset({"timestamptz"})),
+    Type.JSON: SqlType("jsonb", frozenset({"jsonb"})),
+    Type.UUID: SqlType("uuid", frozenset({"uuid"})),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExistingColumn:
+    """A column of a table in the database."""
+
+    type: str  # pg_type.typname
+    not_null: bool
+    has_default: bool
+    generated: str = ""  # "stored" or "identity": GENERATED ALWAYS, refuses values
+
+
+@dataclass(frozen=True, slots=True)
+class ExistingTable:
+    """A table in the database. `indexed` and `unique` are the columns that a usable index leads with."""
+
+    columns: Mapping[str, ExistingColumn]
+    indexed: frozenset[str] = frozenset()
+    unique: frozenset[str] = frozenset()
+    can_index: bool = True  # false for views and foreign tables
+    can_insert: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Something about a table that only the operator may change, and the SQL that does."""
+
+    reason: str
+    sql: str
+
+
+def identifier(name: str) -> str:
+    """Return a quoted identifier (PostgreSQL manual, 4.1.1)."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def create_table(table: Table) -> list[str]:
+    """Return the statements that create a table and its indexes."""
+    columns = ", ".join(
+        f"{identifier(c.name)} {SQL_TYPES[c.type].name}{' NOT NULL' if c.required else ''}"
+        for c in table.columns
+    )
+    created = f"CREATE TABLE {identifier(table.name)} ({columns})"
+    return [created, *create_indexes(table, frozenset(), frozenset())]
+
+
+def create_indexes(table: Table, indexed: frozenset[str], unique: frozenset[str]) -> list[str]:
+    """Return the statements that create the indexes which a table lacks. PostgreSQL finds free names."""
+    statements = []
+    for column in table.columns:
+        place = f"INDEX ON {identifier(table.name)}"
+        if column.unique and column.name not in unique:
+            statements.append(f"CREATE UNIQUE {place} ({identifier(column.name)})")
+        elif column.indexed and not column.unique and column.name not in indexed:
+            # A b-tree on jsonb only helps to compare whole values; GIN finds keys and values in them.
+            method = " USING gin" if column.type is Type.JSON else ""
+            statements.append(f"CREATE {place}{method} ({identifier(column.name)})")
+    return statements
+
+
+def missing_sql(schema: Schema, catalog: Mapping[str, ExistingTable]) -> list[str]:
+    """Return the statements that create the tables and indexes which a database lacks."""
+    statements = []
+    for table in schema.tables.values():
+        existing = catalog.get(table.name)
+        if existing is None:
+            statements += create_table(table)
+        elif existing.can_index:
+            statements += create_indexes(table, existing.indexed, existing.unique)
+    return statements
+
+
+def differences(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -> list[Difference]:
+    """Return where existing tables do not fit, by the rules of the original and those of new features."""
+    return [
+        difference
+        for table in schema.tables.values()
+        if table.name in catalog
+        for difference in table_differences(table, catalog[table.name], user)
+    ]
+
+
+def table_differences(table: Table, existing: ExistingTable, user: str) -> Iterator[Difference]:
+    alter = f"ALTER TABLE {identifier(table.name)}"
+    place = f'table "{table.name}"'
+    if not existing.can_insert:
+        grant = f"GRANT SELECT, INSERT ON {identifier(table.name)} TO {identifier(user)}"
+        yield Difference(f"{place}: no permission to insert", grant)
+    for column in table.columns:
+        name = identifier(column.name)
+        wanted = SQL_TYPES[column.type]
+        found = existing.columns.get(column.name)
+        if found is None:
+            yield Difference(
+                f'{place} has no column "{column.name}"', f"{alter} ADD COLUMN {name} {wanted.name}"
+            )
+            continue
+        if found.type not in wanted.accepts:
+            yield Difference(
+                f'{place}, column "{column.name}": the type is {found.type}, expected {wanted.name}',
+                f"{alter} ALTER COLUMN {name} TYPE {wanted.name} USING {name}::text::{wanted.name}",
+            )
+        if found.generated:
+            action = "SET GENERATED BY DEFAULT" if found.generated == "identity" else "DROP EXPRESSION"
+            yield Difference(
+                f'{place}, column "{column.name}": PostgreSQL generates it, so it takes no values',
+                f"{alter} ALTER COLUMN {name} {action}",
+            )
+    required = {column.name for column in table.columns if column.required}
+    for column_name, found in existing.columns.items():
+        if found.not_null and not found.has_default and column_name not in required:
+            yield Difference(
+                f'{place}, column "{column_name}": NOT NULL without a default, not required in the schema',
+                f"{alter} ALTER COLUMN {identifier(column_name)} DROP NOT NULL",
+            )
+
+
+def catalog_sql(tables: Iterable[str]) -> str:
+    """Return a query for tables, their columns and their indexes; read_catalog understands its rows."""
+    names = ",".join(quote(name) for name in tables)
+    wanted = f"FROM unnest(ARRAY[{names}]::text[]) AS wanted(name)"
+    found = "to_regclass(quote_ident(wanted.name))"
+    return f"""
+    SELECT 'table', wanted.name, c.relkind IN ('r', 'p'), has_table_privilege(c.oid, 'INSERT'),
+        NULL, NULL, NULL
+    {wanted} JOIN pg_class c ON c.oid = {found}
+    UNION ALL
+    SELECT 'column', wanted.name, a.attnotnull, a.atthasdef OR a.attidentity <> '',
+        CASE WHEN a.attgenerated <> '' THEN 'stored' WHEN a.attidentity = 'a' THEN 'identity' ELSE '' END,
+        a.attname::text, t.typname::text
+    {wanted} JOIN pg_attribute a ON a.attrelid = {found} JOIN pg_type t ON t.oid = a.atttypid
+    WHERE a.attnum > 0 AND NOT a.attisdropped
+    UNION ALL
+    SELECT 'index', wanted.name, i.indisunique AND i.indimmediate AND i.indpred IS NULL AND i.indnkeyatts = 1,
+        NULL, NULL, a.attname::text, NULL
+    {wanted} JOIN pg_index i ON i.indrelid = {found}
+    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] WHERE i.indisvalid"""
+
+
+def read_catalog(rows: Iterable[Sequence[Any]]) -> dict[str, ExistingTable]:
+    """Return the tables that the rows of catalog_sql describe."""
+    tables: dict[str, tuple[bool, bool]] = {}
+    columns: dict[str, dict[str, ExistingColumn]] = {}
+    indexed: dict[str, set[str]] = {}
+    unique: dict[str, set[str]] = {}
+    for kind, table, first, second, third, name, type_name in rows:
+        if kind == "table":
+            tables[table] = (first, second)
+        elif kind == "column":
+            columns.setdefault(table, {})[name] = ExistingColumn(type_name, first, second, third)
+        else:
+            (unique if first else indexed).setdefault(table, set()).add(name)
+    return {
+        table: ExistingTable(
+            columns.get(table, {}),
+            frozenset(indexed.get(table, set()) | unique.get(table, set())),
+            frozenset(unique.get(table, set())),
+            can_index,
+            can_insert,
+        )
+        for table, (can_index, can_insert) in tables.items()
+    }
+
+
+def insert_sql(table: Table) -> tuple[str, str]:
+    """Return what stands before and after the rows of an INSERT."""
+    columns = ",".join(identifier(column.name) for column in TableIntake(table).columns)
+    unique = [column.name for column in table.columns if column.unique]
+    # With one unique column only its conflicts are skipped; a conflict with another constraint of the
+    # operator's stays an error. SQL has no way to name two.
+    target = f" ({identifier(unique[0])})" if len(unique) == 1 else ""
+    skip = f" ON CONFLICT{target} DO NOTHING" if unique else ""
+    return f"INSERT INTO {identifier(table.name)} ({columns}) VALUES ", skip
+
+
+# The settings are the transaction's own, so nothing is left behind in a connection that PgBouncer
+# shares. A server that is set to forget commits when it crashes does not forget ours.
+FLUSH_START = f"""BEGIN;
+SELECT set_config('lock_timeout', '{LOCK_TIMEOUT_MS}', true),
+ set_config('statement_timeout', '{STATEMENT_TIMEOUT_MS}', true),
+ set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+ WHEN 'off' THEN 'local' ELSE current_setting('synchronous_commit') END, true);
+"""
+
+
+class Inserts:
+    """Builds the one message of a flush; compiled once from the schema."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._inserts = {name: insert_sql(table) for name, table in schema.tables.items()}
+
+    def flush(self, batches: Sequence[Batch]) -> str:
+        """Return the message that stores batches in one transaction."""
+        return f"{FLUSH_START}{self._statements([batch.rows for batch in batches])}COMMIT"
+
+    def trial(self, rows: Mapping[str, Sequence[str]]) -> str:
+        """Return a message that stores rows and takes them back, deferred constraints included."""
+        return f"{FLUSH_START}{self._statements([rows])}SET CONSTRAINTS ALL IMMEDIATE;\nROLLBACK"
+
+    def _statements(self, batches: Iterable[Mapping[str, Sequence[str]]]) -> str:
+        merged: dict[str, list[str]] = {}
+        for rows in batches:
+            for table, literals in rows.items():
+                merged.setdefault(table, []).extend(literals)
+        # Always in the same order of tables, so that instances do not lock each other out.
+        return "".join(
+            f"{start}{','.join(merged[table])}{end};\n"
+            for table, (start, end) in self._inserts.items()
+            if merged.get(table)
+        )
+
+
+# --- Database URL -------------------------------------------------------------
+# libpq's connection URIs, environment variables and password file. Pure: texts and
+# mappings in, Target out (PostgreSQL manual, 34.1.1.2, 34.15 and 34.16).
+
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+# Parameters of a URL, and the environment variables that stand in for them.
+PARAMETERS: Mapping[str, str] = {
+    "host": "PGHOST",
+    "port": "PGPORT",
+    "dbname": "PGDATABASE",
+    "user": "PGUSER",
+    "password": "PGPASSWORD",
+    "passfile": "PGPASSFILE",
+    "sslmode": "PGSSLMODE",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslcert": "PGSSLCERT",
+    "sslkey": "PGSSLKEY",
+    "connect_timeout": "PGCONNECT_TIMEOUT",
+    "application_name": "PGAPPNAME",
+    "options": "PGOPTIONS",
+}
+DATABASE_URL = re.compile(
+    r"postgres(?:ql)?://(?:(?P<user>[^:@/]*)(?::(?P<password>[^@/]*))?@)?"
+    r"(?P<host>\[[^\]]*\]|[^:/?\[\]@]*)(?::(?P<port>[^/?]*))?(?:/(?P<dbname>[^?]*))?(?:\?(?P<query>.*))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Which database to connect to, and how."""
+
+    user: str
+    dbname: str
+    host: str | None  # None for a socket
+    port: int
+    socket: str | None  # full path, /dir/.s.PGSQL.5432
+    password: str | None = field(default=None, repr=False)
+    sslmode: str = "prefer"
+    sslrootcert: str | None = None
+    sslcert: str | None = None
+    sslkey: str | None = None
+    connect_timeout: float = CONNECT_TIMEOUT_S
+    application_name: str = "attolytics"
+    options: str | None = None
+
+    def __str__(self) -> str:
+        """Return the target as it may stand in a log: without the password."""
+        host = f"[{self.host}]" if ":" in str(self.host) else self.host
+        return f'database "{self.dbname}" at {self.socket or f"{host}:{self.port}"} as user "{self.user}"'
+
+
+def percent_decode(text: str, what: str) -> str:
+    """Return a part of a URL decoded. As in libpq `+` is no space, and %00 is refused."""
+    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise OperatorError(
+            f"database URL: {what} has a percent sign without two hex digits; write it as %25"
+        )
+    try:
+        decoded = unquote_to_bytes(text).decode()
+    except UnicodeDecodeError:
+        raise OperatorError(f"database URL: {what} is not UTF-8 after decoding") from None
+    if "\0" in decoded:
+        raise OperatorError(f"database URL: {what} contains %00")
+    return decoded
+
+
+def split_url(url: str) -> dict[str, str]:
+    """Return the parameters in a URL. Raises OperatorError; no message has the password."""
+    match = DATABASE_URL.fullmatch(url)
+    if not match:
+        raise OperatorError(
+            "database URL: expected postgres://user:password@host:port/database;"
+            " write special characters percent-encoded, for example @ as %40 and / as %2F"
+        )
+    parts = {k: v for k, v in match.groupdict().items() if v and k != "query"}
+    if "host" in parts:
+        parts["host"] = parts["host"].removeprefix("[").removesuffix("]")
+    parameters = {key: percent_decode(value, f"the {key}") for key, value in parts.items()}
+    for pair in filter(None, (match["query"] or "").split("&")):
+        key, equals, value = pair.partition("=")
+        key = percent_decode(key, "a parameter's name")
+        if (key, value) == ("ssl", "true"):  # as in JDBC's URLs, which libpq takes too
+            key, value = "sslmode", "require"
+        if key not in PARAMETERS or not equals:
+            hint = suggestion(key, PARAMETERS) or f"; the parameters are {', '.join(PARAMETERS)}"
+            raise OperatorError(f'database URL: unknown parameter "{key}"{hint}')
+        parameters[key] = percent_decode(value, f"the parameter {key}")
+    return parameters
+
+
+def parse_target(
+    url: str, environ: Mapping[str, str], os_user: str, socket_dir: str, home: Path
+) -> tuple[Target, Path]:
+    """Return the target of a database URL and the password file to look into if it has no password.
+
+    `socket_dir` is where a local PostgreSQL has its socket, "" for none. Raises OperatorError.
+    """
+    given = {key: environ[name] for key, name in PARAMETERS.items() if environ.get(name)}
+    given |= {key: value for key, value in split_url(url).items() if value}
+    host = given.get("host", socket_dir or "localhost")
+    if "," in host:
+        raise OperatorError("database URL: several hosts are not supported; name one")
+    port = parse_number(given.get("port", "5432"), "port", 1, 65535)
+    local = host.startswith("/")
+    user = given.get("user", os_user)
+    target = Target(
+        user=user,
+        dbname=given.get("dbname", user),
+        host=None if local else host,
+        port=port,
+        socket=f"{host.rstrip('/')}/.s.PGSQL.{port}" if local else None,
+        password=given.get("password"),
+        sslmode=given.get("sslmode", "prefer"),
+        sslrootcert=given.get("sslrootcert"),
+        sslcert=given.get("sslcert"),
+        sslkey=given.get("sslkey"),
+        connect_timeout=parse_connect_timeout(given.get("connect_timeout", "0")),
+        application_name=given.get("application_name", "attolytics"),
+        options=given.get("options"),
+    )
+    if target.sslmode not in SSL_MODES:
+        hint = suggestion(target.sslmode, SSL_MODES) or f"; the modes are {', '.join(SSL_MODES)}"
+        raise OperatorError(f'database URL: unknown sslmode "{target.sslmode}"{hint}')
+    return target, Path(given.get("passfile", home / ".pgpass"))
+
+
+def parse_number(text: str, what: str, low: int, high: int) -> int:
+    """Return a whole number. Raises OperatorError for anything else or outside low..high."""
+    if not re.fullmatch(r"-?[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise OperatorError(f"database URL: {what} must be a number from {low} to {high}, got {show(text)}")
+    return int(text)
+
+
+def parse_connect_timeout(text: str) -> float:
+    """Return the seconds of a connect_timeout; what libpq reads as "for ever" is our default."""
+    seconds = parse_number(text, "connect_timeout", -1, 3600)
+    return seconds if seconds > 0 else CONNECT_TIMEOUT_S
+
+
+PASSFILE_LINE = re.compile(r"(?!#)" + r"((?:\\.|[^:\\])*):" * 4 + r"(?P<password>.*)")
+
+
+def find_password(passfile: str, target: Target, socket_dir: str) -> str | None:
+    """Return the password that the text of a .pgpass file has for a target.
+
+    For a socket in the default directory the file says `localhost` (PostgreSQL manual, 34.16).
+    """
+    directory = target.socket.rpartition("/")[0] if target.socket else ""
+    host = target.host or ("localhost" if directory in (socket_dir, "") else directory)
+    wanted = (host, str(target.port), target.dbname, target.user)
+    for line in passfile.splitlines():
+        match = PASSFILE_LINE.fullmatch(line)
+        if match and all(
+            pattern == "*" or unescape(pattern) == value
+            for pattern, value in zip(match.groups(), wanted, strict=False)
+        ):
+            return unescape(match["password"])
+    return None
+
+
+def unescape(text: str) -> str:
+    """Return a field of .pgpass without its backslashes."""
+    return re.sub(r"\\(.)", r"\1", text)
+
+
+# --- Database -----------------------------------------------------------------
+# One pg8000 connection, owned by one thread at a time, and the translation of
+# SQLSTATEs to our errors. Everything here blocks, at most for the time-outs above.
+
+# What an SQLSTATE means for a flush, by class (its first two characters; PostgreSQL manual, appendix A).
+AWAY_CLASSES = frozenset({"08", "25", "53", "55", "57", "58", "XX"})
+CONFLICT_CLASSES = frozenset({"40"})
+# P0 is RAISE in a trigger, 44 a view's check option, 54 a value too long for an index.
+DATA_CLASSES = frozenset({"21", "22", "23", "38", "39", "44", "54", "P0"})
+
+ADVISORY_LOCK = 7_039_262_163_317  # Any number; held while tables are created.
+
+
+def server_error(fields: Mapping[str, str]) -> DatabaseError:
+    """Return our error for the fields of an ErrorResponse (PostgreSQL manual, 55.8)."""
+    sqlstate = fields.get("C", "")
+    kind: type[DatabaseError] = DatabaseMisconfigured
+    if sqlstate[:2] in AWAY_CLASSES:
+        kind = DatabaseAway
+    elif sqlstate[:2] in CONFLICT_CLASSES:
+        kind = DatabaseConflict
+    elif sqlstate[:2] in DATA_CLASSES:
+        kind = DataRefused
+    return kind(fields.get("M", "unknown error"), sqlstate, fields.get("c"), fields.get("D", ""))
+
+
+class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no type hints
+    """A pg8000 connection that remembers the last error the server sent.
+
+    pg8000 loses the text of a FATAL error, because the connection ends right after it.
+    """
+
+    last_error: Mapping[str, str] | None = None
+
+    def handle_ERROR_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802  # pg8000's name
+        super().handle_ERROR_RESPONSE(data, context)
+        self.last_error = context.error.args[0]
+
+
+# What pg8000 raises when the connection ends, or when the peer does not speak PostgreSQL's protocol.
+BROKEN = (pg8000.exceptions.InterfaceError, OSError, struct.error, KeyError, UnicodeDecodeError, IndexError)
+
+
+class Database:
+    """An open connection. Not safe for use by two threads at a time."""
+
+    def __init__(self, connection: PgConnection) -> None:
+        self._connection = connection
+
+    def run(self, sql: str) -> list[list[Any]]:
+        """Send one message and return the rows it brings.
+
+        Raises DatabaseAway when the connection is lost or the database cannot work now, and
+        DataRefused, DatabaseConflict or DatabaseMisconfigured for what the server says.
+        """
+        try:
+            return self._connection.run(sql) or []
+        except pg8000.exceptions.DatabaseError as error:
+            raise server_error(error.args[0]) from None
+        except BROKEN as error:
+            raise self._lost(error) from None
+
+    def transact(self, sql: str) -> None:
+        """Run one message that has a whole transaction in it; after an error nothing of it is left."""
+        try:
+            self.run(sql)
+        except (DataRefused, DatabaseConflict, DatabaseMisconfigured):
+            self.run("ROLLBACK")
+            raise
+
+    def set_timeout(self, seconds: float | None) -> None:
+        """Bound every wait for the server."""
+        self._connection._usock.settimeout(seconds)
+
+    def is_stale(self) -> bool:
+        """Return whether the server closed the idle connection, or says something unasked for.
+
+        Does not block. Noticing this before a flush is sent keeps its outcome from being unknown.
+        """
+        poll = select.poll()
+        poll.register(self._connection._usock, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def close(self) -> None:
+        """Close the connection, which may be dead already."""
+        try:
+            self._connection.close()
+        except BROKEN:
+            log.debug("the connection to the database was closed already")
+
+    def _lost(self, error: Exception) -> DatabaseAway:
+        said = self._connection.last_error
+        if said and said.get("S", said.get("V")) in ("FATAL", "PANIC"):
+            return DatabaseAway(f"connection lost: {said.get('M')}", said.get("C", ""))
+        if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
+            return DatabaseAway("no answer in time")
+        return DatabaseAway(f"connection lost: {one_line(error)}")
+
+
+def ssl_contexts(target: Target) -> list[ssl.SSLContext | bool | None]:
+    """Return what to pass to pg8000 as ssl_context, in the order to try (PostgreSQL manual, 34.19).
+
+    Raises OperatorError for a certificate file that cannot be read.
+    """
+    if target.socket or target.sslmode == "disable":
+        return [False]
+    verify = target.sslmode in ("verify-ca", "verify-full")
+    root = target.sslrootcert
+    if root == "system":
+        verify = True
+    elif not root and verify:
+        root = str(Path.home() / ".postgresql" / "root.crt")
+    context = ssl.create_default_context()
+    try:
+        if root and root != "system":
+            # As in libpq, naming a root certificate turns `require` into `verify-ca`.
+            verify = verify or target.sslmode == "require"
+            context.load_verify_locations(cafile=root)
+        if target.sslcert:
+            context.load_cert_chain(target.sslcert, target.sslkey)
+    except OSError as error:  # ssl.SSLError is one
+        raise OperatorError(
+            f"cannot read the certificates for sslmode={target.sslmode}"
+            f" ({', '.join(filter(None, (root, target.sslcert, target.sslkey)))}): {reason_of(error)}"
+        ) from None
+    context.check_hostname = target.sslmode == "verify-full" or root == "system"
+    context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
+    match target.sslmode:
+        case "allow":
+            return [False, context]
+        case "prefer":
+            return [context, False]
+    return [context]
+
+
+def reason_of(error: OSError) -> str:
+    """Return why a system call failed, without the numbers and paths that Python adds."""
+    return error.strerror or one_line(error)
+
+
+def open_socket(target: Target) -> socket.socket:
+    """Return a connected socket. Raises DatabaseAway, or DatabaseMisconfigured for lacking permission."""
+    place = target.socket or f"{target.host}:{target.port}"
+    try:
+        if target.socket:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(target.connect_timeout)
+            sock.connect(target.socket)
+            return sock
+        sock = socket.create_connection((target.host, target.port), target.connect_timeout)
+    except PermissionError as error:
+        raise DatabaseMisconfigured(f"cannot connect to {place}: {reason_of(error)}") from None
+    except OSError as error:
+        raise DatabaseAway(f"cannot connect to {place}: {reason_of(error)}") from None
+    # Without this every flush waits 40 ms for a delayed acknowledgement; pg8000 does not set it.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def connect(target: Target) -> Database:
+    """Return a connection that is ready for flushes. Blocks, each step at most connect_timeout.
+
+    Raises DatabaseAway, DatabaseMisconfigured or OperatorError.
+    """
+    contexts = ssl_contexts(target)
+    for attempt, context in enumerate(contexts, 1):
+        try:
+            connection = start_session(target, context)
+        except DatabaseMisconfigured as error:
+            # prefer and allow try the other way when the server refuses this one.
+            if attempt < len(contexts) and error.sqlstate in ("", "28000"):
+                continue
+            raise
+        database = Database(connection)
+        try:
+            check_session(database, connection.parameter_statuses)
+        except DatabaseError:
+            database.close()
+            raise
+        database.set_timeout(FLUSH_TIMEOUT_S)
+        return database
+    raise AssertionError("the last attempt returns or raises")
+
+
+def start_session(target: Target, context: ssl.SSLContext | bool | None) -> PgConnection:
+    """Return a session that the server has accepted."""
+    sock = open_socket(target)
+    # Settings that a server or a role may have changed, and that quoting relies on.
+    settings = {"client_encoding": "UTF8", "standard_conforming_strings": "on"}
+    if target.options:
+        settings["options"] = target.options
+    try:
+        return PgConnection(
+            target.user,
+            sock=sock,
+            host=target.host,
+            database=target.dbname,
+            # Without any password pg8000 fails where the server asks for one; an empty one is refused.
+            password=target.password or "",
+            application_name=target.application_name,
+            ssl_context=context,
+            startup_params=settings,
+        )
+    except pg8000.exceptions.DatabaseError as error:
+        sock.close()
+        raise startup_error(target, server_error(error.args[0])) from None
+    except ssl.SSLError as error:
+        sock.close()
+        raise DatabaseMisconfigured(f"TLS with {target.host} failed: {tls_reason(error)}") from None
+    except TimeoutError:
+        sock.close()
+        raise DatabaseAway("no answer in time") from None
+    except BROKEN as error:
+        sock.close()
+        # pg8000 closes the connection of a refused session, and that may fail and hide the refusal.
+        refusal = error.__context__ and error.__context__.__context__
+        if isinstance(refusal, pg8000.exceptions.DatabaseError):
+            raise startup_error(target, server_error(refusal.args[0])) from None
+        if "refuses SSL" in str(error):
+            raise DatabaseMisconfigured(
+                f"sslmode={target.sslmode}, but the server does not offer TLS"
+            ) from None
+        raise DatabaseAway(f"the connection ended early: {one_line(error)}") from None
+
+
+def tls_reason(error: ssl.SSLError) -> str:
+    """Return why a TLS handshake failed, as OpenSSL says it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the server's certificate is not valid: {error.verify_message}"
+    return (error.reason or one_line(error)).replace("_", " ").lower()
+
+
+def startup_error(target: Target, error: DatabaseError) -> DatabaseError:
+    """Return a refused session's error; only what can pass by itself stays DatabaseAway."""
+    if isinstance(error, DatabaseAway):
+        return error
+    missing = error.sqlstate == "28P01" and not target.password
+    hint = " (no password was given: put it in the URL, PGPASSWORD or .pgpass)" if missing else ""
+    return DatabaseMisconfigured(f"{error.reason}{hint}", error.sqlstate)
+
+
+def check_session(database: Database, status: Mapping[str, str]) -> None:
+    """Raise DatabaseError unless quoting is safe and rows can be written."""
+    if status.get("standard_conforming_strings") != "on":
+        raise DatabaseMisconfigured("standard_conforming_strings must be on")
+    if status.get("client_encoding", "").upper().replace("-", "") not in ("UTF8", "UNICODE"):
+        raise DatabaseMisconfigured("client_encoding must be UTF8")
+    if database.run("SHOW transaction_read_only") != [["off"]]:
+        raise DatabaseAway("the database is read-only", "25006")
+
+
+def prepare_tables(database: Database, schema: Schema, user: str) -> None:
+    """Create the tables and indexes that are missing.
+
+    Blocks as long as PostgreSQL needs to build indexes, and while another instance does the same.
+    Raises OperatorError when existing tables do not fit or PostgreSQL refuses, DatabaseAway when it
+    went away.
+    """
+    if not missing_after_check(database, schema, user):
+        return
+    database.set_timeout(None)
+    # Two sessions that create one table at once can fail with 23505, IF NOT EXISTS or not.
+    database.run(f"BEGIN; SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
+    statements = missing_after_check(database, schema, user)
+    try:
+        for statement in statements:
+            log.info("database: %s", statement)
+            database.run(statement)
+        database.run("COMMIT")
+    except (DataRefused, DatabaseConflict, DatabaseMisconfigured) as error:
+        database.run("ROLLBACK")
+        detail = f" ({error.detail})" if error.detail else ""
+        raise OperatorError(
+            f"cannot create what the schema needs: {error.reason}{detail}\n"
+            f"Let the owner of the database run this, or allow user {identifier(user)} to:\n"
+            + "\n".join(f"  {statement};" for statement in statements)
+        ) from None
+    database.set_timeout(FLUSH_TIMEOUT_S)
+
+
+def missing_after_check(database: Database, schema: Schema, user: str) -> list[str]:
+    """Return the SQL for what is missing; raise OperatorError for what does not fit."""
+    catalog = read_catalog(database.run(catalog_sql(schema.tables)))
+    found = differences(schema, catalog, user)
+    if not found:
+        return missing_sql(schema, catalog)
+    count = "a difference" if len(found) == 1 else f"{len(found)} differences"
+    raise OperatorError(
+        "\n".join(
+            [
+                f"the database does not fit the schema file, {count}:",
+                *(f"  {difference.reason}" for difference in found),
+                "Change the schema file, or mend the tables with:",
+                *(f"  {difference.sql};" for difference in found),
+            ]
+        )
+    )
+
+
+# --- Writer -------------------------------------------------------------------
+# Group commit. HTTP threads put batches into the inbox and wait; the writer takes
+# all that are there and stores them in one transaction.
+#
+#                  connection lost, database busy
+#     connected  ----------------------------------->  away
+#                <-----------------------------------
+#                  the connector hands over a connection
+#
+# While away, batches wait for PATIENCE_S, which hides a restart of PostgreSQL;
+# after that they are refused at once (503) until a connection is handed over.
+
+
+class Pending:
+    """A batch on its way through the writer, and the verdict on it."""
+
+    __slots__ = ("batch", "done", "error")
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.error: RequestError | None = None
+        # Held until the verdict is there; a bare lock wakes its thread faster than an Event.
+        self.done = threading.Lock()
+        self.done.acquire()
+
+    def settle(self, error: RequestError | None = None) -> None:
+        """Give the verdict: stored, or the reason why not. Called once, by the writer."""
+        self.error = error
+        self.done.release()
+
+
+class Stop:
+    """The last item of the inbox."""
+
+
+class Connector:
+    """Makes connections in a thread of its own while the writer has none."""
+
+    def __init__(self, open_database: Callable[[], Database], clock: Callable[[], float]) -> None:
+        self._open = open_database
+        self._clock = clock
+        self._stop = threading.Event()
+        # From the connector's thread to the writer: at most one connection.
+        self._ready: queue.SimpleQueue[Database] = queue.SimpleQueue()
+        self._backoff = 0.0
+
+    def start(self) -> None:
+        """Begin to connect, with back-off since the last time that settled() was called."""
+        threading.Thread(target=self._work, name="connector", daemon=True).start()
+
+    def take(self, wait: float) -> Database | None:
+        """Return the connection when it is there; blocks at most `wait` seconds."""
+        try:
+            return self._ready.get(timeout=wait) if wait > 0 else self._ready.get_nowait()
+        except queue.Empty:
+            return None
+
+    def settled(self) -> None:
+        """Note that a connection works, so that the next loss is retried at once."""
+        self._backoff = 0.0
+
+    def stop(self) -> None:
+        """End the thread soon; does not wait for it."""
+        self._stop.set()
+
+    def _work(self) -> None:
+        logged, logged_at = "", self._clock()
+        while not self._stop.wait(self._backoff * random.uniform(0.5, 1)):
+            self._backoff = min(max(self._backoff * 2, BACKOFF_FIRST_S), BACKOFF_MAX_S)
+            try:
+                self._ready.put(self._open())
+                return
+            except (DatabaseError, OperatorError) as error:
+                if str(error) != logged or self._clock() - logged_at > STILL_AWAY_LOG_S:
+                    logged, logged_at = str(error), self._clock()
+                    log.warning("cannot use the database: %s", error)
+
+
+class Writer:
+    """Owns the connection to the database; stores batches from all HTTP threads."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        open_database: Callable[[], Database],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._inserts = Inserts(schema)
+        self._clock = clock
+        self._connector = Connector(open_database, clock)
+        self._inbox: queue.SimpleQueue[Pending | Stop] = queue.SimpleQueue()
+        # All below belongs to the writer's thread, once it runs.
+        self._database: Database | None = None
+        self._away_since = 0.0
+        self._patience_until = 0.0
+        self._refused = 0
+
+    def start(self, database: Database | None) -> threading.Thread:
+        """Start the writer's thread, with a connection or (None) with the database away."""
+        self._database = database
+        if database is None:
+            self._away_since = self._clock()
+            self._connector.start()
+        thread = threading.Thread(target=self._work, name="writer", daemon=True)
+        thread.start()
+        return thread
+
+    def store(self, batch: Batch) -> None:
+        """Return when a batch is committed. Blocks for one or two flushes.
+
+        Raises StorageAway when it cannot be stored now, InvalidEvents when the database refuses it.
+        """
+        pending = Pending(batch)
+        self._inbox.put(pending)
+        pending.done.acquire()
+        if pending.error:
+            raise pending.error
+
+    def stop(self) -> None:
+        """End the thread after what is in the inbox. Does not wait; no store() may follow."""
+        self._connector.stop()
+        self._inbox.put(Stop())
+
+    def _work(self) -> None:
+        stopping = False
+        while not stopping:
+            waiting, stopping = self._take()
+            if waiting:
+                self._flush(waiting)
+        if self._database:
+            self._database.close()
+
+    def _take(self) -> tuple[list[Pending], bool]:
+        """Return the batches that are waiting, at least one unless it is time to stop."""
+        waiting: list[Pending] = []
+        events = chars = 0
+        item = self._inbox.get()
+        while not isinstance(item, Stop):
+            waiting.append(item)
+            events += len(item.batch.tables)
+            chars += item.batch.chars
+            if events >= FLUSH_EVENTS_MAX or chars >= FLUSH_CHARS_MAX:
+                return waiting, False
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                return waiting, False
+        return waiting, True
+
+    def _flush(self, waiting: Sequence[Pending]) -> None:
+        """Store batches in one transaction and give each its verdict."""
+        database = self._connected()
+        if database is None:
+            self._refuse(waiting)
+            return
+        started = self._clock()
+        try:
+            self._commit(database, [pending.batch for pending in waiting])
+        except (DatabaseAway, DatabaseConflict) as error:
+            self._lose(database, error)
+            self._refuse(waiting)
+        except (DataRefused, DatabaseMisconfigured) as error:
+            # Each by itself, so that the others do not suffer.
+            if len(waiting) > 1:
+                for pending in waiting:
+                    self._flush([pending])
+            else:
+                self._blame(database, waiting[0], error)
+        else:
+            self._connector.settled()
+            for pending in waiting:
+                pending.settle()
+            if log.isEnabledFor(TRACE):
+                events = sum(len(pending.batch.tables) for pending in waiting)
+                milliseconds = (self._clock() - started) * 1e3
+                log.log(TRACE, "flush: %d batches, %d events, %.1f ms", len(waiting), events, milliseconds)
+
+    def _commit(self, database: Database, batches: Sequence[Batch]) -> None:
+        message = self._inserts.flush(batches)
+        for _ in range(CONFLICT_TRIES - 1):
+            try:
+                return database.transact(message)
+            except DatabaseConflict as error:
+                log.debug("flush again: %s", error.reason)
+        return database.transact(message)
+
+    def _blame(self, database: Database, pending: Pending, error: DatabaseError) -> None:
+        """Refuse a batch that the database refused, naming the event at fault where there is one."""
+        if isinstance(error, DatabaseMisconfigured):
+            log.error("the database refuses events, mend it: %s (%s)", error.reason, error.sqlstate)
+            pending.settle(StorageAway("the database is not set up for these events"))
+            return
+        batch = pending.batch
+        try:
+            index, error = self._find_culprit(database, batch, error)
+        except (DatabaseAway, DatabaseConflict) as lost:
+            self._lose(database, lost)
+            self._refuse([pending])
+            return
+        reason = f"the database refuses it: {error.reason}"
+        problem = EventProblem(index, error.column, reason)
+        pending.settle(refused_events([problem], len(batch.tables)))
+
+    def _find_culprit(
+        self, database: Database, batch: Batch, error: DatabaseError
+    ) -> tuple[int | None, DatabaseError]:
+        """Return the index of an event that the database refuses by itself, and why; by bisection.
+
+        The index is None when only the events together are refused.
+        """
+        cursors = {table: iter(rows) for table, rows in batch.rows.items()}
+        rows = [(table, next(cursors[table])) for table in batch.tables]
+        low, high = 0, len(rows)
+        while high - low > 1:
+            middle = (low + high) // 2
+            refused = self._try_rows(database, rows[low:middle])
+            low, high, error = (low, middle, refused) if refused else (middle, high, error)
+        refused = self._try_rows(database, rows[low:high])
+        return (low, refused) if refused else (None, error)
+
+    def _try_rows(self, database: Database, rows: Sequence[tuple[str, str]]) -> DatabaseError | None:
+        """Return why the database refuses rows, or None if it would take them."""
+        by_table: dict[str, list[str]] = {}
+        for table, row in rows:
+            by_table.setdefault(table, []).append(row)
+        try:
+            database.transact(self._inserts.trial(by_table))
+        except (DataRefused, DatabaseMisconfigured) as error:
+            return error
+        return None
+
+    def _connected(self) -> Database | None:
+        """Return the connection, waiting a little for a new one if it was lost."""
+        if self._database and self._database.is_stale():
+            self._lose(self._database, DatabaseAway("the server closed the connection"))
+        if self._database is None:
+            self._database = self._connector.take(self._patience_until - self._clock())
+            if self._database:
+                away = self._clock() - self._away_since
+                log.info("the database is back after %.1f s; %d batches were refused", away, self._refused)
+                self._refused = 0
+        return self._database
+
+    def _lose(self, database: Database, error: DatabaseError) -> None:
+        """Give a connection up and let the connector make another."""
+        log.warning("the database is away: %s", error.reason)
+        database.close()
+        self._database = None
+        self._away_since = self._clock()
+        self._patience_until = self._away_since + PATIENCE_S
+        self._connector.start()
+
+    def _refuse(self, waiting: Sequence[Pending]) -> None:
+        self._refused += len(waiting)
+        for pending in waiting:
+            pending.settle(StorageAway("the database is away, send the events again later"))
+
+
+# --- HTTP ---------------------------------------------------------------------
+# Strict parsing, one handler per connection, a bounded pool of threads. The
+# parsing is our own because http.server's is neither fast nor safe behind a proxy:
+# it takes `Content-Length: +5`, lets Content-Length and Transfer-Encoding disagree
+# and drops headers after a malformed line, all of which smuggle requests.
+
+# The one map from what went wrong to HTTP; subclasses inherit.
+STATUSES: Mapping[type[RequestError], HTTPStatus] = {
+    MalformedRequest: HTTPStatus.BAD_REQUEST,
+    InvalidBody: HTTPStatus.BAD_REQUEST,
+    InvalidEvents: HTTPStatus.BAD_REQUEST,
+    WrongKey: HTTPStatus.FORBIDDEN,
+    OriginRefused: HTTPStatus.FORBIDDEN,
+    UnknownPath: HTTPStatus.NOT_FOUND,
+    TableRefused: HTTPStatus.NOT_FOUND,
+    MethodRefused: HTTPStatus.METHOD_NOT_ALLOWED,
+    RequestTooSlow: HTTPStatus.REQUEST_TIMEOUT,
+    LengthMissing: HTTPStatus.LENGTH_REQUIRED,
+    BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    TargetTooLong: HTTPStatus.REQUEST_URI_TOO_LONG,
+    MediaRefused: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    HeadersTooLarge: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    NotImplementedHere: HTTPStatus.NOT_IMPLEMENTED,
+    StorageAway: HTTPStatus.SERVICE_UNAVAILABLE,
+    TooManyConnections: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+# What a status brings with it (RFC 9110, sections 15.5.6, 15.5.16 and 15.6.4).
+STATUS_HEADERS: Mapping[HTTPStatus, str] = {
+    HTTPStatus.METHOD_NOT_ALLOWED: "Allow: POST, OPTIONS\r\n",
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: (
+        "Accept: application/json, text/plain\r\nAccept-Encoding: gzip, deflate\r\n"
+    ),
+    HTTPStatus.SERVICE_UNAVAILABLE: f"Retry-After: {RETRY_AFTER_S}\r\n",
+}
+
+KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
+MEDIA_TYPES = frozenset({"application/json", "text/plain", ""})
+CODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate"}
+
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
+FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")  # RFC 9112, section 5
+HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+TARGET = re.compile(r"(?:https?://[^/?#]*)?/apps/([^/?#]+)/events(?:\?[^#]*)?", re.IGNORECASE)
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~]*)?")
+# Bytes that no head has: bare line feeds and carriage returns, other control characters. Seeing one
+# early answers a client that speaks another protocol (TLS, say) at once.
+FORBIDDEN = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
+ONCE_ONLY = frozenset(
+    {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "origin"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A request's head. `length` is the body's, or None for a chunked body."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]  # names in lower case; repeated fields joined by ", "
+    length: int | None
+    keep_alive: bool
+    expects_continue: bool
+
+
+def parse_head(head: bytes) -> Head:
+    """Return a parsed request head (without its final empty line).
+
+    Raises MalformedRequest, NotImplementedHere, TargetTooLong or HeadersTooLarge (RFC 9112).
+    """
+    request_line, *fields = head.decode("latin-1").split("\r\n")
+    if len(request_line) > REQUEST_LINE_BYTES_MAX:
+        raise TargetTooLong(f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
+    match = REQUEST_LINE.fullmatch(request_line)
+    if not match:
+        raise MalformedRequest(f"malformed request line {show(request_line)}")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise MalformedRequest(f"HTTP/{major}.{minor} is not supported, use HTTP/1.1")
+    headers = parse_fields(fields)
+    if minor != "0" and "host" not in headers:
+        raise MalformedRequest("the Host header is missing")
+    if not HOST.fullmatch(headers.get("host", "")):
+        raise MalformedRequest(f"malformed Host header {show(headers['host'])}")
+    connection = headers.get("connection", "").lower().replace(" ", "").split(",")
+    return Head(
+        method,
+        target,
+        headers,
+        body_length(headers, minor),
+        keep_alive="close" not in connection and (minor != "0" or "keep-alive" in connection),
+        expects_continue=minor != "0" and headers.get("expect", "").lower() == "100-continue",
+    )
+
+
+def parse_fields(fields: Sequence[str]) -> dict[str, str]:
+    """Return header fields by lower-case name."""
+    if len(fields) > HEADER_COUNT_MAX:
+        raise HeadersTooLarge(f"{len(fields)} header fields; a request may have {HEADER_COUNT_MAX}")
+    if sum(map(len, fields)) > HEADER_BYTES_MAX:
+        raise HeadersTooLarge(f"the header fields have more than {HEADER_BYTES_MAX} bytes")
+    headers: dict[str, str] = {}
+    for line in fields:
+        match = FIELD.fullmatch(line)
+        if not match:
+            kind = "folded" if line[:1] in (" ", "\t") else "malformed"
+            raise MalformedRequest(f"{kind} header line {show(line)}")
+        name = match[1].lower()
+        value = match[2].rstrip(" \t")
+        if name in headers:
+            if name in ONCE_ONLY:
+                raise MalformedRequest(f"the header {name} stands twice")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def body_length(headers: Mapping[str, str], minor: str) -> int | None:
+    """Return the length of the body, or None if it is chunked (RFC 9112, section 6.3)."""
+    coding = headers.get("transfer-encoding")
+    length = headers.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise MalformedRequest("both Content-Length and Transfer-Encoding")
+        if minor == "0":
+            raise MalformedRequest("Transfer-Encoding in HTTP/1.0")
+        codings = [item.strip(" \t").lower() for item in coding.split(",")]
+        if set(codings) != {"chunked"}:
+            raise NotImplementedHere(f"the transfer coding {show(coding)} is not supported, only chunked")
+        if len(codings) > 1:
+            raise MalformedRequest("chunked twice")
+        return None
+    if length is None:
+        return 0
+    if not length.isascii() or not length.isdigit() or len(length) > 18:
+        raise MalformedRequest(f"malformed Content-Length {show(length)}")
+    return int(length)
+
+
+def media_type(headers: Mapping[str, str]) -> None:
+    """Raise MediaRefused unless the body is JSON, or text as navigator.sendBeacon() sends it."""
+    full = headers.get("content-type", "")
+    kind, *parameters = (part.strip(" \t").lower() for part in full.split(";"))
+    charsets = [
+        value.strip('"') for name, _, value in (p.partition("=") for p in parameters) if name == "charset"
+    ]
+    if kind not in MEDIA_TYPES or any(charset not in ("utf-8", "utf8", "us-ascii") for charset in charsets):
+        raise MediaRefused(f"the content type {show(full)} is not supported, send application/json in UTF-8")
+
+
+def content_coding(headers: Mapping[str, str]) -> str:
+    """Return "gzip", "deflate" or "". Raises MediaRefused for other codings."""
+    coding = headers.get("content-encoding", "")
+    if coding.lower() not in CODINGS:
+        raise MediaRefused(f"the content encoding {show(coding)} is not supported, only gzip and deflate")
+    return CODINGS[coding.lower()]
+
+
+def client_address(peer: str, headers: Mapping[str, str]) -> str:
+    """Return the client's IP address.
+
+    A proxy on this machine or in a private network is believed what it says in X-Real-IP or last in
+    X-Forwarded-For; anybody else could say anything.
+    """
+    address = plain_address(peer)
+    if address is None:
+        return peer
+    if address.is_loopback or address.is_private:
+        forwarded = headers.get("x-forwarded-for", "").rpartition(",")[2]
+        for claimed in (headers.get("x-real-ip", ""), forwarded):
+            if proxied := plain_address(claimed.strip()):
+                return str(proxied)
+    return str(address)
+
+
+def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return an address without a zone, and IPv4 that came over an IPv6 socket as IPv4."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+class Cors:
+    """The CORS headers of one app's answers (fetch.spec.whatwg.org, 3.2)."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._origins = intake.app.origins
+        names = ("Content-Type", "Content-Encoding", *intake.headers)
+        self._preflight = (
+            "Access-Control-Allow-Methods: POST\r\n"
+            f"Access-Control-Allow-Headers: {', '.join(names)}\r\n"
+            f"Access-Control-Max-Age: {PREFLIGHT_AGE_S}\r\n"
+        )
+
+    def allows(self, origin: str | None) -> bool:
+        """Return whether a request with this Origin header is let in. Only browsers send one."""
+        return origin is None or self._origins is None or origin.lower() in self._origins
+
+    def headers(self, origin: str | None, preflight: bool = False) -> str:
+        """Return the header lines of an answer."""
+        if self._origins is None:
+            lines = ANY_ORIGIN
+        elif origin is not None and self.allows(origin):
+            lines = f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n{EXPOSED}"
+        else:
+            return "Vary: Origin\r\n"
+        return lines + (self._preflight if preflight else "")
+
+
+EXPOSED = "Access-Control-Expose-Headers: Retry-After\r\n"
+ANY_ORIGIN = f"Access-Control-Allow-Origin: *\r\n{EXPOSED}"
+
+
+class Incoming:
+    """What a client sends, read under deadlines rather than per-read time-outs.
+
+    Its methods raise RequestTooSlow at the deadline, MalformedRequest when the client stops early,
+    and OSError when the connection breaks.
+    """
+
+    def __init__(self, sock: socket.socket, clock: Callable[[], float]) -> None:
+        self._sock = sock
+        self._clock = clock
+        self._buffer = b""
+
+    def wait(self, seconds: float) -> bool:
+        """Return whether the next request has begun; False at the end of input or after `seconds`."""
+        try:
+            return bool(self._buffer) or self._receive(self._clock() + seconds)
+        except RequestTooSlow:
+            return False
+
+    def head(self) -> bytes:
+        """Return a request's head without its final empty line. Call it after wait()."""
+        deadline = self._clock() + HEAD_DEADLINE_S
+        # An empty line before the request line is ignored (RFC 9112, section 2.2).
+        searched = 0
+        while (end := self._buffer.find(b"\r\n\r\n", max(searched - 3, 0))) <= 0:
+            if end == 0 or self._buffer.startswith(b"\r\n"):
+                self._buffer = self._buffer[2:]
+                searched = 0
+                continue
+            self._check_partial_head()
+            searched = len(self._buffer)
+            if not self._receive(deadline):
+                raise MalformedRequest("the connection ended in the middle of the request's head")
+        head = self._buffer[:end].removeprefix(b"\r\n")
+        self._buffer = self._buffer[end + 4 :]
+        return head
+
+    def exactly(self, size: int, deadline: float) -> bytes:
+        """Return `size` bytes of the body."""
+        parts = [self._buffer[:size]]
+        self._buffer = self._buffer[size:]
+        missing = size - len(parts[0])
+        while missing:
+            if not self._receive(deadline):
+                raise MalformedRequest(f"the body ended {missing} bytes early")
+            parts.append(self._buffer[:missing])
+            self._buffer = self._buffer[len(parts[-1]) :]
+            missing -= len(parts[-1])
+        return b"".join(parts)
+
+    def line(self, limit: int, deadline: float) -> bytes:
+        """Return a line without its CRLF."""
+        while (end := self._buffer.find(b"\r\n")) < 0 and len(self._buffer) <= limit:
+            if not self._receive(deadline):
+                raise MalformedRequest("the connection ended in the middle of a chunked body")
+        if not 0 <= end <= limit:
+            raise MalformedRequest(f"a line of more than {limit} bytes in a chunked body")
+        line = self._buffer[:end]
+        self._buffer = self._buffer[end + 2 :]
+        return line
+
+    def chunked(self, limit: int, deadline: float) -> bytes:
+        """Return a chunked body (RFC 9112, section 7.1). Raises BodyTooLarge beyond `limit` bytes."""
+        parts, total = [], 0
+        while True:
+            match = CHUNK_LINE.fullmatch(self.line(CHUNK_LINE_BYTES_MAX, deadline))
+            if not match:
+                raise MalformedRequest("malformed chunk size")
+            size = int(match[1], 16)
+            total += size
+            if total > limit:
+                raise BodyTooLarge(f"the body has more than {limit} bytes")
+            if not size:
+                break
+            parts.append(self.exactly(size, deadline))
+            if self.exactly(2, deadline) != b"\r\n":
+                raise MalformedRequest("a chunk is longer than its size says")
+        trailers = []
+        while line := self.line(HEADER_BYTES_MAX, deadline):
+            trailers.append(line.decode("latin-1"))
+            parse_fields(trailers)
+        return b"".join(parts)
+
+    def drain(self, deadline: float) -> None:
+        """Read and drop what still comes, until the client stops or the deadline."""
+        try:
+            while self._receive(deadline):
+                self._buffer = b""
+        except (RequestTooSlow, OSError):
+            return
+
+    def _check_partial_head(self) -> None:
+        if FORBIDDEN.search(self._buffer):
+            raise MalformedRequest("a control character, or a line that does not end in CR LF")
+        line_end = self._buffer.find(b"\r\n")
+        if line_end < 0 and len(self._buffer) > REQUEST_LINE_BYTES_MAX:
+            raise TargetTooLong(f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
+        if len(self._buffer) - line_end > HEADER_BYTES_MAX + 2 * HEADER_COUNT_MAX:
+            raise HeadersTooLarge(f"the header fields have more than {HEADER_BYTES_MAX} bytes")
+
+    def _receive(self, deadline: float) -> bool:
+        """Add what has come to the buffer; return False at the end of input."""
+        remaining = deadline - self._clock()
+        if remaining <= 0:
+            raise RequestTooSlow("the request did not arrive in time")
+        self._sock.settimeout(remaining)
+        try:
+            data = self._sock.recv(RECEIVE_BYTES)
+        except TimeoutError:
+            raise RequestTooSlow("the request did not arrive in time") from None
+        self._buffer = self._buffer + data if self._buffer else data
+        return bool(data)
+
+
+RECEIVE_BYTES = 1 << 16
+
+
+class Service:
+    """What all connections share: the apps, the writer, and the state of the process."""
+
+    def __init__(
+        self, schema: Schema, writer: Writer, body_bytes_max: int, clock: Callable[[], float]
+    ) -> None:
+        self.writer = writer
+        self.body_bytes_max = body_bytes_max
+        self.clock = clock
+        self._apps = {app.id: Intake(app) for app in schema.apps.values()}
+        self._cors = {app_id: Cors(intake) for app_id, intake in self._apps.items()}
+        # Connections whose thread waits for a request. Set operations are atomic.
+        self._idle: set[socket.socket] = set()
+        self.draining = False
+        self._date = (0, "")
+
+    def find(self, target: str) -> tuple[Intake, Cors]:
+        """Return the app that a request target names. Raises UnknownPath."""
+        match = TARGET.fullmatch(target)
+        if not match:
+            raise UnknownPath("no such path; events go to /apps/<app>/events")
+        try:
+            app_id = unquote_to_bytes(match[1]).decode()
+            return self._apps[app_id], self._cors[app_id]
+        except (KeyError, UnicodeDecodeError):
+            raise UnknownPath(f"no such app {show(match[1])}") from None
+
+    def await_request(self, sock: socket.socket, incoming: Incoming, seconds: float) -> bool:
+        """Return whether another request comes; False when the connection should be closed."""
+        self._idle.add(sock)
+        try:
+            # drain() sets the flag before it looks at the set: one of us sees the other.
+            return not self.draining and incoming.wait(seconds)
+        finally:
+            self._idle.discard(sock)
+
+    def drain(self) -> None:
+        """Let no connection wait for another request. What has arrived is still answered."""
+        self.draining = True
+        for sock in self._idle.copy():
+            try:
+                sock.shutdown(socket.SHUT_RD)
+            except OSError:
+                log.debug("a client had closed its connection")
+
+    def date(self) -> str:
+        """Return the Date of answers (RFC 9110, section 6.6.1); formatted once a second."""
+        now = int(time.time())
+        second, text = self._date
+        if now != second:
+            text = formatdate(now, usegmt=True)
+            self._date = (now, text)
+        return text
+
+    def answer(self, status: HTTPStatus, body: Mapping[str, object] | None, headers: str) -> bytes:
+        """Return a whole answer, to be sent at once."""
+        text = json.dumps(body) + "\n" if body is not None else ""
+        kind = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n" if text else ""
+        head = f"HTTP/1.1 {status.value} {status.phrase}\r\nDate: {self.date()}\r\n{kind}{headers}"
+        return f"{head}\r\n{text}".encode("latin-1")
+
+
+def error_body(error: RequestError) -> dict[str, object]:
+    """Return the JSON body that explains a refusal."""
+    body: dict[str, object] = {"error": error.reason}
+    if isinstance(error, InvalidEvents):
+        body["events"] = [
+            {"index": problem.index, "column": problem.column, "reason": problem.reason}
+            for problem in error.problems
+        ]
+    return body
+
+
+def status_of(error: RequestError) -> HTTPStatus:
+    """Return the status for an error, by its class or the nearest one above it."""
+    return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
+
+
+class Handler(BaseRequestHandler):
+    """Serves one client connection: request after request, until one of us closes it."""
+
+    server: Server
+    request: socket.socket
+
+    def setup(self) -> None:
+        # Without it an answer can wait 40 ms for the client's delayed acknowledgement.
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._service = self.server.service
+        self._incoming = Incoming(self.request, self._service.clock)
+        # About the request that is being served:
+        self._head: Head | None = None
+        self._cors = ANY_ORIGIN
+        self._body_unread = False
+
+    def handle(self) -> None:
+        try:
+            first = True
+            while self._await_request(first):
+                first = False
+                if not self._exchange():
+                    break
+            if self._body_unread:
+                self._linger()
+        except OSError as error:  # the client is gone: nobody to answer
+            log.debug("%s: %s", self.client_address[0], reason_of(error))
+
+    def _await_request(self, first: bool) -> bool:
+        if first:
+            seconds: float = HEAD_DEADLINE_S
+        else:
+            seconds = IDLE_CROWDED_S if self.server.pool.is_crowded() else IDLE_S
+        return self._service.await_request(self.request, self._incoming, seconds)
+
+    def _exchange(self) -> bool:
+        """Serve one request; return whether the connection stays open."""
+        started = self._service.clock()
+        self._head, self._cors, self._body_unread = None, ANY_ORIGIN, True
+        try:
+            self._head = parse_head(self._incoming.head())
+            status, body = self._serve(self._head)
+        except RequestError as error:
+            status, body = status_of(error), error_body(error)
+        keep = self._answer(status, body)
+        if log.isEnabledFor(logging.DEBUG):
+            line = f"{self._head.method} {self._head.target}" if self._head else "-"
+            milliseconds = (self._service.clock() - started) * 1e3
+            reason = body["error"] if body and "error" in body else ""
+            log.debug("%s %s -> %d in %.1f ms %s", self.client_address[0], line, status, milliseconds, reason)
+        return keep
+
+    def _answer(self, status: HTTPStatus, body: dict[str, object] | None) -> bool:
+        head = self._head
+        keep = head is not None and head.keep_alive and not self._body_unread and not self._service.draining
+        headers = self._cors + STATUS_HEADERS.get(status, "")
+        headers += "Connection: keep-alive\r\n" if keep else "Connection: close\r\n"
+        answer = self._service.answer(status, body, headers)
+        if head and head.method == "HEAD":
+            answer = answer[: answer.index(b"\r\n\r\n") + 4]
+        self.request.settimeout(SEND_TIMEOUT_S)
+        self.request.sendall(answer)
+        return keep
+
+    def _serve(self, head: Head) -> tuple[HTTPStatus, dict[str, object] | None]:
+        try:
+            intake = self._admit(head)
+        except RequestError:
+            # Read the body all the same, so that the connection can go on. Not if the client waits
+            # for a go-ahead that it will not get, nor if the body is too large.
+            if not head.expects_continue and (head.length or 0) <= self._service.body_bytes_max:
+                self._read_body(head)
+            raise
+        if head.expects_continue and head.length != 0:
+            self.request.settimeout(SEND_TIMEOUT_S)
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self._read_body(head)
+        if head.method == "OPTIONS":
+            return HTTPStatus.NO_CONTENT, None
+        if coding := content_coding(head.headers):
+            body = inflate(body, coding, self._service.body_bytes_max)
+        address = client_address(self.client_address[0], head.headers)
+        batch = intake.batch(body, Delivery(head.headers, address, datetime.now(UTC)))
+        if batch.tables:
+            self._service.writer.store(batch)
+        accepted: dict[str, object] = {"accepted": len(batch.tables), "stored": "database"}
+        if batch.warnings:
+            accepted["warnings"] = batch.warnings
+        return HTTPStatus.OK, accepted
+
+    def _admit(self, head: Head) -> Intake:
+        """Return the app of a request whose head is in order; raise a RequestError otherwise."""
+        if head.method not in KNOWN_METHODS:
+            raise NotImplementedHere(f"the method {show(head.method)} is not known")
+        intake, cors = self._service.find(head.target)
+        origin = head.headers.get("origin")
+        self._cors = cors.headers(origin, preflight=head.method == "OPTIONS")
+        if head.method not in ("POST", "OPTIONS"):
+            raise MethodRefused(f"{head.method} is not allowed here, use POST")
+        if not cors.allows(origin):
+            raise OriginRefused(f"the app does not allow the origin {show(origin)}")
+        if head.method == "POST":
+            if head.length is not None and "content-length" not in head.headers:
+                raise LengthMissing("a POST needs a Content-Length or chunked Transfer-Encoding")
+            media_type(head.headers)
+            content_coding(head.headers)
+        if head.length is not None and head.length > self._service.body_bytes_max:
+            limit = self._service.body_bytes_max
+            raise BodyTooLarge(f"the body has {head.length} bytes; a request may have {limit}")
+        return intake
+
+    def _read_body(self, head: Head) -> bytes:
+        deadline = self._service.clock() + BODY_DEADLINE_S
+        if head.length is None:
+            body = self._incoming.chunked(self._service.body_bytes_max, deadline)
+        else:
+            body = self._incoming.exactly(head.length, deadline)
+        self._body_unread = False
+        return body
+
+    def _linger(self) -> None:
+        """Let the client read its answer: closing at once would reset the connection under it."""
+        self.request.shutdown(socket.SHUT_WR)
+        self._incoming.drain(self._service.clock() + LINGER_S)
+
+
+class Pool:
+    """Runs jobs in at most `limit` threads, which are reused."""
+
+    def __init__(self, limit: int, name: str) -> None:
+        self._limit = limit
+        self._name = name
+        self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        # Guards _busy and _threads.
+        self._lock = threading.Lock()
+        # Notified when _busy becomes 0.
+        self._quiet = threading.Condition(self._lock)
+        self._busy = 0  # jobs that run or wait for their thread
+        self._threads = 0
+
+    def run(self, job: Callable[[], object]) -> bool:
+        """Run a job in a thread soon; return False if all threads are busy or none can be made."""
+        with self._lock:
+            if self._busy >= self._limit:
+                return False
+            self._busy += 1
+            if self._busy > self._threads and not self._add_thread():
+                self._busy -= 1
+                return False
+        self._jobs.put(job)
+        return True
+
+    def is_crowded(self) -> bool:
+        """Return whether threads are scarce. Not exact, as it takes no lock."""
+        return self._busy * 4 > self._limit * 3
+
+    def wait_until_quiet(self, seconds: float) -> bool:
+        """Return whether all jobs have ended. Blocks at most `seconds`."""
+        with self._lock:
+            return self._quiet.wait_for(lambda: not self._busy, seconds)
+
+    def _add_thread(self) -> bool:
+        try:
+            threading.Thread(target=self._work, name=f"{self._name}-{self._threads}", daemon=True).start()
+        except RuntimeError as error:  # the system's limit of threads or memory
+            log.error("cannot start a thread: %s", error)
+            return False
+        self._threads += 1
+        return True
+
+    def _work(self) -> NoReturn:
+        while True:
+            job = self._jobs.get()
+            job()
+            del job  # it holds the connection
+            with self._lock:
+                self._busy -= 1
+                if not self._busy:
+                    self._quiet.notify_all()
+
+
+class Server(ThreadingHTTPServer):
+    """One listening socket. Several of them may share a service and its pools."""
+
+    request_queue_size = LISTEN_BACKLOG
+
+    def __init__(
+        self, family: int, address: tuple[str, int], service: Service, pool: Pool, turning_away: Pool
+    ) -> None:
+        self.address_family = family
+        self.service = service
+        self.pool = pool
+        self._turning_away = turning_away
+        super().__init__(address, Handler, bind_and_activate=False)
+
+    def server_bind(self) -> None:
+        # HTTPServer's own would look the name up in DNS.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.error("cannot accept connections: %s", reason_of(error))
+                time.sleep(ACCEPT_PAUSE_S)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in the pool; beyond its limit give the client a quick 503."""
+        if self.pool.run(partial(self.process_request_thread, request, client_address)):
+            return
+        if not self._turning_away.run(partial(self._turn_away, request)):
+            self.shutdown_request(request)
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        error = TooManyConnections("too many connections, try again later")
+        status = status_of(error)
+        headers = f"{ANY_ORIGIN}{STATUS_HEADERS[status]}Connection: close\r\n"
+        try:
+            sock.settimeout(LINGER_S)
+            sock.sendall(self.service.answer(status, error_body(error), headers))
+            sock.shutdown(socket.SHUT_WR)
+            Incoming(sock, self.service.clock).drain(self.service.clock() + LINGER_S)
+        except OSError as gone:
+            log.debug("a client that was turned away is gone: %s", reason_of(gone))
+        finally:
+            self.shutdown_request(sock)
+
+    def handle_error(self, _request: Any, client_address: Any) -> None:
+        """Log a bug of ours in one line; BaseServer would print a traceback."""
+        log.error("a connection from %s was cut: %s", client_address[0], describe_bug(sys.exception()))
+
+
+def describe_bug(error: BaseException | None) -> str:
+    """Return an exception that nobody expected, and where it was raised, in one line."""
+    if error is None:
+        return "for no reason given"
+    trace = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(trace[-1].filename).name}:{trace[-1].lineno}" if trace else ""
+    return f"{type(error).__name__}{place}: {one_line(error)}"
+
+
+def bind(host: str, port: int, make_server: Callable[[int, tuple[str, int]], Server]) -> list[Server]:
+    """Return servers bound to every address of a host, not listening yet.
+
+    `localhost` is 127.0.0.1 and ::1. With port 0 the system chooses one, the same for all. Raises
+    OperatorError.
+    """
+    servers: list[Server] = []
+    refused: list[OSError] = []
+    for family, address in addresses(host, port):
+        server = make_server(family, (address, servers[0].server_port if servers else port))
+        try:
+            server.server_bind()
+            servers.append(server)
+        except OSError as error:
+            server.server_close()
+            # A machine without IPv6 still has its localhost.
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and host == "localhost":
+                refused.append(error)
+                continue
+            for bound in servers:
+                bound.server_close()
+            raise OperatorError(
+                f"cannot listen on {shown_address(address, port)}: {listen_hint(error)}"
+            ) from None
+    if not servers:
+        raise OperatorError(f"cannot listen on {host}: {reason_of(refused[0])}")
+    return servers
+
+
+def addresses(host: str, port: int) -> list[tuple[int, str]]:
+    """Return the (address family, address) pairs that a host to listen on stands for."""
+    if host == "localhost":
+        return [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = reason_of(error) if isinstance(error, OSError) else "not a host name"
+        raise OperatorError(f"cannot listen on {show(host)}: {reason}") from None
+    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
+
+
+def listen_hint(error: OSError) -> str:
+    """Return why a port cannot be had and what to do about it."""
+    if error.errno == errno.EADDRINUSE:
+        return "the port is in use; stop the other program or choose another port with --port"
+    if error.errno == errno.EACCES:
+        return "permission denied; ports below 1024 need root, choose another with --port"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "this machine does not have the address"
+    return reason_of(error)
+
+
+def shown_address(host: str, port: int) -> str:
+    """Return host:port as in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+# --- systemd ------------------------------------------------------------------
+# The notification protocol of sd_notify(3): datagrams to a Unix socket.
+
+
+class Notifier:
+    """Tells systemd about our state; does nothing when systemd did not start us."""
+
+    def __init__(self, path: str | None) -> None:
+        # A leading @ stands for a NUL byte: Linux' abstract namespace.
+        self._path = "\0" + path[1:] if path and path.startswith("@") else path
+
+    def send(self, *lines: str) -> None:
+        """Send one datagram, for example send("READY=1", "STATUS=listening"). Never raises or blocks."""
+        if not self._path:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+            try:
+                sock.sendto("\n".join(lines).encode(), self._path)
+            except OSError as error:
+                log.debug("cannot notify systemd: %s", reason_of(error))
+
+
+# --- Command line -------------------------------------------------------------
+# Options, logging, and the life of the process: start, serve, drain.
+
+SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+DESCRIPTION = """\
+Receive analytics events over HTTP and insert them into PostgreSQL.
+
+Apps POST their events as JSON to /apps/<app>/events; the schema file says which
+apps there are and which columns their tables have. Missing tables and indexes are
+created at start. 200 is answered only after the events are committed."""
+
+EPILOG = """\
+database URL:
+  postgres://user:password@host:port/database     over TCP; add ?sslmode=verify-full for TLS
+  postgres://user@%2Frun%2Fpostgresql/database    over the Unix socket in /run/postgresql
+  What the URL leaves out comes from PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE,
+  PGSSLMODE and so on, and the password from ~/.pgpass. Others can see a password on the
+  command line with ps: prefer ATTOLYTICS_DB_URL or .pgpass.
+
+exit codes:
+  0  stopped by SIGTERM or SIGINT, every request in flight answered
+  1  something is wrong with the schema file, the database or the address; the message says what
+  2  wrong options
+
+example:
+  attolytics --schema schema.conf.yaml --db_url postgres://attolytics@%2Frun%2Fpostgresql
+  curl http://localhost:8000/apps/com.example.myapp/events -H 'Content-Type: application/json' \\
+    -d '{"secret_key": "...", "events": [{"_t": "events", "event_type": "game_start"}]}'
+"""
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes, written as 1048576, 1024k, 1M or 1MiB."""
+    match = re.fullmatch(r"([0-9]{1,15})\s*([kmg]?)(?:i?b)?", text.strip().lower())
+    if not match or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 1048576 or 1M, got {show(text)}")
+    return int(match[1]) * SIZE_UNITS[match[2]]
+
+
+def parse_count(low: int, high: int, text: str) -> int:
+    """Return a whole number from low to high."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {show(text)}")
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of our options."""
+    parser = argparse.ArgumentParser(
+        "attolytics",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-s", "--schema", metavar="PATH", default="schema.conf.yaml", help="schema file (./schema.conf.yaml)")
+    add(
+        "-d",
+        "--db_url",
+        metavar="URL",
+        help="database; or $ATTOLYTICS_DB_URL; or database_url in the schema file",
+    )
+    add(
+        "-H",
+        "--host",
+        default="localhost",
+        help="address to listen on (localhost: both 127.0.0.1 and ::1); 0.0.0.0 or :: for all",
+    )
+    add("-p", "--port", type=partial(parse_count, 0, 65535), default=8000, help="port to listen on (8000)")
+    add(
+        "--max_body",
+        metavar="N",
+        type=parse_size,
+        default=BODY_BYTES_MAX,
+        help="largest request body in bytes, also after decompression (1M)",
+    )
+    add(
+        "--max_connections",
+        metavar="N",
+        type=partial(parse_count, 1, 100_000),
+        default=CONNECTIONS_MAX,
+        help=f"client connections served at once ({CONNECTIONS_MAX}); beyond it clients get 503",
+    )
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument(
+        "-v", "--verbose", action="count", default=0, help="log every request; twice: every flush too"
+    )
+    volume.add_argument("-q", "--quiet", action="store_true", help="log only warnings and errors")
+    add("--version", action="version", version=f"attolytics {__version__}")
+    return parser
+
+
+class JournalFormatter(logging.Formatter):
+    """Log lines for systemd: a priority prefix per line and no time (sd-daemon(3))."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6}
+        prefix = f"<{priority.get(record.levelno, 7)}>"
+        return "\n".join(prefix + line for line in super().format(record).splitlines())
+
+
+def under_systemd(journal_stream: str | None) -> bool:
+    """Return whether stderr goes to the journal (systemd.exec(5): $JOURNAL_STREAM is device:inode)."""
+    try:
+        status = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return journal_stream == f"{status.st_dev}:{status.st_ino}"
+
+
+def set_up_logging(verbose: int, quiet: bool, journal: bool) -> None:
+    handler = logging.StreamHandler()
+    if journal:
+        handler.setFormatter(JournalFormatter("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.addLevelName(TRACE, "TRACE")
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if quiet else (logging.INFO, logging.DEBUG, TRACE)[min(verbose, 2)])
+
+
+def read_schema(path: str) -> Schema:
+    """Return the schema in a file. Raises OperatorError."""
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except OSError as error:
+        raise OperatorError(f"cannot read the schema file {path}: {reason_of(error)}") from None
+    except UnicodeDecodeError as error:
+        raise OperatorError(
+            f"the schema file {path} is not UTF-8: {error.reason} at byte {error.start}"
+        ) from None
+    return parse_schema(text, path)
+
+
+def find_socket_dir(port: str) -> str:
+    """Return where a local PostgreSQL has its socket: Debian's place, else PostgreSQL's own, else ""."""
+    for directory in ("/run/postgresql", "/var/run/postgresql", "/tmp"):
+        if Path(directory, f".s.PGSQL.{port}").exists():
+            return directory
+    return ""
+
+
+def read_target(url: str, environ: Mapping[str, str]) -> Target:
+    """Return the target of a database URL, with the password from .pgpass if it has none."""
+    socket_dir = find_socket_dir(split_url(url).get("port") or environ.get("PGPORT") or "5432")
+    target, passfile = parse_target(url, environ, os_user(), socket_dir, Path.home())
+    if target.password is not None:
+        return target
+    try:
+        status = passfile.stat()
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            log.warning("%s is ignored: others may read it; run chmod 600 %s", passfile, passfile)
+            return target
+        password = find_password(passfile.read_text(), target, socket_dir)
+    except FileNotFoundError:
+        return target
+    except (OSError, UnicodeDecodeError) as error:
+        log.warning("cannot read %s: %s", passfile, one_line(error))
+        return target
+    return replace(target, password=password)
+
+
+def os_user() -> str:
+    """Return the name of the user we run as; a container may have none for its number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "postgres"
+
+
+def raise_file_limit(connections: int) -> None:
+    """Let the process have a file descriptor per connection. Raises OperatorError."""
+    needed = connections + TURN_AWAY_THREADS + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        except (ValueError, OSError):
+            raise OperatorError(
+                f"--max_connections {connections} needs {needed} open files, but the limit is {hard}:"
+                " lower it, or raise LimitNOFILE (systemd) or ulimit -n"
+            ) from None
+
+
+def open_database(target: Target, schema: Schema) -> Database:
+    """Return a connection to a database that has all the tables. Raises DatabaseError or OperatorError."""
+    database = connect(target)
+    try:
+        prepare_tables(database, schema, target.user)
+    except (DatabaseError, OperatorError):
+        database.close()
+        raise
+    return database
+
+
+def first_connection(target: Target, schema: Schema) -> Database | None:
+    """Return a connection, or None while PostgreSQL is not up yet. Raises OperatorError for the rest."""
+    try:
+        return open_database(target, schema)
+    except DatabaseAway as error:
+        log.warning("cannot use %s: %s; events are refused with 503 until it is back", target, error.reason)
+        return None
+    except DatabaseError as error:
+        raise OperatorError(f"cannot use {target}: {error.reason}") from None
+
+
+def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Notifier) -> None:
+    """Run the server until SIGTERM or SIGINT. Raises OperatorError when it cannot start or go on."""
+    schema = read_schema(options.schema)
+    url = options.db_url or environ.get("ATTOLYTICS_DB_URL") or schema.database_url
+    if not url:
+        raise OperatorError(
+            "no database URL: give --db_url, set ATTOLYTICS_DB_URL or write database_url into the schema file"
+        )
+    target = read_target(url, environ)
+    raise_file_limit(options.max_connections)
+    writer = Writer(schema, partial(open_database, target, schema))
+    service = Service(schema, writer, options.max_body, time.monotonic)
+    pool = Pool(options.max_connections, "http")
+    turning_away = Pool(TURN_AWAY_THREADS, "turning-away")
+    servers = bind(
+        options.host,
+        options.port,
+        lambda family, address: Server(family, address, service, pool, turning_away),
+    )
+    database = first_connection(target, schema)
+    # Signals and the death of a thread arrive here; put() may be called from a signal handler.
+    ends: queue.SimpleQueue[str] = queue.SimpleQueue()
+    catch_signals(ends)
+    catch_bugs(ends)
+    writing = writer.start(database)
+    for server in servers:
+        server.server_activate()
+        threading.Thread(target=server.serve_forever, name="acceptor", daemon=True).start()
+    listening = " and ".join(f"http://{shown_address(*server.server_address[:2])}" for server in servers)  # type: ignore[arg-type]
+    log.info("attolytics %s listens on %s, writes to %s", __version__, listening, target)
+    notifier.send("READY=1", f"STATUS=listening on {listening}")
+    reason = ends.get()
+    log.info("stopping: %s", reason)
+    notifier.send("STOPPING=1", "STATUS=answering the requests in flight")
+    drain(servers, service, pool, writer, writing)
+    if reason == BUG:
+        raise OperatorError("stopped because of a bug, see the message above")
+
+
+BUG = "a thread ended that must not"
+
+
+def catch_signals(ends: queue.SimpleQueue[str]) -> None:
+    """Let the first SIGTERM or SIGINT end the server gently, and a second one at once."""
+
+    def end(number: int, _frame: object) -> None:
+        for caught in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(caught, signal.SIG_DFL)
+        ends.put(signal.Signals(number).name)
+
+    for caught in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(caught, end)
+
+
+def catch_bugs(ends: queue.SimpleQueue[str]) -> None:
+    """Stop the server when a thread dies: better restarted by systemd than half alive."""
+
+    def end(args: threading.ExceptHookArgs) -> None:
+        name = args.thread.name if args.thread else "?"
+        log.critical("the thread %s ended: %s", name, describe_bug(args.exc_value))
+        ends.put(BUG)
+
+    threading.excepthook = end
+
+
+def drain(
+    servers: Sequence[Server], service: Service, pool: Pool, writer: Writer, writing: threading.Thread
+) -> None:
+    """Accept nothing new, answer what is in flight, store it. Blocks at most DRAIN_S."""
+    deadline = time.monotonic() + DRAIN_S
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+    service.drain()
+    if not pool.wait_until_quiet(deadline - time.monotonic()):
+        log.warning("some requests were not complete after %d s and were cut", DRAIN_S)
+    writer.stop()
+    writing.join(max(deadline - time.monotonic(), 0))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    options = build_parser().parse_args(arguments)
+    journal = under_systemd(os.environ.get("JOURNAL_STREAM"))
+    set_up_logging(options.verbose, options.quiet, journal)
+    try:
+        serve(options, os.environ, Notifier(os.environ.get("NOTIFY_SOCKET")))
+    except OperatorError as error:
+        prefix = "<3>" if journal else "attolytics: "
+        sys.stderr.write(f"{prefix}{error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run() -> NoReturn:
+    """Run the command line and exit: the console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()
