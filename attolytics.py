@@ -1845,15 +1845,24 @@ def reason_of(error: OSError) -> str:
     return error.strerror or one_line(error)
 
 
+def open_unix_socket(path: str, timeout: float) -> socket.socket:
+    """Return a connected Unix socket. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(timeout)
+    try:
+        sock.connect(path)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 def open_socket(target: Target) -> socket.socket:
     """Return a connected socket. Raises DatabaseAway, or DatabaseMisconfigured for lacking permission."""
     place = target.socket or f"{target.host}:{target.port}"
     try:
         if target.socket:
-            sock = socket.socket(socket.AF_UNIX)
-            sock.settimeout(target.connect_timeout)
-            sock.connect(target.socket)
-            return sock
+            return open_unix_socket(target.socket, target.connect_timeout)
         sock = socket.create_connection((target.host, target.port), target.connect_timeout)
     except PermissionError as error:
         raise DatabaseMisconfigured(f"cannot connect to {place}: {reason_of(error)}") from None
@@ -2332,14 +2341,7 @@ def parse_head(head: bytes) -> Head:
     Raises MalformedRequest, NotImplementedHere, TargetTooLong or HeadersTooLarge (RFC 9112).
     """
     request_line, *fields = head.decode("latin-1").split("\r\n")
-    if len(request_line) > REQUEST_LINE_BYTES_MAX:
-        raise TargetTooLong(f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
-    match = REQUEST_LINE.fullmatch(request_line)
-    if not match:
-        raise MalformedRequest(f"malformed request line {show(request_line)}")
-    method, target, major, minor = match.groups()
-    if major != "1":
-        raise MalformedRequest(f"HTTP/{major}.{minor} is not supported, use HTTP/1.1")
+    method, target, minor = check_request_line(request_line)
     headers = parse_fields(fields)
     if minor != "0" and "host" not in headers:
         raise MalformedRequest("the Host header is missing")
@@ -2354,6 +2356,19 @@ def parse_head(head: bytes) -> Head:
         keep_alive="close" not in connection and (minor != "0" or "keep-alive" in connection),
         expects_continue=minor != "0" and headers.get("expect", "").lower() == "100-continue",
     )
+
+
+def check_request_line(line: str) -> tuple[str, str, str]:
+    """Return the method, the target and the minor version (RFC 9112, section 3)."""
+    if len(line) > REQUEST_LINE_BYTES_MAX:
+        raise TargetTooLong(f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise MalformedRequest(f"malformed request line {show(line)}")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise MalformedRequest(f"HTTP/{major}.{minor} is not supported, use HTTP/1.1")
+    return method, target, minor
 
 
 def parse_fields(fields: Sequence[str]) -> dict[str, str]:
@@ -2482,7 +2497,7 @@ class Incoming:
     def head(self) -> bytes:
         """Return a request's head without its final empty line. Call it after wait()."""
         end = self._buffer.find(b"\r\n\r\n")
-        if end <= 0:
+        if end <= 0 or self._buffer.startswith(b"\r\n"):
             end = self._await_head(self._clock() + HEAD_DEADLINE_S)
         head = self._buffer[:end]
         self._buffer = self._buffer[end + 4 :]
@@ -2557,6 +2572,8 @@ class Incoming:
         line_end = self._buffer.find(b"\r\n")
         if line_end < 0 and len(self._buffer) > REQUEST_LINE_BYTES_MAX:
             raise TargetTooLong(f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
+        if line_end >= 0:  # HTTP/0.9, for example, sends no more than this
+            check_request_line(self._buffer[:line_end].decode("latin-1"))
         if len(self._buffer) - line_end > HEADER_BYTES_MAX + 2 * HEADER_COUNT_MAX:
             raise HeadersTooLarge(f"the header fields have more than {HEADER_BYTES_MAX} bytes")
 

