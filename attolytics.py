@@ -541,96 +541,12 @@ class SchemaReader:
             self.problem(place, f"{what} must not be empty or contain NUL")
 
 
-def parse_schema(text: str, file: str = "schema file") -> Schema:
-    """Return the schema that a file's text describes.
-
-    `file` is the name to use in messages. Raises SchemaError with every mistake in it.
-    """
-    reader = SchemaReader(file)
-    try:
-        node = yaml.compose(text, YamlLoader)
-        raw = reader.plain(node) if node else None
-    except yaml.YAMLError as error:
-        raise SchemaError([f"{file}: not YAML: {one_line(error)}"]) from None
-    except RecursionError:
-        raise SchemaError([f"{file}: nested too deeply"]) from None
-    document = reader.mapping(raw, "", "tables and apps")
-    if document:
-        reader.known(document, "", ("tables", "apps", "database_url"))
-        tables = parse_tables(reader, document.get("tables"))
-        apps = parse_apps(reader, document.get("apps"), tables)
-        url = reader.text(document, "", "database_url")
-    if reader.problems:
-        raise SchemaError(reader.problems)
-    return Schema(tables, apps, url)
-
-
 def one_line(error: BaseException) -> str:
     """Return an exception's message without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def parse_tables(reader: SchemaReader, raw: object) -> dict[str, Table]:
-    tables = {}
-    for name, raw_table in reader.mapping(raw, "tables", "at least one table").items():
-        place = f"tables.{name}"
-        reader.name(name, place, "the table's name")
-        section = reader.mapping(raw_table, place, "a table with columns")
-        reader.known(section, place, ("columns",))
-        raw_columns = section.get("columns")
-        if section and (not isinstance(raw_columns, list) or not raw_columns):
-            got = show(raw_columns) if raw_columns else "nothing"
-            reader.problem(f"{place}.columns", f"expected a list of columns, got {got}")
-        columns = [
-            parse_column(reader, column, f"{place}.columns[{i}]")
-            for i, column in enumerate(raw_columns if isinstance(raw_columns, list) else [])
-        ]
-        check_columns(reader, columns, f"{place}.columns")
-        tables[name] = Table(name, tuple(columns))
-    return tables
-
-
-def check_columns(reader: SchemaReader, columns: Sequence[Column], place: str) -> None:
-    """Report what is wrong between the columns of one table."""
-    names: dict[str, int] = {}
-    extra = None
-    for i, column in enumerate(columns):
-        first = names.setdefault(column.name, i)
-        if first != i and column.name:
-            reader.problem(f"{place}[{i}].name", f'duplicate column "{column.name}", also columns[{first}]')
-        if column.extra and extra is not None:
-            reader.problem(f"{place}[{i}].extra", f"only one column can be extra, columns[{extra}] is")
-        elif column.extra:
-            extra = i
-
-
 COLUMN_KEYS = ("name", "type", "header", "source", "extra", "indexed", "unique", "required")
-
-
-def parse_column(reader: SchemaReader, raw: object, place: str) -> Column:
-    section = reader.mapping(raw, place, "a column with a name")
-    if not section:
-        return Column("")
-    reader.known(section, place, COLUMN_KEYS)
-    name = reader.required_text(section, place, "name")
-    if name:
-        reader.name(name, f"{place}.name", "the column's name")
-    if name in SYSTEM_COLUMNS:
-        reader.problem(f"{place}.name", f'"{name}" is a system column of PostgreSQL\'s')
-    if name == TABLE_KEY:
-        reader.problem(f"{place}.name", f'"{TABLE_KEY}" names the table in an event, a column cannot have it')
-    column = Column(
-        name,
-        parse_type(reader, section, place),
-        header=parse_header(reader, section, place),
-        source=parse_source(reader, section, place),
-        extra=reader.flag(section, place, "extra"),
-        indexed=reader.flag(section, place, "indexed"),
-        unique=reader.flag(section, place, "unique"),
-        required=reader.flag(section, place, "required"),
-    )
-    check_column(reader, column, place)
-    return column
 
 
 def parse_type(reader: SchemaReader, section: Mapping[str, object], place: str) -> Type:
@@ -680,7 +596,112 @@ def check_column(reader: SchemaReader, column: Column, place: str) -> None:
         reader.problem(place, f"a column can have only one of {' and '.join(filled)}")
 
 
+def parse_column(reader: SchemaReader, raw: object, place: str) -> Column:
+    section = reader.mapping(raw, place, "a column with a name")
+    if not section:
+        return Column("")
+    reader.known(section, place, COLUMN_KEYS)
+    name = reader.required_text(section, place, "name")
+    if name:
+        reader.name(name, f"{place}.name", "the column's name")
+    if name in SYSTEM_COLUMNS:
+        reader.problem(f"{place}.name", f'"{name}" is a system column of PostgreSQL\'s')
+    if name == TABLE_KEY:
+        reader.problem(f"{place}.name", f'"{TABLE_KEY}" names the table in an event, a column cannot have it')
+    column = Column(
+        name,
+        parse_type(reader, section, place),
+        header=parse_header(reader, section, place),
+        source=parse_source(reader, section, place),
+        extra=reader.flag(section, place, "extra"),
+        indexed=reader.flag(section, place, "indexed"),
+        unique=reader.flag(section, place, "unique"),
+        required=reader.flag(section, place, "required"),
+    )
+    check_column(reader, column, place)
+    return column
+
+
+def check_columns(reader: SchemaReader, columns: Sequence[Column], place: str) -> None:
+    """Report what is wrong between the columns of one table."""
+    names: dict[str, int] = {}
+    extra = None
+    for i, column in enumerate(columns):
+        first = names.setdefault(column.name, i)
+        if first != i and column.name:
+            reader.problem(f"{place}[{i}].name", f'duplicate column "{column.name}", also columns[{first}]')
+        if column.extra and extra is not None:
+            reader.problem(f"{place}[{i}].extra", f"only one column can be extra, columns[{extra}] is")
+        elif column.extra:
+            extra = i
+
+
+def parse_tables(reader: SchemaReader, raw: object) -> dict[str, Table]:
+    tables = {}
+    for name, raw_table in reader.mapping(raw, "tables", "at least one table").items():
+        place = f"tables.{name}"
+        reader.name(name, place, "the table's name")
+        section = reader.mapping(raw_table, place, "a table with columns")
+        reader.known(section, place, ("columns",))
+        raw_columns = section.get("columns")
+        if section and (not isinstance(raw_columns, list) or not raw_columns):
+            got = show(raw_columns) if raw_columns else "nothing"
+            reader.problem(f"{place}.columns", f"expected a list of columns, got {got}")
+        columns = [
+            parse_column(reader, column, f"{place}.columns[{i}]")
+            for i, column in enumerate(raw_columns if isinstance(raw_columns, list) else [])
+        ]
+        check_columns(reader, columns, f"{place}.columns")
+        tables[name] = Table(name, tuple(columns))
+    return tables
+
+
 APP_KEYS = ("secret_key", "access_control_allow_origin", "tables", "invalid_events")
+
+
+def check_invalid_events(reader: SchemaReader, section: Mapping[str, object], place: str) -> None:
+    policy = reader.text(section, place, "invalid_events")
+    place = f"{place}.invalid_events"
+    if policy == "quarantine":
+        reader.problem(place, '"quarantine" needs the spool, which this version does not have; use "refuse"')
+    elif policy is not None and policy not in INVALID_EVENTS:
+        hint = suggestion(policy, INVALID_EVENTS) or ', expected "refuse"'
+        reader.problem(place, f'unknown policy "{policy}"{hint}')
+
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+|null", re.IGNORECASE)
+
+
+def parse_origins(reader: SchemaReader, raw: object, place: str) -> frozenset[str] | None:
+    """Return the allowed origins in lower case, or None for all of them."""
+    place = f"{place}.access_control_allow_origin"
+    origins = []
+    for i, origin in enumerate(raw if isinstance(raw, list) else [raw]):
+        inner = f"{place}[{i}]" if isinstance(raw, list) else place
+        if not isinstance(origin, str):
+            reader.problem(inner, f"expected an origin, a list of origins or *, got {show(origin)}")
+        elif origin != "*" and not ORIGIN.fullmatch(origin.removesuffix("/")):
+            reader.problem(inner, f'expected an origin such as "https://example.com", got {show(origin)}')
+        else:
+            origins.append(origin.removesuffix("/").lower())
+    return None if "*" in origins else frozenset(origins)
+
+
+def parse_app_tables(
+    reader: SchemaReader, raw: object, place: str, tables: Mapping[str, Table]
+) -> tuple[Table, ...]:
+    if not isinstance(raw, list):
+        got = "nothing" if raw is None else show(raw)
+        reader.problem(f"{place}.tables", f"expected a list of table names, got {got}")
+        return ()
+    found = {}
+    for i, name in enumerate(raw):
+        if isinstance(name, str) and name in tables:
+            found[name] = tables[name]
+        else:
+            hint = suggestion(name, tables) if isinstance(name, str) else ""
+            reader.problem(f"{place}.tables[{i}]", f"there is no table {show(name)}{hint}")
+    return tuple(found.values())
 
 
 def parse_apps(reader: SchemaReader, raw: object, tables: Mapping[str, Table]) -> dict[str, App]:
@@ -703,49 +724,28 @@ def parse_apps(reader: SchemaReader, raw: object, tables: Mapping[str, Table]) -
     return apps
 
 
-def check_invalid_events(reader: SchemaReader, section: Mapping[str, object], place: str) -> None:
-    policy = reader.text(section, place, "invalid_events")
-    place = f"{place}.invalid_events"
-    if policy == "quarantine":
-        reader.problem(place, '"quarantine" needs the spool, which this version does not have; use "refuse"')
-    elif policy is not None and policy not in INVALID_EVENTS:
-        hint = suggestion(policy, INVALID_EVENTS) or ', expected "refuse"'
-        reader.problem(place, f'unknown policy "{policy}"{hint}')
+def parse_schema(text: str, file: str = "schema file") -> Schema:
+    """Return the schema that a file's text describes.
 
-
-def parse_app_tables(
-    reader: SchemaReader, raw: object, place: str, tables: Mapping[str, Table]
-) -> tuple[Table, ...]:
-    if not isinstance(raw, list):
-        got = "nothing" if raw is None else show(raw)
-        reader.problem(f"{place}.tables", f"expected a list of table names, got {got}")
-        return ()
-    found = {}
-    for i, name in enumerate(raw):
-        if isinstance(name, str) and name in tables:
-            found[name] = tables[name]
-        else:
-            hint = suggestion(name, tables) if isinstance(name, str) else ""
-            reader.problem(f"{place}.tables[{i}]", f"there is no table {show(name)}{hint}")
-    return tuple(found.values())
-
-
-ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+|null", re.IGNORECASE)
-
-
-def parse_origins(reader: SchemaReader, raw: object, place: str) -> frozenset[str] | None:
-    """Return the allowed origins in lower case, or None for all of them."""
-    place = f"{place}.access_control_allow_origin"
-    origins = []
-    for i, origin in enumerate(raw if isinstance(raw, list) else [raw]):
-        inner = f"{place}[{i}]" if isinstance(raw, list) else place
-        if not isinstance(origin, str):
-            reader.problem(inner, f"expected an origin, a list of origins or *, got {show(origin)}")
-        elif origin != "*" and not ORIGIN.fullmatch(origin.removesuffix("/")):
-            reader.problem(inner, f'expected an origin such as "https://example.com", got {show(origin)}')
-        else:
-            origins.append(origin.removesuffix("/").lower())
-    return None if "*" in origins else frozenset(origins)
+    `file` is the name to use in messages. Raises SchemaError with every mistake in it.
+    """
+    reader = SchemaReader(file)
+    try:
+        node = yaml.compose(text, YamlLoader)
+        raw = reader.plain(node) if node else None
+    except yaml.YAMLError as error:
+        raise SchemaError([f"{file}: not YAML: {one_line(error)}"]) from None
+    except RecursionError:
+        raise SchemaError([f"{file}: nested too deeply"]) from None
+    document = reader.mapping(raw, "", "tables and apps")
+    if document:
+        reader.known(document, "", ("tables", "apps", "database_url"))
+        tables = parse_tables(reader, document.get("tables"))
+        apps = parse_apps(reader, document.get("apps"), tables)
+        url = reader.text(document, "", "database_url")
+    if reader.problems:
+        raise SchemaError(reader.problems)
+    return Schema(tables, apps, url)
 
 
 # --- Conversion ---------------------------------------------------------------
@@ -823,29 +823,6 @@ EPOCH = datetime(1970, 1, 1)  # naive, which is faster; all our times are in UTC
 MILLISECONDS = "looks like milliseconds; send seconds"
 
 
-def to_timestamp(value: object) -> str:
-    if type(value) is str:
-        return f"'{parse_rfc_3339(value).isoformat()}Z'"
-    if type(value) is not int and type(value) is not float and type(value) is not Decimal:
-        raise ValueError(
-            f"expected seconds since 1970 or a string such as 2019-04-01T14:49:40Z, got {show(value)}"
-        )
-    if not SECONDS_MIN <= value < SECONDS_END:
-        hint = f": {MILLISECONDS}" if SECONDS_END <= value < SECONDS_END * 1000 else ""
-        raise ValueError(f"expected a time in the years 1 to 9999, got {show(value)}{hint}")
-    try:
-        return f"'{(EPOCH + since_epoch(value)).isoformat()}Z'"
-    except OverflowError:  # less than a microsecond before the end
-        raise ValueError(f"expected a time in the years 1 to 9999, got {show(value)}") from None
-
-
-def since_epoch(seconds: float | Decimal) -> timedelta:
-    """Return a duration rounded to microseconds, which is what PostgreSQL holds."""
-    if type(seconds) is int or abs(seconds) < MICROSECONDS_EXACT:
-        return timedelta(seconds=float(seconds))
-    return timedelta(microseconds=round(Decimal(str(seconds)) * 1_000_000))
-
-
 def parse_rfc_3339(text: str) -> datetime:
     """Return the time that an RFC 3339 string (section 5.6) means, to the microsecond, in UTC.
 
@@ -875,6 +852,29 @@ def parse_rfc_3339(text: str) -> datetime:
         raise ValueError(f"no such time: {one_line(error)}, got {show(text)}") from None
 
 
+def since_epoch(seconds: float | Decimal) -> timedelta:
+    """Return a duration rounded to microseconds, which is what PostgreSQL holds."""
+    if isinstance(seconds, int) or abs(seconds) < MICROSECONDS_EXACT:
+        return timedelta(seconds=float(seconds))
+    return timedelta(microseconds=round(Decimal(str(seconds)) * 1_000_000))
+
+
+def to_timestamp(value: object) -> str:
+    if type(value) is str:
+        return f"'{parse_rfc_3339(value).isoformat()}Z'"
+    if type(value) is not int and type(value) is not float and type(value) is not Decimal:
+        raise ValueError(
+            f"expected seconds since 1970 or a string such as 2019-04-01T14:49:40Z, got {show(value)}"
+        )
+    if not SECONDS_MIN <= value < SECONDS_END:
+        hint = f": {MILLISECONDS}" if SECONDS_END <= value < SECONDS_END * 1000 else ""
+        raise ValueError(f"expected a time in the years 1 to 9999, got {show(value)}{hint}")
+    try:
+        return f"'{(EPOCH + since_epoch(value)).isoformat()}Z'"
+    except OverflowError:  # less than a microsecond before the end
+        raise ValueError(f"expected a time in the years 1 to 9999, got {show(value)}") from None
+
+
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(-?)[0-9a-f]{4}\1[0-9a-f]{4}\1[0-9a-f]{4}\1[0-9a-f]{12}", re.IGNORECASE)
 
 
@@ -888,34 +888,7 @@ def to_uuid(value: object) -> str:
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # \\u0000 is a backslash and five characters
 
-
 TOO_DEEP = f"nested deeper than {JSON_DEPTH_MAX} levels"
-
-
-def to_json(value: object) -> str:
-    try:
-        text = JSON_ENCODER.encode(value)
-    except TypeError:  # A Decimal somewhere in it, which the encoder does not know
-        text = exact_json(value, JSON_DEPTH_MAX)
-    except ValueError:
-        raise ValueError("NaN and Infinity are not JSON") from None
-    except RecursionError:
-        raise ValueError(TOO_DEEP) from None
-    if text.count("{") + text.count("[") > JSON_DEPTH_MAX:
-        check_depth(value, JSON_DEPTH_MAX)
-    if ESCAPED_NUL.search(text):
-        raise ValueError("contains a NUL character (\\u0000), which PostgreSQL cannot store in json")
-    return to_string(text)
-
-
-def check_depth(value: object, depth: int) -> None:
-    """Raise ValueError for arrays and objects nested deeper than `depth`."""
-    if type(value) is not dict and type(value) is not list:
-        return
-    if not depth:
-        raise ValueError(TOO_DEEP)
-    for item in value.values() if type(value) is dict else value:
-        check_depth(item, depth - 1)
 
 
 def exact_json(value: object, depth: int) -> str:
@@ -937,6 +910,32 @@ def exact_json(value: object, depth: int) -> str:
     assert isinstance(value, dict)
     items = [f"{JSON_ENCODER.encode(key)}:{exact_json(item, depth - 1)}" for key, item in value.items()]
     return "{" + ",".join(items) + "}"
+
+
+def check_depth(value: object, depth: int) -> None:
+    """Raise ValueError for arrays and objects nested deeper than `depth`."""
+    if type(value) is not dict and type(value) is not list:
+        return
+    if not depth:
+        raise ValueError(TOO_DEEP)
+    for item in value.values() if type(value) is dict else value:
+        check_depth(item, depth - 1)
+
+
+def to_json(value: object) -> str:
+    try:
+        text = JSON_ENCODER.encode(value)
+    except TypeError:  # A Decimal somewhere in it, which the encoder does not know
+        text = exact_json(value, JSON_DEPTH_MAX)
+    except ValueError:
+        raise ValueError("NaN and Infinity are not JSON") from None
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if text.count("{") + text.count("[") > JSON_DEPTH_MAX:
+        check_depth(value, JSON_DEPTH_MAX)
+    if ESCAPED_NUL.search(text):
+        raise ValueError("contains a NUL character (\\u0000), which PostgreSQL cannot store in json")
+    return to_string(text)
 
 
 CONVERTERS: Mapping[Type, Callable[[object], str]] = {
@@ -1029,25 +1028,6 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_object, parse_float=exact_nu
 MARKING_DECODER = json.JSONDecoder(object_pairs_hook=marked_object)
 
 
-def decode_body(body: bytes) -> dict[str, object]:
-    """Return the JSON object in a request's body.
-
-    Raises InvalidBody for what is not JSON (RFC 8259) or not an object, InvalidEvents for an event
-    that has a key twice.
-    """
-    try:
-        text = body.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InvalidBody(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
-    try:
-        document = decode_json(DECODER, text)
-    except RepeatedKey:
-        raise repeated_key(decode_json(MARKING_DECODER, text)) from None
-    if type(document) is not dict:
-        raise InvalidBody(f'expected an object with "secret_key" and "events", got {show(document)}')
-    return document
-
-
 def decode_json(decoder: json.JSONDecoder, text: str) -> object:
     try:
         return decoder.decode(text)
@@ -1060,20 +1040,6 @@ def decode_json(decoder: json.JSONDecoder, text: str) -> object:
         raise InvalidBody("the body has a number that is too long to be read") from None
     except RecursionError:
         raise InvalidBody("the body's JSON is nested too deeply") from None
-
-
-def repeated_key(document: object) -> RequestError:
-    """Return the refusal of a document in which MARKING_DECODER found an object with a key twice."""
-    events = document.get("events") if isinstance(document, dict) else None
-    reason = "the key stands twice in one object"
-    problems = [
-        EventProblem(index, key[:NAME_BYTES_MAX], reason)
-        for index, event in enumerate(events if isinstance(events, list) else ())
-        for key in repeats(event)
-    ]
-    if problems:
-        return refused_events(problems, len(events or ()))
-    return InvalidBody(f"the key {show(next(repeats(document)))} stands twice in one object")
 
 
 def repeats(value: object) -> Iterator[str]:
@@ -1094,6 +1060,98 @@ def refused_events(problems: Sequence[EventProblem], count: int) -> InvalidEvent
     if len(problems) > PROBLEMS_MAX:
         reason += f"; the first {PROBLEMS_MAX} reasons are listed"
     return InvalidEvents(reason, problems[:PROBLEMS_MAX])
+
+
+def repeated_key(document: object) -> RequestError:
+    """Return the refusal of a document in which MARKING_DECODER found an object with a key twice."""
+    events = document.get("events") if isinstance(document, dict) else None
+    reason = "the key stands twice in one object"
+    problems = [
+        EventProblem(index, key[:NAME_BYTES_MAX], reason)
+        for index, event in enumerate(events if isinstance(events, list) else ())
+        for key in repeats(event)
+    ]
+    if problems:
+        return refused_events(problems, len(events or ()))
+    return InvalidBody(f"the key {show(next(repeats(document)))} stands twice in one object")
+
+
+def decode_body(body: bytes) -> dict[str, object]:
+    """Return the JSON object in a request's body.
+
+    Raises InvalidBody for what is not JSON (RFC 8259) or not an object, InvalidEvents for an event
+    that has a key twice.
+    """
+    try:
+        text = body.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InvalidBody(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        document = decode_json(DECODER, text)
+    except RepeatedKey:
+        raise repeated_key(decode_json(MARKING_DECODER, text)) from None
+    if type(document) is not dict:
+        raise InvalidBody(f'expected an object with "secret_key" and "events", got {show(document)}')
+    return document
+
+
+def filled_by(column: Column) -> str:
+    """Return what fills a column that is not the event's, for messages."""
+    return f"the request header {column.header}" if column.header else f"the server ({column.source})"
+
+
+def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return an address without a zone, and IPv4 that came over an IPv6 socket as IPv4."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def client_address(peer: str, headers: Mapping[str, str]) -> str:
+    """Return the client's IP address.
+
+    A proxy on this machine or in a private network is believed what it says in X-Real-IP or last in
+    X-Forwarded-For; anybody else could say anything.
+    """
+    address = plain_address(peer)
+    if address is None:
+        return peer
+    if address.is_loopback or address.is_private:
+        forwarded = headers.get("x-forwarded-for", "").rpartition(",")[2]
+        for claimed in (headers.get("x-real-ip", ""), forwarded):
+            if proxied := plain_address(claimed.strip()):
+                return str(proxied)
+    return str(address)
+
+
+def header_text(value: str) -> str:
+    """Return a header's value, read as UTF-8 where it is that, else as Latin-1 (RFC 9110, section 5.5)."""
+    try:
+        return value if value.isascii() else value.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def filled_literal(column: Column, app_id: str, delivery: Delivery) -> str:
+    """Return the literal of a column that the request fills. Raises ValueError with the reason."""
+    match column.source:
+        case Source.APP_ID:
+            return to_string(app_id)
+        case Source.CLIENT_IP:
+            return to_string(client_address(delivery.peer, delivery.headers))
+        case Source.RECEIVED_AT:
+            return to_timestamp(delivery.received_at)
+    value = delivery.headers.get(column.header or "")
+    if value is not None:
+        return to_string(header_text(value))
+    if column.required:
+        raise ValueError(f"the request header {column.header} is missing, but required")
+    return "NULL"
+
+
+NULL_REFUSED = "null, but required"
 
 
 class TableIntake:
@@ -1169,65 +1227,6 @@ class TableIntake:
         except ValueError as error:
             problems.append((column, str(error)))
             return "NULL"
-
-
-NULL_REFUSED = "null, but required"
-
-
-def filled_by(column: Column) -> str:
-    """Return what fills a column that is not the event's, for messages."""
-    return f"the request header {column.header}" if column.header else f"the server ({column.source})"
-
-
-def filled_literal(column: Column, app_id: str, delivery: Delivery) -> str:
-    """Return the literal of a column that the request fills. Raises ValueError with the reason."""
-    match column.source:
-        case Source.APP_ID:
-            return to_string(app_id)
-        case Source.CLIENT_IP:
-            return to_string(client_address(delivery.peer, delivery.headers))
-        case Source.RECEIVED_AT:
-            return to_timestamp(delivery.received_at)
-    value = delivery.headers.get(column.header or "")
-    if value is not None:
-        return to_string(header_text(value))
-    if column.required:
-        raise ValueError(f"the request header {column.header} is missing, but required")
-    return "NULL"
-
-
-def client_address(peer: str, headers: Mapping[str, str]) -> str:
-    """Return the client's IP address.
-
-    A proxy on this machine or in a private network is believed what it says in X-Real-IP or last in
-    X-Forwarded-For; anybody else could say anything.
-    """
-    address = plain_address(peer)
-    if address is None:
-        return peer
-    if address.is_loopback or address.is_private:
-        forwarded = headers.get("x-forwarded-for", "").rpartition(",")[2]
-        for claimed in (headers.get("x-real-ip", ""), forwarded):
-            if proxied := plain_address(claimed.strip()):
-                return str(proxied)
-    return str(address)
-
-
-def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return an address without a zone, and IPv4 that came over an IPv6 socket as IPv4."""
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def header_text(value: str) -> str:
-    """Return a header's value, read as UTF-8 where it is that, else as Latin-1 (RFC 9110, section 5.5)."""
-    try:
-        return value if value.isascii() else value.encode("latin-1").decode()
-    except UnicodeDecodeError:
-        return value
 
 
 class Warnings:
@@ -1412,16 +1411,6 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def create_table(table: Table) -> list[str]:
-    """Return the statements that create a table and its indexes."""
-    columns = ", ".join(
-        f"{identifier(c.name)} {SQL_TYPES[c.type].name}{' NOT NULL' if c.required else ''}"
-        for c in table.columns
-    )
-    created = f"CREATE TABLE {identifier(table.name)} ({columns})"
-    return [created, *create_indexes(table, frozenset(), frozenset())]
-
-
 def create_indexes(table: Table, indexed: frozenset[str], unique: frozenset[str]) -> list[str]:
     """Return the statements that create the indexes which a table lacks. PostgreSQL finds free names."""
     statements = []
@@ -1436,6 +1425,16 @@ def create_indexes(table: Table, indexed: frozenset[str], unique: frozenset[str]
     return statements
 
 
+def create_table(table: Table) -> list[str]:
+    """Return the statements that create a table and its indexes."""
+    columns = ", ".join(
+        f"{identifier(c.name)} {SQL_TYPES[c.type].name}{' NOT NULL' if c.required else ''}"
+        for c in table.columns
+    )
+    created = f"CREATE TABLE {identifier(table.name)} ({columns})"
+    return [created, *create_indexes(table, frozenset(), frozenset())]
+
+
 def missing_sql(schema: Schema, catalog: Mapping[str, ExistingTable]) -> list[str]:
     """Return the statements that create the tables and indexes which a database lacks."""
     statements = []
@@ -1446,16 +1445,6 @@ def missing_sql(schema: Schema, catalog: Mapping[str, ExistingTable]) -> list[st
         elif existing.can_index:
             statements += create_indexes(table, existing.indexed, existing.unique)
     return statements
-
-
-def differences(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -> list[Difference]:
-    """Return where existing tables do not fit, by the rules of the original and those of new features."""
-    return [
-        difference
-        for table in schema.tables.values()
-        if table.name in catalog
-        for difference in table_differences(table, catalog[table.name], user)
-    ]
 
 
 def table_differences(table: Table, existing: ExistingTable, user: str) -> Iterator[Difference]:
@@ -1491,6 +1480,16 @@ def table_differences(table: Table, existing: ExistingTable, user: str) -> Itera
                 f'{place}, column "{column_name}": NOT NULL without a default, not required in the schema',
                 f"{alter} ALTER COLUMN {identifier(column_name)} DROP NOT NULL",
             )
+
+
+def differences(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -> list[Difference]:
+    """Return where existing tables do not fit, by the rules of the original and those of new features."""
+    return [
+        difference
+        for table in schema.tables.values()
+        if table.name in catalog
+        for difference in table_differences(table, catalog[table.name], user)
+    ]
 
 
 def catalog_sql(tables: Iterable[str]) -> str:
@@ -1681,6 +1680,19 @@ def split_url(url: str) -> dict[str, str]:
     return parameters
 
 
+def parse_number(text: str, what: str, low: int, high: int) -> int:
+    """Return a whole number. Raises OperatorError for anything else or outside low..high."""
+    if not re.fullmatch(r"-?[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise OperatorError(f"database URL: {what} must be a number from {low} to {high}, got {show(text)}")
+    return int(text)
+
+
+def parse_connect_timeout(text: str) -> float:
+    """Return the seconds of a connect_timeout; what libpq reads as "for ever" is our default."""
+    seconds = parse_number(text, "connect_timeout", -1, 3600)
+    return seconds if seconds > 0 else CONNECT_TIMEOUT_S
+
+
 def parse_target(
     url: str, environ: Mapping[str, str], os_user: str, socket_dir: str, home: Path
 ) -> tuple[Target, Path]:
@@ -1721,20 +1733,12 @@ def parse_target(
     return target, Path(given.get("passfile", home / ".pgpass"))
 
 
-def parse_number(text: str, what: str, low: int, high: int) -> int:
-    """Return a whole number. Raises OperatorError for anything else or outside low..high."""
-    if not re.fullmatch(r"-?[0-9]{1,9}", text) or not low <= int(text) <= high:
-        raise OperatorError(f"database URL: {what} must be a number from {low} to {high}, got {show(text)}")
-    return int(text)
-
-
-def parse_connect_timeout(text: str) -> float:
-    """Return the seconds of a connect_timeout; what libpq reads as "for ever" is our default."""
-    seconds = parse_number(text, "connect_timeout", -1, 3600)
-    return seconds if seconds > 0 else CONNECT_TIMEOUT_S
-
-
 PASSFILE_LINE = re.compile(r"(?!#)" + r"((?:\\.|[^:\\])*):" * 4 + r"(?P<password>.*)")
+
+
+def unescape(text: str) -> str:
+    """Return a field of .pgpass without its backslashes."""
+    return re.sub(r"\\(.)", r"\1", text)
 
 
 def find_password(passfile: str, target: Target, socket_dir: str) -> str | None:
@@ -1755,11 +1759,6 @@ def find_password(passfile: str, target: Target, socket_dir: str) -> str | None:
     return None
 
 
-def unescape(text: str) -> str:
-    """Return a field of .pgpass without its backslashes."""
-    return re.sub(r"\\(.)", r"\1", text)
-
-
 # --- Database -----------------------------------------------------------------
 # One pg8000 connection, owned by one thread at a time, and the translation of
 # SQLSTATEs to our errors. Everything here blocks, at most for the time-outs above.
@@ -1767,6 +1766,7 @@ def unescape(text: str) -> str:
 # What an SQLSTATE means for a flush, by class (its first two characters; PostgreSQL manual, appendix A).
 AWAY_CLASSES = frozenset({"08", "25", "53", "55", "57", "58", "XX"})
 CONFLICT_CLASSES = frozenset({"40"})
+
 # P0 is RAISE in a trigger, 44 a view's check option, 54 a value too long for an index.
 DATA_CLASSES = frozenset({"21", "22", "23", "38", "39", "44", "54", "P0"})
 
@@ -1868,6 +1868,19 @@ class Database:
         return DatabaseAway(f"connection lost: {one_line(error)}")
 
 
+def home_directory() -> Path:
+    """Return our user's home; a container may have none for its number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/nonexistent")
+
+
+def reason_of(error: OSError) -> str:
+    """Return why a system call failed, without the numbers and paths that Python adds."""
+    return error.strerror or one_line(error)
+
+
 def ssl_contexts(target: Target) -> list[ssl.SSLContext | bool | None]:
     """Return what to pass to pg8000 as ssl_context, in the order to try (PostgreSQL manual, 34.19).
 
@@ -1901,19 +1914,6 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | bool | None]:
     return [context]
 
 
-def home_directory() -> Path:
-    """Return our user's home; a container may have none for its number."""
-    try:
-        return Path.home()
-    except RuntimeError:
-        return Path("/nonexistent")
-
-
-def reason_of(error: OSError) -> str:
-    """Return why a system call failed, without the numbers and paths that Python adds."""
-    return error.strerror or one_line(error)
-
-
 def open_unix_socket(path: str, timeout: float) -> socket.socket:
     """Return a connected Unix socket. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX)
@@ -1942,29 +1942,20 @@ def open_socket(target: Target) -> socket.socket:
     return sock
 
 
-def connect(target: Target) -> Database:
-    """Return a connection that is ready for flushes. Blocks, each step at most connect_timeout.
+def startup_error(target: Target, error: DatabaseError) -> DatabaseError:
+    """Return a refused session's error; only what can pass by itself stays DatabaseAway."""
+    if isinstance(error, DatabaseAway):
+        return error
+    missing = error.sqlstate == "28P01" and not target.password
+    hint = " (no password was given: put it in the URL, PGPASSWORD or .pgpass)" if missing else ""
+    return DatabaseMisconfigured(f"{error.reason}{hint}", error.sqlstate)
 
-    Raises DatabaseAway, DatabaseMisconfigured or OperatorError.
-    """
-    contexts = ssl_contexts(target)
-    for attempt, context in enumerate(contexts, 1):
-        try:
-            connection = start_session(target, context)
-        except DatabaseMisconfigured as error:
-            # prefer and allow try the other way when the server refuses this one.
-            if attempt < len(contexts) and error.sqlstate in ("", "28000"):
-                continue
-            raise
-        database = Database(connection)
-        try:
-            check_session(database, connection.parameter_statuses)
-        except DatabaseError:
-            database.close()
-            raise
-        database.set_timeout(FLUSH_TIMEOUT_S)
-        return database
-    raise AssertionError("the last attempt returns or raises")
+
+def tls_reason(error: ssl.SSLError) -> str:
+    """Return why a TLS handshake failed, as OpenSSL says it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the server's certificate is not valid: {error.verify_message}"
+    return (error.reason or one_line(error)).replace("_", " ").lower()
 
 
 def start_session(target: Target, context: ssl.SSLContext | bool | None) -> PgConnection:
@@ -2013,22 +2004,6 @@ def start_session(target: Target, context: ssl.SSLContext | bool | None) -> PgCo
         raise DatabaseAway(f"the connection ended early: {one_line(error)}") from None
 
 
-def tls_reason(error: ssl.SSLError) -> str:
-    """Return why a TLS handshake failed, as OpenSSL says it."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the server's certificate is not valid: {error.verify_message}"
-    return (error.reason or one_line(error)).replace("_", " ").lower()
-
-
-def startup_error(target: Target, error: DatabaseError) -> DatabaseError:
-    """Return a refused session's error; only what can pass by itself stays DatabaseAway."""
-    if isinstance(error, DatabaseAway):
-        return error
-    missing = error.sqlstate == "28P01" and not target.password
-    hint = " (no password was given: put it in the URL, PGPASSWORD or .pgpass)" if missing else ""
-    return DatabaseMisconfigured(f"{error.reason}{hint}", error.sqlstate)
-
-
 def check_session(database: Database, status: Mapping[str, str]) -> None:
     """Raise DatabaseError unless quoting is safe and rows can be written."""
     if status.get("standard_conforming_strings") != "on":
@@ -2037,6 +2012,50 @@ def check_session(database: Database, status: Mapping[str, str]) -> None:
         raise DatabaseMisconfigured("client_encoding must be UTF8")
     if database.run("SHOW transaction_read_only") != [["off"]]:
         raise DatabaseAway("the database is read-only", "25006")
+
+
+def connect(target: Target) -> Database:
+    """Return a connection that is ready for flushes. Blocks, each step at most connect_timeout.
+
+    Raises DatabaseAway, DatabaseMisconfigured or OperatorError.
+    """
+    contexts = ssl_contexts(target)
+    for attempt, context in enumerate(contexts, 1):
+        try:
+            connection = start_session(target, context)
+        except DatabaseMisconfigured as error:
+            # prefer and allow try the other way when the server refuses this one.
+            if attempt < len(contexts) and error.sqlstate in ("", "28000"):
+                continue
+            raise
+        database = Database(connection)
+        try:
+            check_session(database, connection.parameter_statuses)
+        except DatabaseError:
+            database.close()
+            raise
+        database.set_timeout(FLUSH_TIMEOUT_S)
+        return database
+    raise AssertionError("the last attempt returns or raises")
+
+
+def missing_after_check(database: Database, schema: Schema, user: str) -> list[str]:
+    """Return the SQL for what is missing; raise OperatorError for what does not fit."""
+    catalog = read_catalog(database.run(catalog_sql(schema.tables)))
+    found = differences(schema, catalog, user)
+    if not found:
+        return missing_sql(schema, catalog)
+    count = "a difference" if len(found) == 1 else f"{len(found)} differences"
+    raise OperatorError(
+        "\n".join(
+            [
+                f"the database does not fit the schema file, {count}:",
+                *(f"  {difference.reason}" for difference in found),
+                "Change the schema file, or mend the tables with:",
+                *(f"  {difference.sql};" for difference in found),
+            ]
+        )
+    )
 
 
 def prepare_tables(database: Database, schema: Schema, user: str) -> None:
@@ -2066,25 +2085,6 @@ def prepare_tables(database: Database, schema: Schema, user: str) -> None:
             + "\n".join(f"  {statement};" for statement in statements)
         ) from None
     database.set_timeout(FLUSH_TIMEOUT_S)
-
-
-def missing_after_check(database: Database, schema: Schema, user: str) -> list[str]:
-    """Return the SQL for what is missing; raise OperatorError for what does not fit."""
-    catalog = read_catalog(database.run(catalog_sql(schema.tables)))
-    found = differences(schema, catalog, user)
-    if not found:
-        return missing_sql(schema, catalog)
-    count = "a difference" if len(found) == 1 else f"{len(found)} differences"
-    raise OperatorError(
-        "\n".join(
-            [
-                f"the database does not fit the schema file, {count}:",
-                *(f"  {difference.reason}" for difference in found),
-                "Change the schema file, or mend the tables with:",
-                *(f"  {difference.sql};" for difference in found),
-            ]
-        )
-    )
 
 
 # --- Writer -------------------------------------------------------------------
@@ -2371,6 +2371,7 @@ STATUSES: Mapping[type[RequestError], HTTPStatus] = {
     StorageAway: HTTPStatus.SERVICE_UNAVAILABLE,
     TooManyConnections: HTTPStatus.SERVICE_UNAVAILABLE,
 }
+
 # What a status brings with it (RFC 9110, sections 15.5.6, 15.5.16 and 15.6.4).
 STATUS_HEADERS: Mapping[HTTPStatus, str] = {
     HTTPStatus.METHOD_NOT_ALLOWED: "Allow: POST, OPTIONS\r\n",
@@ -2389,6 +2390,7 @@ FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")  
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?/apps/([^/?#]+)/events(?:\?[^#]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~]*)?")
+
 # Bytes that no head has: bare line feeds and carriage returns, other control characters. Seeing one
 # early answers a client that speaks another protocol (TLS, say) at once.
 FORBIDDEN = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
@@ -2409,29 +2411,6 @@ class Head:
     expects_continue: bool
 
 
-def parse_head(head: bytes) -> Head:
-    """Return a parsed request head (without its final empty line).
-
-    Raises MalformedRequest, NotImplementedHere, TargetTooLong or HeadersTooLarge (RFC 9112).
-    """
-    request_line, *fields = head.decode("latin-1").split("\r\n")
-    method, target, minor = check_request_line(request_line)
-    headers = parse_fields(fields)
-    if minor != "0" and "host" not in headers:
-        raise MalformedRequest("the Host header is missing")
-    if not HOST.fullmatch(headers.get("host", "")):
-        raise MalformedRequest(f"malformed Host header {show(headers['host'])}")
-    connection = headers.get("connection", "").lower().replace(" ", "").split(",")
-    return Head(
-        method,
-        target,
-        headers,
-        body_length(headers, minor),
-        keep_alive="close" not in connection and (minor != "0" or "keep-alive" in connection),
-        expects_continue=minor != "0" and headers.get("expect", "").lower() == "100-continue",
-    )
-
-
 def check_request_line(line: str) -> tuple[str, str, str]:
     """Return the method, the target and the minor version (RFC 9112, section 3)."""
     if len(line) > REQUEST_LINE_BYTES_MAX:
@@ -2443,19 +2422,6 @@ def check_request_line(line: str) -> tuple[str, str, str]:
     if major != "1":
         raise MalformedRequest(f"HTTP/{major}.{minor} is not supported, use HTTP/1.1")
     return method, target, minor
-
-
-def check_partial_head(head: bytes) -> None:
-    """Raise for the beginning of a head that cannot become a good one."""
-    if FORBIDDEN.search(head):
-        raise MalformedRequest("a control character, or a line that does not end in CR LF")
-    line_end = head.find(b"\r\n")
-    if line_end < 0 and len(head) > REQUEST_LINE_BYTES_MAX:
-        raise TargetTooLong(f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
-    if line_end >= 0:  # HTTP/0.9, for example, sends no more than this
-        check_request_line(head[:line_end].decode("latin-1"))
-    if len(head) - line_end > HEADER_BYTES_MAX + 2 * HEADER_COUNT_MAX:
-        raise HeadersTooLarge(f"the header fields have more than {HEADER_BYTES_MAX} bytes")
 
 
 def parse_fields(fields: Sequence[str]) -> dict[str, str]:
@@ -2502,6 +2468,42 @@ def body_length(headers: Mapping[str, str], minor: str) -> int | None:
     return int(length)
 
 
+def parse_head(head: bytes) -> Head:
+    """Return a parsed request head (without its final empty line).
+
+    Raises MalformedRequest, NotImplementedHere, TargetTooLong or HeadersTooLarge (RFC 9112).
+    """
+    request_line, *fields = head.decode("latin-1").split("\r\n")
+    method, target, minor = check_request_line(request_line)
+    headers = parse_fields(fields)
+    if minor != "0" and "host" not in headers:
+        raise MalformedRequest("the Host header is missing")
+    if not HOST.fullmatch(headers.get("host", "")):
+        raise MalformedRequest(f"malformed Host header {show(headers['host'])}")
+    connection = headers.get("connection", "").lower().replace(" ", "").split(",")
+    return Head(
+        method,
+        target,
+        headers,
+        body_length(headers, minor),
+        keep_alive="close" not in connection and (minor != "0" or "keep-alive" in connection),
+        expects_continue=minor != "0" and headers.get("expect", "").lower() == "100-continue",
+    )
+
+
+def check_partial_head(head: bytes) -> None:
+    """Raise for the beginning of a head that cannot become a good one."""
+    if FORBIDDEN.search(head):
+        raise MalformedRequest("a control character, or a line that does not end in CR LF")
+    line_end = head.find(b"\r\n")
+    if line_end < 0 and len(head) > REQUEST_LINE_BYTES_MAX:
+        raise TargetTooLong(f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
+    if line_end >= 0:  # HTTP/0.9, for example, sends no more than this
+        check_request_line(head[:line_end].decode("latin-1"))
+    if len(head) - line_end > HEADER_BYTES_MAX + 2 * HEADER_COUNT_MAX:
+        raise HeadersTooLarge(f"the header fields have more than {HEADER_BYTES_MAX} bytes")
+
+
 def check_media_type(headers: Mapping[str, str]) -> None:
     """Raise MediaRefused unless the body is JSON, or text as navigator.sendBeacon() sends it."""
     full = headers.get("content-type", "")
@@ -2519,6 +2521,10 @@ def content_coding(headers: Mapping[str, str]) -> str:
     if coding.lower() not in CODINGS:
         raise MediaRefused(f"the content encoding {show(coding)} is not supported, only gzip and deflate")
     return CODINGS[coding.lower()]
+
+
+EXPOSED = "Access-Control-Expose-Headers: Retry-After\r\n"
+ANY_ORIGIN = f"Access-Control-Allow-Origin: *\r\n{EXPOSED}"
 
 
 class Cors:
@@ -2546,10 +2552,6 @@ class Cors:
         else:
             return "Vary: Origin\r\n"
         return lines + (self._preflight if preflight else "")
-
-
-EXPOSED = "Access-Control-Expose-Headers: Retry-After\r\n"
-ANY_ORIGIN = f"Access-Control-Allow-Origin: *\r\n{EXPOSED}"
 
 
 def limit_wait(sock: socket.socket, option: int, seconds: float) -> None:
@@ -2955,6 +2957,15 @@ class Pool:
                     self._quiet.notify_all()
 
 
+def describe_bug(error: BaseException | None) -> str:
+    """Return an exception that nobody expected, and where it was raised, in one line."""
+    if error is None:
+        return "for no reason given"
+    trace = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(trace[-1].filename).name}:{trace[-1].lineno}" if trace else ""
+    return f"{type(error).__name__}{place}: {one_line(error)}"
+
+
 class Server(ThreadingHTTPServer):
     """One listening socket. Several of them may share a service and its pools."""
 
@@ -3019,13 +3030,46 @@ class Server(ThreadingHTTPServer):
         log.error("a connection from %s was cut: %s", client_address[0], describe_bug(sys.exception()))
 
 
-def describe_bug(error: BaseException | None) -> str:
-    """Return an exception that nobody expected, and where it was raised, in one line."""
-    if error is None:
-        return "for no reason given"
-    trace = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(trace[-1].filename).name}:{trace[-1].lineno}" if trace else ""
-    return f"{type(error).__name__}{place}: {one_line(error)}"
+def addresses(host: str, port: int) -> list[tuple[int, str]]:
+    """Return the (address family, address) pairs that a host to listen on stands for."""
+    if host == "localhost":
+        return [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = reason_of(error) if isinstance(error, OSError) else "not a host name"
+        raise OperatorError(f"cannot listen on {show(host)}: {reason}") from None
+    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
+
+
+def bind_one(
+    make_server: Callable[[int, tuple[str, int]], Server], family: int, address: tuple[str, int], alone: bool
+) -> Server:
+    """Return a bound server. Raises OSError."""
+    server = make_server(family, address)
+    server.dual_stack = alone
+    try:
+        server.server_bind()
+    except OSError:
+        server.server_close()
+        raise
+    return server
+
+
+def shown_address(host: str, port: int) -> str:
+    """Return host:port as in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> OperatorError:
+    """Return why an address cannot be had, and what to do about it."""
+    hints = {
+        errno.EADDRINUSE: "the port is in use; stop the other program or choose another port with --port",
+        errno.EACCES: "permission denied; ports below 1024 need root, choose another with --port",
+        errno.EADDRNOTAVAIL: "this machine does not have the address",
+    }
+    hint = hints.get(error.errno or 0, reason_of(error))
+    return OperatorError(f"cannot listen on {shown_address(host, port)}: {hint}")
 
 
 def bind(host: str, port: int, make_server: Callable[[int, tuple[str, int]], Server]) -> list[Server]:
@@ -3050,20 +3094,6 @@ def bind(host: str, port: int, make_server: Callable[[int, tuple[str, int]], Ser
     return servers
 
 
-def bind_one(
-    make_server: Callable[[int, tuple[str, int]], Server], family: int, address: tuple[str, int], alone: bool
-) -> Server:
-    """Return a bound server. Raises OSError."""
-    server = make_server(family, address)
-    server.dual_stack = alone
-    try:
-        server.server_bind()
-    except OSError:
-        server.server_close()
-        raise
-    return server
-
-
 def listen(servers: Sequence[Server]) -> None:
     """Let connections come. Raises OperatorError: Linux lets two programs bind a port, but not listen."""
     for server in servers:
@@ -3071,34 +3101,6 @@ def listen(servers: Sequence[Server]) -> None:
             server.server_activate()
         except OSError as error:
             raise cannot_listen(str(server.server_name), server.server_port, error) from None
-
-
-def addresses(host: str, port: int) -> list[tuple[int, str]]:
-    """Return the (address family, address) pairs that a host to listen on stands for."""
-    if host == "localhost":
-        return [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
-    try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        reason = reason_of(error) if isinstance(error, OSError) else "not a host name"
-        raise OperatorError(f"cannot listen on {show(host)}: {reason}") from None
-    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
-
-
-def cannot_listen(host: str, port: int, error: OSError) -> OperatorError:
-    """Return why an address cannot be had, and what to do about it."""
-    hints = {
-        errno.EADDRINUSE: "the port is in use; stop the other program or choose another port with --port",
-        errno.EACCES: "permission denied; ports below 1024 need root, choose another with --port",
-        errno.EADDRNOTAVAIL: "this machine does not have the address",
-    }
-    hint = hints.get(error.errno or 0, reason_of(error))
-    return OperatorError(f"cannot listen on {shown_address(host, port)}: {hint}")
-
-
-def shown_address(host: str, port: int) -> str:
-    """Return host:port as in a URL."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 # --- systemd ------------------------------------------------------------------
@@ -3270,6 +3272,14 @@ def find_socket_dir(port: str) -> str:
     return ""
 
 
+def os_user() -> str:
+    """Return the name of the user we run as; a container may have none for its number."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return "postgres"
+
+
 def read_target(url: str, environ: Mapping[str, str]) -> Target:
     """Return the target of a database URL, with the password from .pgpass if it has none."""
     socket_dir = find_socket_dir(split_url(url).get("port") or environ.get("PGPORT") or "5432")
@@ -3288,14 +3298,6 @@ def read_target(url: str, environ: Mapping[str, str]) -> Target:
         log.warning("cannot read %s: %s", passfile, one_line(error))
         return target
     return replace(target, password=password)
-
-
-def os_user() -> str:
-    """Return the name of the user we run as; a container may have none for its number."""
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return "postgres"
 
 
 def raise_file_limit(connections: int) -> None:
@@ -3350,6 +3352,47 @@ def first_connection(target: Target, schema: Schema) -> Database | None:
         raise OperatorError(f"cannot use {target}: {error.reason}") from None
 
 
+def catch_signals(ends: queue.SimpleQueue[str]) -> None:
+    """Let the first SIGTERM or SIGINT end the server gently, and a second one at once."""
+
+    def end(number: int, _frame: object) -> None:
+        for caught in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(caught, signal.SIG_DFL)
+        ends.put(signal.Signals(number).name)
+
+    for caught in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(caught, end)
+
+
+BUG = "a thread ended that must not"
+
+
+def catch_bugs(ends: queue.SimpleQueue[str]) -> None:
+    """Stop the server when a thread dies: better restarted by systemd than half alive."""
+
+    def end(args: threading.ExceptHookArgs) -> None:
+        name = args.thread.name if args.thread else "?"
+        log.critical("the thread %s ended: %s", name, describe_bug(args.exc_value))
+        ends.put(BUG)
+
+    threading.excepthook = end
+
+
+def drain(
+    servers: Sequence[Server], service: Service, pool: Pool, writer: Writer, writing: threading.Thread
+) -> None:
+    """Accept nothing new, answer what is in flight, store it. Blocks at most DRAIN_S."""
+    deadline = time.monotonic() + DRAIN_S
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+    service.drain()
+    if not pool.wait_until_quiet(deadline - time.monotonic()):
+        log.warning("some requests were not complete after %d s and were cut", DRAIN_S)
+    writer.stop()
+    writing.join(max(deadline - time.monotonic(), 0))
+
+
 def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Notifier) -> None:
     """Run the server until SIGTERM or SIGINT. Raises OperatorError when it cannot start or go on."""
     schema = read_schema(options.schema)
@@ -3388,47 +3431,6 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Not
     drain(servers, service, pool, writer, writing)
     if reason == BUG:
         raise OperatorError("stopped because of a bug, see the message above")
-
-
-BUG = "a thread ended that must not"
-
-
-def catch_signals(ends: queue.SimpleQueue[str]) -> None:
-    """Let the first SIGTERM or SIGINT end the server gently, and a second one at once."""
-
-    def end(number: int, _frame: object) -> None:
-        for caught in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(caught, signal.SIG_DFL)
-        ends.put(signal.Signals(number).name)
-
-    for caught in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(caught, end)
-
-
-def catch_bugs(ends: queue.SimpleQueue[str]) -> None:
-    """Stop the server when a thread dies: better restarted by systemd than half alive."""
-
-    def end(args: threading.ExceptHookArgs) -> None:
-        name = args.thread.name if args.thread else "?"
-        log.critical("the thread %s ended: %s", name, describe_bug(args.exc_value))
-        ends.put(BUG)
-
-    threading.excepthook = end
-
-
-def drain(
-    servers: Sequence[Server], service: Service, pool: Pool, writer: Writer, writing: threading.Thread
-) -> None:
-    """Accept nothing new, answer what is in flight, store it. Blocks at most DRAIN_S."""
-    deadline = time.monotonic() + DRAIN_S
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-    service.drain()
-    if not pool.wait_until_quiet(deadline - time.monotonic()):
-        log.warning("some requests were not complete after %d s and were cut", DRAIN_S)
-    writer.stop()
-    writing.join(max(deadline - time.monotonic(), 0))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
