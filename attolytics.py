@@ -2758,7 +2758,7 @@ class Incoming:
         """Return where the head ends, when all of it is there and nothing before it."""
         while True:
             # An empty line before the request line is ignored (RFC 9112, section 2.2).
-            if self._buffer.startswith(b"\r\n", self._at):
+            while self._buffer.startswith(b"\r\n", self._at):
                 self._at += 2
             end = self._buffer.find(b"\r\n\r\n", self._at)
             if end > self._at:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -255,6 +256,9 @@ class SchemaTest(unittest.TestCase):
             return f"{{tables: {{t: {{columns: [{{name: a}}]}}}}, apps: {{x: {text}}}}}"
 
         long = "é" * 32
+        bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+            f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 7)
+        )
         for text, expected in [
             ("", "expected tables and apps, got nothing"),
             ("just text", 'expected tables and apps, got "just text"'),
@@ -273,6 +277,14 @@ class SchemaTest(unittest.TestCase):
             (column("{name: true}"), "columns[0].name: expected a string, got true; put it in quotes"),
             (column("{name: ''}"), "expected a string, got an empty one"),
             (column("{name: _t}"), '"_t" names the table'),
+            (column("{name: ctid}"), '"ctid" is a system column'),
+            (column('{name: "\\ud800"}'), "contains half of a surrogate pair"),
+            ("[" * 3000, "nested too deeply"),
+            (bomb, "more than 100000 values, aliases followed"),
+            (
+                "{tables: {t: {columns: [{name: a}]}}, apps: {}, database_url: [1]}",
+                "s.yaml:1: database_url: exp",
+            ),
             (column(f"{{name: {long}}}"), "has 64 bytes; PostgreSQL holds 63"),
             (column('{name: "a\\0"}'), "NUL"),
             (column("{name: a, type: varchar}"), 'unknown type "varchar", did you mean "string"?'),
@@ -327,12 +339,15 @@ class ConversionTest(unittest.TestCase):
             ("f64", -0.0, "'-0.0'"),
             ("f64", 1.7976931348623157e308, "'1.7976931348623157e+308'"),
             ("f64", 590295810358705700000, "'5.902958103587057e+20'"),
+            ("f64", 2**60, "'1.152921504606847e+18'"),
             ("string", "", "''"),
             ("string", "it's \\ \t\n\r \\. \U0001f600", "'it''s \\ \t\n\r \\. \U0001f600'"),
             ("timestamp", 0, "'1970-01-01T00:00:00Z'"),
             ("timestamp", -1, "'1969-12-31T23:59:59Z'"),
             ("timestamp", 1554130180.123456, "'2019-04-01T14:49:40.123456Z'"),
             ("timestamp", 253402300799, "'9999-12-31T23:59:59Z'"),
+            ("timestamp", 253402300799.5, "'9999-12-31T23:59:59.500000Z'"),
+            ("timestamp", Decimal("20000000000.123456"), "'2603-10-11T11:33:20.123456Z'"),
             ("timestamp", -62135596800, "'0001-01-01T00:00:00Z'"),
             ("timestamp", "2019-04-01T14:49:40Z", "'2019-04-01T14:49:40Z'"),
             ("timestamp", "2019-04-01t14:49:40z", "'2019-04-01T14:49:40Z'"),
@@ -370,6 +385,9 @@ class ConversionTest(unittest.TestCase):
             ("f32", 1e-50, "expected zero or a number of at least"),
             ("f64", float("inf"), "got Infinity"),
             ("f64", float("nan"), "got NaN"),
+            ("f64", 10**400, "expected a finite number"),
+            ("f32", -(10**400), "expected a finite number"),
+            ("timestamp", Decimal("253402300799.9999999"), "expected a time in the years 1 to 9999"),
             ("f64", Decimal("1e400"), "got 1E+400"),
             ("f64", Decimal("1e-400"), "expected zero or a number of at least 5e-324"),
             ("f64", 2**53 + 1, "more digits than double precision holds"),
@@ -539,6 +557,28 @@ class BatchTest(unittest.TestCase):
         self.assertEqual(
             list(caught.exception.problems), [EventProblem(1, "score", reason), EventProblem(2, "a", reason)]
         )
+
+    def test_a_repeated_key_is_found_quickly_among_many_and_deep_down(self) -> None:
+        many = "".join(f'"k{i}": 1, ' for i in range(60_000))
+        deep = '"j": ' + "[" * 900 + '{"a": 1, "a": 2}' + "]" * 900
+        started = time.monotonic()
+        for body in ["{" + many + '"z": 1, "z": 2}', "{" + deep + "}"]:
+            with self.assertRaises(InvalidBody) as caught:
+                self.intake.batch(body.encode(), delivery())
+            self.assertIn("stands twice", caught.exception.reason)
+        self.assertLess(time.monotonic() - started, 2)
+
+    def test_long_keys_are_cut_in_messages(self) -> None:
+        key = "a\n" + "x" * 100_000
+        body = f'{{"secret_key": "{KEY}", "events": [{{{json.dumps(key)}: 1, {json.dumps(key)}: 2}}]}}'
+        with self.assertRaises(InvalidEvents) as caught:
+            self.intake.batch(body.encode(), delivery())
+        self.assertLess(len(caught.exception.problems[0].column or ""), 100)
+        twice = f"{{{json.dumps(key)}: 1, {json.dumps(key)}: 2}}"
+        with self.assertRaises(InvalidBody) as refused:
+            self.intake.batch(twice.encode(), delivery())
+        self.assertLess(len(refused.exception.reason), 200)
+        self.assertNotIn("\n", refused.exception.reason)
 
     def test_unknown_keys_are_warned_of_once(self) -> None:
         batch = self.intake.batch(
@@ -721,6 +761,10 @@ class DatabaseUrlTest(unittest.TestCase):
                 "postgres://h/d?sslmode=verify-full&sslrootcert=%2Fca",
                 dataclasses.replace(base, host="h", dbname="d", sslmode="verify-full", sslrootcert="/ca"),
             ),
+            (
+                "postgres://h?sslrootcert=system",
+                dataclasses.replace(base, host="h", dbname="me", sslmode="verify-full", sslrootcert="system"),
+            ),
             ("postgres://h?ssl=true", dataclasses.replace(base, host="h", sslmode="require")),
             (
                 "postgres://h?connect_timeout=9&application_name=x",
@@ -745,6 +789,8 @@ class DatabaseUrlTest(unittest.TestCase):
             ("postgres://u:sesame%00@h", "contains %00"),
             ("postgres://u:sesame%ff@h", "not UTF-8"),
             ("postgres://a,b/d", "several hosts"),
+            ("postgres://u:sesame\udcff@h", "not UTF-8"),
+            ("postgres://u:sesame@h?sslrootcert=system&sslmode=require", "needs sslmode=verify-full"),
             ("postgres://u:sesame@h?connect_timeout=soon", "connect_timeout must be a number"),
         ]:
             with self.subTest(url), self.assertRaises(OperatorError) as caught:
@@ -1130,9 +1176,52 @@ class PrepareTest(DatabaseCase):
         self.open()
         with self.assertRaisesRegex(OperatorError, 'table "plain": no permission to insert') as caught:
             self.open(user="nobody_special")
+        self.query("GRANT INSERT ON marks TO nobody_special")  # ON CONFLICT needs more
+        with self.assertRaisesRegex(OperatorError, 'table "marks": no permission to select') as caught:
+            self.open(user="nobody_special")
         for sql in re.findall(r"^  (GRANT .*);$", str(caught.exception), re.MULTILINE):
             self.query(sql)
         self.open(user="nobody_special")
+
+    def test_defaults_keys_and_generated_columns_can_be_mended_too(self) -> None:
+        self.query("CREATE TABLE marks (mark int4 GENERATED ALWAYS AS (1) STORED, text int PRIMARY KEY)")
+        self.query("CREATE TABLE plain (mark text DEFAULT 'x', text text, more serial, key int PRIMARY KEY)")
+        with self.assertRaises(OperatorError) as caught:
+            self.open()
+        for sql in re.findall(r"^  (ALTER .*);$", str(caught.exception), re.MULTILINE):
+            self.query(sql)
+        self.open()
+
+    def test_a_name_that_is_no_tables_is_reported(self) -> None:
+        self.query("CREATE SEQUENCE marks; CREATE MATERIALIZED VIEW plain AS SELECT 1")
+        with self.assertRaises(OperatorError) as caught:
+            self.open()
+        self.assertIn('table "marks": the name belongs to a sequence', str(caught.exception))
+        for sql in re.findall(r"^  (ALTER .*);$", str(caught.exception), re.MULTILINE):
+            self.query(sql)
+        self.open()
+
+    def test_a_view_can_take_events_but_have_no_unique_columns(self) -> None:
+        self.query("CREATE TABLE base (mark int8, text text); CREATE VIEW plain AS SELECT * FROM base")
+        self.open()
+        self.query("DROP TABLE marks; CREATE VIEW marks AS SELECT * FROM base")
+        with self.assertRaisesRegex(OperatorError, 'table "marks": a view cannot have unique columns'):
+            self.open()
+
+    def test_a_lock_on_a_table_does_not_hold_up_the_start_for_ever(self) -> None:
+        self.query("CREATE TABLE marks (mark int8, text text)")
+        session = self.postgres.connect(self.database)
+        self.addCleanup(session.close)
+        session.run("BEGIN; INSERT INTO marks VALUES (1)")
+        with self.assertRaisesRegex(attolytics.DatabaseAway, "lock timeout"):
+            self.open()
+        session.run("COMMIT")
+        self.query(f"ALTER DATABASE {self.database} SET statement_timeout = '1ms'")
+        self.query("INSERT INTO marks SELECT generate_series(2, 100000)", "SET statement_timeout = 0")
+        self.query("SET statement_timeout = 0; DROP TABLE IF EXISTS plain")
+        session.run("ALTER DATABASE " + self.database + " RESET statement_timeout")
+        session.run("ALTER DATABASE " + self.database + " SET statement_timeout = '20ms'")
+        self.open()  # the index takes longer than that
 
     def test_values_that_are_not_unique_are_reported(self) -> None:
         self.query("CREATE TABLE marks (mark int8, text text)")
@@ -1298,6 +1387,23 @@ class ConnectTest(DatabaseCase):
                 self.assertIn(reason, error.reason)
         with self.assertRaisesRegex(OperatorError, r"cannot read the certificates .*No such file"):
             self.open(sslmode="verify-full", sslrootcert="/nowhere/ca.pem")
+
+    def test_a_proxy_in_front_of_a_server_that_is_not_up_counts_as_away(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def accept_and_close() -> None:
+                server.accept()[0].close()
+
+            thread = threading.Thread(target=accept_and_close)
+            thread.start()
+            error = self.refused(host="127.0.0.1", port=server.getsockname()[1], sslmode="require")
+            self.assertIsInstance(error, attolytics.DatabaseAway)
+            thread.join()
+
+    def test_a_password_that_scram_does_not_allow_is_refused(self) -> None:
+        self.role("with_scram", "PASSWORD 'right'")
+        error = self.refused(user="with_scram", password="a\x01b")
+        self.assertIsInstance(error, attolytics.DatabaseMisconfigured)
 
     def test_a_server_without_tls(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -1535,6 +1641,55 @@ class WriterTest(DatabaseCase):
                         (EventProblem(index, None, "the database refuses it: no bad texts"),),
                     )
             self.assertEqual(self.marks(table), [])
+
+    def test_whatever_a_trigger_raises_the_other_batches_are_stored(self) -> None:
+        self.query(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.text <> ''"
+            " THEN RAISE 'no' USING ERRCODE = NEW.text; END IF; RETURN NEW; END $$"
+        )
+        writer = self.start_writer()
+        self.query("CREATE TRIGGER refuse BEFORE INSERT ON marks FOR EACH ROW EXECUTE FUNCTION refuse()")
+        for number, (code, kind) in enumerate(
+            [
+                ("P0001", InvalidEvents),
+                ("U0001", InvalidEvents),
+                ("22012", InvalidEvents),
+                ("XX000", attolytics.StorageAway),
+                ("55000", attolytics.StorageAway),
+                ("58030", attolytics.StorageAway),
+            ]
+        ):
+            with self.subTest(code):
+                _, release = self.hold_flush()
+                batches = [self.batch(mark(number * 100 + i, code if i == 5 else None)) for i in range(10)]
+                with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                    blocked = pool.submit(store_all, writer, [self.batch(mark(number * 100 + 50))])
+                    self.wait_for_blocked()
+                    verdicts = pool.submit(store_all, writer, batches)
+                    time.sleep(0.1)
+                    release()
+                    self.assertEqual(blocked.result(), [None])
+                    for i, verdict in enumerate(verdicts.result()):
+                        self.assertIsInstance(verdict, kind if i == 5 else type(None))
+
+    def test_a_lock_is_waited_for_once_not_by_every_batch(self) -> None:
+        writer = self.start_writer()
+        self.query("ALTER TABLE plain ADD CHECK (mark < 1000)")
+        _, release = self.hold_flush("everything")
+        batches = [self.batch({"_t": "everything", "b": True}) for _ in range(10)]
+        batches += [self.batch(mark(2000, table="plain")) for _ in range(10)]
+        started = time.monotonic()
+        store_all(writer, batches)
+        self.assertLess(time.monotonic() - started, 10)
+        release()
+
+    def test_the_same_complaint_is_logged_once(self) -> None:
+        writer = self.start_writer()
+        self.query("DROP TABLE plain")
+        with self.assertLogs("attolytics", "ERROR") as logged:
+            for _ in range(5):
+                store_all(writer, [self.batch(mark(1, table="plain"))])
+        self.assertEqual(len(logged.output), 1)
 
     def test_a_text_too_long_for_its_index_is_the_datas_fault(self) -> None:
         schema = schema_of(
@@ -1855,6 +2010,26 @@ class IncomingTest(unittest.TestCase):
         self.assertLess(time.monotonic() - started, 2)
 
 
+class DrainTest(unittest.TestCase):
+    def test_a_request_that_began_as_the_drain_did_is_read_to_its_end(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            client = socket.create_connection(server.getsockname())
+            self.addCleanup(client.close)
+            ours, _ = server.accept()
+            self.addCleanup(ours.close)
+        incoming = attolytics.Incoming(ours, time.monotonic)
+        client.sendall(b"POST / HTTP/1.1\r\n")
+        ours.shutdown(socket.SHUT_RD)  # what Service.drain() does to a connection that it saw idle
+        self.assertTrue(incoming.wait(1))
+        later = threading.Timer(0.1, client.sendall, [b"Host: a\r\n\r\nbody"])
+        later.start()
+        self.assertEqual(incoming.head(), b"POST / HTTP/1.1\r\nHost: a")
+        self.assertEqual(incoming.exactly(4, time.monotonic() + 5), b"body")
+        client.close()
+        with self.assertRaises(attolytics.MalformedRequest):
+            incoming.exactly(1, time.monotonic() + 5)
+
+
 class Attolytics:
     """The program in a process of its own. Its standard error is collected line by line."""
 
@@ -2117,6 +2292,7 @@ class HttpTest(ServerCase):
 
     def test_an_empty_line_before_a_request_is_ignored(self) -> None:
         self.assertEqual(self.talk(b"\r\n" + self.raw(self.BODY)).status, 200)
+        self.assertEqual(self.talk(b"\r", b"\n\r\n", self.raw(self.BODY), pause=0.05).status, 200)
 
     def test_chunked_bodies(self) -> None:
         middle = len(self.BODY) // 2
@@ -2181,6 +2357,25 @@ class HttpTest(ServerCase):
         received = b"".join(iter(lambda: sock.recv(1000), b""))
         self.assertTrue(received.startswith(b"HTTP/1.1 405 "))
         self.assertTrue(received.endswith(b"\r\n\r\n"))
+
+    def test_a_bad_request_after_a_good_one_is_answered_by_itself(self) -> None:
+        sock = self.connect()
+        sock.sendall(self.raw(b"", "Origin: https://a.example", path="/apps/many/events", method="HEAD"))
+        self.assertEqual(read_answer(sock, "HEAD").status, 405)
+        sock.sendall(b"\x16\x03\x01\r\n")
+        answer = read_answer(sock)
+        self.assertEqual((answer.status, answer.headers["Access-Control-Allow-Origin"]), (400, "*"))
+        self.assertTrue(answer.json["error"])
+
+    def test_paths_are_case_sensitive(self) -> None:
+        self.assertEqual(self.talk(self.raw(self.BODY, path="/APPS/app/events")).status, 404)
+
+    def test_a_million_tiny_chunks_cost_little(self) -> None:
+        sock = self.connect()
+        started = time.monotonic()
+        sock.sendall(self.raw(b"1\r\n \r\n" * 200_000 + b"0\r\n\r\n", "Transfer-Encoding: chunked"))
+        self.assertEqual(read_answer(sock).status, 400)  # blanks are not JSON
+        self.assertLess(time.monotonic() - started, 4)
 
     def test_beacons_need_no_preflight(self) -> None:
         answer = self.talk(self.raw(self.BODY, "Content-Type: text/plain;charset=UTF-8"))
@@ -2276,6 +2471,9 @@ class CrowdTest(ServerCase):
         self.assertLess(time.monotonic() - started, 1)
         self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "5"))
         self.assertIn("too many connections", answer.json["error"])
+        # However many come, and however long they stay, each is told.
+        for sock in [self.connect() for _ in range(30)]:
+            self.assertTrue(sock.recv(100).startswith(b"HTTP/1.1 503 "))
         for sock in others:
             sock.close()
         answers = [read_answer(sock) for sock in slow]
@@ -2444,6 +2642,55 @@ class ProcessTest(ProcessCase):
             started = time.monotonic()
             self.assertEqual(server.stop(), 0)
             self.assertLess(time.monotonic() - started, 10)
+
+    def test_a_signal_right_after_the_start_is_noticed(self) -> None:
+        for delay in (0, 0, 0, 0.01, 0.05):
+            server = self.run_server()
+            time.sleep(delay)
+            self.assertEqual(server.stop(), 0)
+
+    def test_a_signal_during_the_start_is_noticed(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"postgres://127.0.0.1:{silent.getsockname()[1]}/x?connect_timeout=30&sslmode=disable"
+            server = Attolytics("-s", self.schema_file, "-d", url, "-p", "0", wait=False)
+            with silent.accept()[0]:
+                self.assertEqual(server.stop(), 0)
+            self.assertNotIn("Traceback", "\n".join(server.lines))
+
+    def test_two_servers_on_one_port(self) -> None:
+        port = free_port()
+        first = Attolytics("-s", self.schema_file, "-d", self.url, "-p", port)
+        self.addCleanup(self.kill, first)
+        code, lines = self.fail("-s", self.schema_file, "-d", self.url, "-p", port)
+        self.assertEqual((code, len(lines)), (1, 1))
+        self.assertIn("the port is in use", lines[0])
+        # Linux lets both bind while neither listens.
+        with socket.socket() as bound:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(("127.0.0.1", 0))
+            nothing: Any = None  # it serves nobody
+            make = functools.partial(attolytics.Server, service=nothing, pool=nothing, turning_away=nothing)
+            [server] = attolytics.bind("127.0.0.1", bound.getsockname()[1], make)
+            self.addCleanup(server.server_close)
+            bound.listen()
+            with self.assertRaisesRegex(OperatorError, "the port is in use"):
+                attolytics.listen([server])
+
+    def test_all_addresses(self) -> None:
+        for host in ("", "0.0.0.0", "::"):
+            with self.subTest(host):
+                server = self.run_server("-H", host)
+                self.assertEqual(server.post("/apps/app/events", body_of(key="key")).status, 200)
+                self.assertEqual(server.stop(), 0)
+
+    def test_odd_environments(self) -> None:
+        command = [sys.executable, str(HERE / "attolytics.py"), "-s", "/nope"]
+        result = subprocess.run(f"{shlex.join(command)} 2>&-", shell=True, check=False)
+        self.assertEqual(result.returncode, 1)
+        code, lines = self.fail(
+            "-s", self.schema_file, "-d", b"postgres://\xff".decode(errors="surrogateescape")
+        )
+        self.assertEqual((code, lines), (1, ["attolytics: database URL: not UTF-8"]))
 
     def test_kill_9_loses_nothing_that_was_answered(self) -> None:
         server = self.run_server()
@@ -2670,8 +2917,9 @@ class FaultTest(ProcessCase):
     def test_draining_while_the_database_hangs_ends_in_time(self) -> None:
         server = self.run_server()
         [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
-        os.kill(pid, signal.SIGSTOP)
-        self.addCleanup(os.kill, pid, signal.SIGCONT)
+        for stopped in (pid, self.postgres.process.pid):
+            os.kill(stopped, signal.SIGSTOP)
+            self.addCleanup(os.kill, stopped, signal.SIGCONT)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             future = pool.submit(server.post, "/apps/app/events", body_of(mark(1), key="key"))
             time.sleep(0.3)
