@@ -2373,21 +2373,21 @@ class Writer:
 
     def _blame(self, database: Database, pending: Pending, error: DatabaseError) -> None:
         """Refuse a batch that the database refused, naming the event at fault where there is one."""
+        index = None
+        try:
+            if isinstance(error, DataRefused):
+                index, error = self._find_culprit(database, pending.batch, error)
+        except (DatabaseAway, DatabaseConflict) as lost:
+            self._lose(database, lost)
+            self._refuse([pending])
+            return
         if isinstance(error, DatabaseMisconfigured):
             if self._complaints.is_new(error.reason):
                 log.error("the database refuses events, mend it: %s (%s)", error.reason, error.sqlstate)
             pending.settle(StorageAway("the database is not set up for these events"))
             return
-        batch = pending.batch
-        try:
-            index, error = self._find_culprit(database, batch, error)
-        except (DatabaseAway, DatabaseConflict) as lost:
-            self._lose(database, lost)
-            self._refuse([pending])
-            return
-        reason = f"the database refuses it: {error.reason}"
-        problem = EventProblem(index, error.column, reason)
-        pending.settle(refused_events([problem], len(batch.tables)))
+        problem = EventProblem(index, error.column, f"the database refuses it: {error.reason}")
+        pending.settle(refused_events([problem], len(pending.batch.tables)))
 
     def _find_culprit(
         self, database: Database, batch: Batch, error: DatabaseError
