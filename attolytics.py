@@ -65,7 +65,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from email.utils import formatdate
 from enum import StrEnum
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -752,18 +752,10 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
 
 
 # --- Conversion ---------------------------------------------------------------
-# JSON values to column values, as the SQL literals that PostgreSQL reads. Pure: a
-# function returns the literal or raises ValueError with the reason, and knows
-# nothing of tables and requests. Nothing is changed silently: what PostgreSQL
-# would not give back equal is refused.
-
-
-def quote(text: str) -> str:
-    """Return a string literal. Complete for text without NUL (PostgreSQL manual, 4.1.2.1).
-
-    Only with standard_conforming_strings = on, which every connection of ours asks for.
-    """
-    return "'" + text.replace("'", "''") + "'"
+# JSON values to column values, as the texts that PostgreSQL reads for them. Pure: a
+# function returns the text or raises ValueError with the reason, and knows nothing
+# of tables, requests and SQL. Nothing is changed silently: what PostgreSQL would not
+# give back equal is refused.
 
 
 def to_bool(value: object) -> str:
@@ -798,8 +790,7 @@ def to_float(limit: float, smallest: float, value: object) -> str:
     is_long = type(value) is int and limit == sys.float_info.max and number != value
     if is_long and Decimal(repr(number)) != value:
         raise ValueError(f"the integer {show(value)} has more digits than double precision holds")
-    # Quoted, so that PostgreSQL reads it as the column's type at once; bare, -0.0 would become 0.
-    return f"'{number!r}'"
+    return repr(number)
 
 
 def to_string(value: object) -> str:
@@ -813,7 +804,7 @@ def to_string(value: object) -> str:
         except UnicodeEncodeError as error:
             code = ord(value[error.start])
             raise ValueError(f"contains half of a surrogate pair (\\u{code:04x})") from None
-    return quote(value)
+    return value
 
 
 RFC_3339 = re.compile(
@@ -821,7 +812,7 @@ RFC_3339 = re.compile(
 )
 SECONDS_MIN = -62_135_596_800  # 0001-01-01, where Python's calendar starts
 SECONDS_END = 253_402_300_800  # 10000-01-01, where it ends; in milliseconds that is 1978
-MICROSECONDS_EXACT = 2**33  # Seconds up to which a float's last digits are below a microsecond
+MICROSECONDS_EXACT = 2**33  # Seconds up to which the last digits of a float are below a microsecond
 EPOCH = datetime(1970, 1, 1)  # naive, which is faster; all our times are in UTC
 MILLISECONDS = "looks like milliseconds; send seconds"
 
@@ -855,25 +846,34 @@ def parse_rfc_3339(text: str) -> datetime:
         raise ValueError(f"no such time: {one_line(error)}, got {show(text)}") from None
 
 
-def since_epoch(seconds: float | Decimal) -> timedelta:
-    """Return a duration rounded to microseconds, which is what PostgreSQL holds."""
-    if isinstance(seconds, int) or -MICROSECONDS_EXACT < seconds < MICROSECONDS_EXACT:
-        return timedelta(seconds=float(seconds))
-    return timedelta(microseconds=round(Decimal(str(seconds)) * 1_000_000))
+@lru_cache(maxsize=4096)  # Events come with times close together.
+def second_text(seconds: int) -> str:
+    """Return the second that begins `seconds` after 1970-01-01. Raises OverflowError after year 9999."""
+    return (EPOCH + timedelta(seconds=seconds)).isoformat()
+
+
+def split_seconds(seconds: float | Decimal) -> tuple[int, int]:
+    """Return whole seconds and microseconds, rounded to what PostgreSQL holds."""
+    if not -MICROSECONDS_EXACT < seconds < MICROSECONDS_EXACT:
+        seconds = Decimal(repr(seconds)) if isinstance(seconds, float) else seconds
+    whole = math.floor(seconds)
+    microseconds = round((seconds - whole) * 1_000_000)
+    return (whole, microseconds) if microseconds < 1_000_000 else (whole + 1, 0)
 
 
 def to_timestamp(value: object) -> str:
     if type(value) is str:
-        return f"'{parse_rfc_3339(value).isoformat()}Z'"
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return f"{parse_rfc_3339(value).isoformat()}Z"
+    if type(value) is not float and type(value) is not int and type(value) is not Decimal:
         raise ValueError(
             f"expected seconds since 1970 or a string such as 2019-04-01T14:49:40Z, got {show(value)}"
         )
     if not SECONDS_MIN <= value < SECONDS_END:
         hint = f": {MILLISECONDS}" if SECONDS_END <= value < SECONDS_END * 1000 else ""
         raise ValueError(f"expected a time in the years 1 to 9999, got {show(value)}{hint}")
+    whole, microseconds = split_seconds(value)
     try:
-        return f"'{(EPOCH + since_epoch(value)).isoformat()}Z'"
+        return f"{second_text(whole)}.{microseconds:06d}Z"
     except OverflowError:  # less than a microsecond before the end
         raise ValueError(f"expected a time in the years 1 to 9999, got {show(value)}") from None
 
@@ -885,7 +885,7 @@ def to_uuid(value: object) -> str:
     if type(value) is not str or not UUID_TEXT.fullmatch(value):
         example = "123e4567-e89b-12d3-a456-426614174000"
         raise ValueError(f"expected a UUID such as {example}, got {show(value)}")
-    return f"'{value}'"
+    return value
 
 
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -964,8 +964,8 @@ CONVERTERS: Mapping[Type, Callable[[object], str]] = {
 class Batch:
     """The events of one request as rows that are ready for PostgreSQL.
 
-    `rows` has, by table name, a literal such as ('a',1,NULL) per event; `tables` has the table name
-    of each event in the order of the request.
+    `rows` has, by table name, a row per event, in the table's RowFormat; `tables` has the table name of
+    each event in the order of the request.
     """
 
     rows: Mapping[str, Sequence[str]]
@@ -1098,6 +1098,57 @@ def decode_body(body: bytes) -> dict[str, object]:
     return document
 
 
+@dataclass(frozen=True, slots=True)
+class RowFormat:
+    """How a statement wants its rows: where their fields begin and end, and NULL."""
+
+    start: str
+    separator: str
+    end: str
+    null: str
+
+
+COPY_ROW = RowFormat("", "\t", "\n", "\\N")
+VALUES_ROW = RowFormat("(", ",", ")", "NULL")
+
+# PostgreSQL manual, COPY, "Text Format".
+COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+def quote(text: str) -> str:
+    """Return a string literal. Complete for text without NUL (PostgreSQL manual, 4.1.2.1).
+
+    Only with standard_conforming_strings = on, which every connection of ours asks for.
+    """
+    return "'" + text.replace("'", "''") + "'"
+
+
+def copy_string(value: object) -> str:
+    """Return a string column's field for COPY. Raises ValueError as to_string does."""
+    # Printable text has no control characters and no surrogates; nearly all text is.
+    if type(value) is str and value.isprintable() and "\\" not in value:
+        return value
+    return to_string(value).translate(COPY_ESCAPES)
+
+
+def copy_json(value: object) -> str:
+    """Return a json column's field for COPY. Raises ValueError as to_json does."""
+    return to_json(value).translate(COPY_ESCAPES)
+
+
+def quoted(convert: Callable[[object], str], value: object) -> str:
+    """Return a column's literal for VALUES."""
+    return quote(convert(value))
+
+
+def field_converter(type_: Type, row_format: RowFormat) -> Callable[[object], str]:
+    """Return the function that turns a JSON value into a field of a row."""
+    if row_format is VALUES_ROW:
+        return partial(quoted, CONVERTERS[type_])
+    # The texts of all other types have nothing to escape.
+    return {Type.STRING: copy_string, Type.JSON: copy_json}.get(type_, CONVERTERS[type_])
+
+
 def filled_by(column: Column) -> str:
     """Return what fills a column that is not the event's, for messages."""
     return f"the request header {column.header}" if column.header else f"the server ({column.source})"
@@ -1137,21 +1188,21 @@ def header_text(value: str) -> str:
         return value
 
 
-def filled_literal(column: Column, app_id: str, delivery: Delivery) -> str:
-    """Return the literal of a column that the request fills. Raises ValueError with the reason."""
+def filled_value(column: Column, app_id: str, delivery: Delivery) -> object:
+    """Return the value of a column that the request fills, None for NULL. Raises ValueError."""
     match column.source:
         case Source.APP_ID:
-            return to_string(app_id)
+            return app_id
         case Source.CLIENT_IP:
-            return to_string(client_address(delivery.peer, delivery.headers))
+            return client_address(delivery.peer, delivery.headers)
         case Source.RECEIVED_AT:
-            return to_timestamp(delivery.received_at)
+            return delivery.received_at
     value = delivery.headers.get(column.header or "")
     if value is not None:
-        return to_string(header_text(value))
+        return header_text(value)
     if column.required:
         raise ValueError(f"the request header {column.header} is missing, but required")
-    return "NULL"
+    return None
 
 
 NULL_REFUSED = "null, but required"
@@ -1166,48 +1217,53 @@ class TableIntake:
 
     def __init__(self, table: Table) -> None:
         self.name = table.name
+        # COPY is faster for any number of rows, but cannot skip repeated values.
+        self.format = VALUES_ROW if any(c.unique for c in table.columns) else COPY_ROW
         events = [c for c in table.columns if not (c.header or c.source or c.extra)]
-        self._fields = [(c.name, CONVERTERS[c.type], c.required) for c in events]
-        self._filled = [c for c in table.columns if c.header or c.source]
+        filled = [c for c in table.columns if c.header or c.source]
         extra = [c for c in table.columns if c.extra]
+        self.columns = (*events, *filled, *extra)
+        self._fields = [(c.name, field_converter(c.type, self.format), c.required) for c in events]
+        self._filled = [(c, field_converter(c.type, self.format)) for c in filled]
+        self._to_json = field_converter(Type.JSON, self.format)
         self._extra = extra[0].name if extra else None
         self._from_event = frozenset(c.name for c in events)
         self._known = self._from_event | {TABLE_KEY}
-        self._by_request = {c.name: filled_by(c) for c in self._filled}
-        self.columns = (*events, *self._filled, *extra)
+        self._by_request = {c.name: filled_by(c) for c in filled}
 
-    def filled(self, app_id: str, delivery: Delivery) -> tuple[str, list[tuple[str, str]]]:
-        """Return the end of every row of this request, and (column, reason) for what cannot be filled."""
-        literals, problems = [], []
-        for column in self._filled:
+    def filled(self, app_id: str, delivery: Delivery) -> tuple[list[str], list[tuple[str, str]]]:
+        """Return the fields that a request fills, and (column, reason) for what cannot be filled."""
+        fields, problems = [], []
+        for column, convert in self._filled:
             try:
-                literals.append(filled_literal(column, app_id, delivery))
+                value = filled_value(column, app_id, delivery)
+                fields.append(self.format.null if value is None else convert(value))
             except ValueError as error:
                 problems.append((column.name, str(error)))
-        return "".join(f",{literal}" for literal in literals), problems
+        return fields, problems
 
-    def row(self, event: dict[str, object], end: str, problems: list[tuple[str, str]]) -> str:
-        """Return an event's row, to which `end` has what the request fills.
+    def row(self, event: dict[str, object], filled: list[str], problems: list[tuple[str, str]]) -> str:
+        """Return an event's row; `filled` has the fields that the request fills.
 
         Adds a (column, reason) to `problems` for each value that does not fit.
         """
-        literals = []
+        fields = []
+        null = self.format.null
         for name, convert, required in self._fields:
             value = event.get(name)
             if value is None:
                 if required:
                     problems.append((name, "missing, but required" if name not in event else NULL_REFUSED))
-                literals.append("NULL")
+                fields.append(null)
                 continue
             try:
-                literals.append(convert(value))
+                fields.append(convert(value))
             except ValueError as error:
                 problems.append((name, str(error)))
-        row = ",".join(literals) + end
+        fields += filled
         if self._extra:
-            row += "," + self._rest(event, self._extra, problems)
-        # Without columns from the event, `end` starts the row.
-        return f"({row})" if literals else f"({row[1:]})"
+            fields.append(self._rest(event, self._extra, problems))
+        return self.format.start + self.format.separator.join(fields) + self.format.end
 
     def unknown(self, event: dict[str, object]) -> set[str]:
         """Return the keys of an event that no column takes."""
@@ -1223,13 +1279,11 @@ class TableIntake:
 
     def _rest(self, event: dict[str, object], column: str, problems: list[tuple[str, str]]) -> str:
         rest = {key: event[key] for key in event if key not in self._known}
-        if not rest:
-            return "NULL"
         try:
-            return to_json(rest)
+            return self._to_json(rest) if rest else self.format.null
         except ValueError as error:
             problems.append((column, str(error)))
-            return "NULL"
+            return self.format.null
 
 
 class Warnings:
@@ -1291,7 +1345,7 @@ class Intake:
     def _convert(self, events: list[object], delivery: Delivery, warnings: Warnings) -> Batch:
         rows: dict[str, list[str]] = {}
         tables: list[str] = []
-        ends: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+        filled: dict[str, tuple[list[str], list[tuple[str, str]]]] = {}
         problems: list[EventProblem] = []
         misplaced = 0
         for index, event in enumerate(events):
@@ -1304,12 +1358,12 @@ class Intake:
                 problems.append(self._table_problem(index, event))
                 misplaced += type(name) is str
                 continue
-            if table.name not in ends:
-                ends[table.name] = table.filled(self.app.id, delivery)
+            if table.name not in filled:
+                filled[table.name] = table.filled(self.app.id, delivery)
                 rows[table.name] = []
-            end, lacking = ends[table.name]
+            fields, lacking = filled[table.name]
             reasons = lacking.copy()
-            row = table.row(event, end, reasons)
+            row = table.row(event, fields, reasons)
             if reasons:
                 problems.extend([EventProblem(index, column, reason) for column, reason in reasons])
                 continue
@@ -1481,9 +1535,27 @@ def column_differences(
         )
 
 
+# pg_class.relkind, as the words that ALTER takes too.
+KINDS: Mapping[str, str] = {
+    "r": "table",
+    "p": "table",
+    "v": "view",
+    "v-": "view without an INSTEAD OF INSERT trigger",
+    "f": "foreign table",
+    "m": "materialized view",
+    "S": "sequence",
+    "i": "index",
+    "I": "index",
+    "c": "type",
+}
+
+
 def table_differences(table: Table, existing: ExistingTable, user: str) -> Iterator[Difference]:
     place = f'table "{table.name}"'
     name = identifier(table.name)
+    if existing.kind == KINDS["v-"]:  # INSERT may work, but COPY does not
+        yield Difference(f"{place} is a {existing.kind}", "")
+        return
     if existing.kind not in ("table", "view", "foreign table"):
         rename = f"ALTER {existing.kind.upper()} {name} RENAME TO {identifier(table.name[:-4] + '_old')}"
         yield Difference(f"{place}: the name belongs to a {existing.kind}", rename)
@@ -1523,7 +1595,8 @@ def catalog_sql(tables: Iterable[str]) -> str:
     found = "to_regclass(quote_ident(wanted.name))"
     return f"""
     SELECT 'table', wanted.name, has_table_privilege(c.oid, 'INSERT'), has_table_privilege(c.oid, 'SELECT'),
-        NULL, NULL, c.relkind::text, NULL
+        NULL, NULL, c.relkind::text || CASE WHEN c.relkind = 'v' AND NOT EXISTS (SELECT FROM pg_trigger
+        WHERE tgrelid = c.oid AND tgtype & 64 <> 0) THEN '-' ELSE '' END, NULL
     {wanted} JOIN pg_class c ON c.oid = {found}
     UNION ALL
     SELECT 'column', wanted.name, a.attnotnull, a.atthasdef OR a.attidentity <> '',
@@ -1537,20 +1610,6 @@ def catalog_sql(tables: Iterable[str]) -> str:
         NULL, NULL, a.attname::text, NULL, NULL
     {wanted} JOIN pg_index i ON i.indrelid = {found}
     JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] WHERE i.indisvalid"""
-
-
-# pg_class.relkind, as the words that ALTER takes too.
-KINDS: Mapping[str, str] = {
-    "r": "table",
-    "p": "table",
-    "v": "view",
-    "f": "foreign table",
-    "m": "materialized view",
-    "S": "sequence",
-    "i": "index",
-    "I": "index",
-    "c": "type",
-}
 
 
 def read_catalog(rows: Iterable[Sequence[Any]]) -> dict[str, ExistingTable]:
@@ -1578,22 +1637,34 @@ def read_catalog(rows: Iterable[Sequence[Any]]) -> dict[str, ExistingTable]:
     }
 
 
-def insert_sql(table: Table) -> tuple[str, str]:
-    """Return what stands before and after the rows of an INSERT."""
-    columns = ",".join(identifier(column.name) for column in TableIntake(table).columns)
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A simple-protocol message, and the data of its COPY statements in their order."""
+
+    sql: str
+    copies: Sequence[bytes] = ()
+
+
+def insert_sql(table: TableIntake) -> tuple[str, str]:
+    """Return what stands before and after the rows of an INSERT, or a COPY statement and ""."""
+    columns = ",".join(identifier(column.name) for column in table.columns)
+    into = f"{identifier(table.name)} ({columns})"
+    if table.format is COPY_ROW:
+        return f"COPY {into} FROM STDIN", ""
     unique = [column.name for column in table.columns if column.unique]
     # With one unique column only its conflicts are skipped; a conflict with another constraint of the
     # operator's stays an error. SQL has no way to name two.
     target = f" ({identifier(unique[0])})" if len(unique) == 1 else ""
-    skip = f" ON CONFLICT{target} DO NOTHING" if unique else ""
-    return f"INSERT INTO {identifier(table.name)} ({columns}) VALUES ", skip
+    return f"INSERT INTO {into} VALUES ", f" ON CONFLICT{target} DO NOTHING"
 
 
 # The settings are the transaction's own, so nothing is left behind in a connection that PgBouncer
-# shares. A server that is set to forget commits when it crashes does not forget ours.
+# shares. A server that is set to forget commits when it crashes does not forget ours. Notices of
+# triggers would fill the connection while we fill it with rows.
 FLUSH_START = f"""BEGIN;
 SELECT set_config('lock_timeout', '{LOCK_TIMEOUT_MS}', true),
  set_config('statement_timeout', '{STATEMENT_TIMEOUT_MS}', true),
+ set_config('client_min_messages', 'error', true),
  set_config('synchronous_commit', CASE current_setting('synchronous_commit')
  WHEN 'off' THEN 'local' ELSE current_setting('synchronous_commit') END, true);
 """
@@ -1603,27 +1674,33 @@ class Inserts:
     """Builds the one message of a flush; compiled once from the schema."""
 
     def __init__(self, schema: Schema) -> None:
-        self._inserts = {name: insert_sql(table) for name, table in schema.tables.items()}
+        self._inserts = {name: insert_sql(TableIntake(table)) for name, table in schema.tables.items()}
 
-    def flush(self, batches: Sequence[Batch]) -> str:
+    def flush(self, batches: Sequence[Batch]) -> Message:
         """Return the message that stores batches in one transaction."""
-        return f"{FLUSH_START}{self._statements([batch.rows for batch in batches])}COMMIT"
+        return self._message([batch.rows for batch in batches], "COMMIT")
 
-    def trial(self, rows: Mapping[str, Sequence[str]]) -> str:
+    def trial(self, rows: Mapping[str, Sequence[str]]) -> Message:
         """Return a message that stores rows and takes them back, deferred constraints included."""
-        return f"{FLUSH_START}{self._statements([rows])}SET CONSTRAINTS ALL IMMEDIATE;\nROLLBACK"
+        return self._message([rows], "SET CONSTRAINTS ALL IMMEDIATE;\nROLLBACK")
 
-    def _statements(self, batches: Iterable[Mapping[str, Sequence[str]]]) -> str:
+    def _message(self, batches: Iterable[Mapping[str, Sequence[str]]], end: str) -> Message:
         merged: dict[str, list[str]] = {}
         for rows in batches:
-            for table, literals in rows.items():
-                merged.setdefault(table, []).extend(literals)
+            for table, table_rows in rows.items():
+                merged.setdefault(table, []).extend(table_rows)
+        sql, copies = FLUSH_START, []
         # Always in the same order of tables, so that instances do not lock each other out.
-        return "".join(
-            f"{start}{','.join(merged[table])}{end};\n"
-            for table, (start, end) in self._inserts.items()
-            if merged.get(table)
-        )
+        for table, (before_rows, after_rows) in self._inserts.items():
+            rows_here = merged.get(table)
+            if not rows_here:
+                continue
+            if after_rows:
+                sql += f"{before_rows}{','.join(rows_here)}{after_rows};\n"
+            else:
+                sql += f"{before_rows};\n"
+                copies.append("".join(rows_here).encode())
+        return Message(sql + end, copies)
 
 
 # --- Database URL -------------------------------------------------------------
@@ -1834,6 +1911,24 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
 
     last_error: Mapping[str, str] | None = None
 
+    def send(self, message: Message) -> list[list[Any]]:
+        """Send a message and its COPY data in one go, and return the rows that it brings.
+
+        The server takes the data when it comes to the COPY, and drops it if an error comes first
+        (PostgreSQL manual, 55.2.6). pg8000 by itself needs three round trips for a COPY.
+        """
+        context = pg8000.core.Context(message.sql)
+        self.send_QUERY(message.sql)
+        for data in message.copies:
+            self._send_message(pg8000.core.COPY_DATA, data)
+            pg8000.core._write(self._sock, pg8000.core.COPY_DONE_MSG)
+        pg8000.core._flush(self._sock)
+        self.handle_messages(context)
+        return context.rows or []
+
+    def handle_COPY_IN_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802
+        """Do nothing: the data is on its way already."""
+
     def handle_ERROR_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802  # pg8000's name
         super().handle_ERROR_RESPONSE(data, context)
         self.last_error = context.error.args[0]
@@ -1865,17 +1960,20 @@ class Database:
         Raises DatabaseAway when the connection is lost or the database cannot work now, and
         DataRefused, DatabaseConflict or DatabaseMisconfigured for what the server says.
         """
+        return self._send(Message(sql))
+
+    def _send(self, message: Message) -> list[list[Any]]:
         try:
-            return self._connection.run(sql) or []
+            return self._connection.send(message)
         except pg8000.exceptions.DatabaseError as error:
             raise server_error(error.args[0]) from None
         except BROKEN as error:
             raise self._lost(error) from None
 
-    def transact(self, sql: str) -> None:
+    def transact(self, message: Message) -> None:
         """Run one message that has a whole transaction in it; after an error nothing of it is left."""
         try:
-            self.run(sql)
+            self._send(message)
         except (DataRefused, DatabaseConflict, DatabaseMisconfigured):
             self.run("ROLLBACK")
             raise
@@ -2491,6 +2589,7 @@ REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")  # RFC 9112, section 5
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?/apps/([^/?#]+)/events(?:\?[^#]*)?")
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*(?=\r\n|$)", re.IGNORECASE)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~]*)?")
 
 # Bytes that no head has: bare line feeds and carriage returns, other control characters. Seeing one
@@ -2709,6 +2808,8 @@ class Incoming:
         """Return `size` bytes of the body."""
         parts = [self._take(size)]
         missing = size - len(parts[0])
+        if not missing:
+            return parts[0]
         while missing:
             if not self._receive_more(deadline):
                 raise MalformedRequest(f"the body ended {missing} bytes early")
@@ -2907,8 +3008,8 @@ class Handler(BaseRequestHandler):
         self._head: Head | None = None
         self._cors = ANY_ORIGIN
         # The last head that was let in, and what came of it: clients that keep their connection
-        # repeat it byte for byte.
-        self._last: tuple[bytes, Head, Intake, str] | None = None
+        # repeat it byte for byte, but for the number in Content-Length.
+        self._last: tuple[bytes, bytes, Head, Intake, str] | None = None
 
     def handle(self) -> None:
         try:
@@ -2952,10 +3053,10 @@ class Handler(BaseRequestHandler):
     def _serve(self) -> tuple[HTTPStatus, str]:
         """Read a request and do what it asks; return the status and the JSON body of the answer."""
         self._body_unread = True
-        head, intake = self._let_in()
-        if head.expects_continue and head.length != 0:
+        head, length, intake = self._let_in()
+        if head.expects_continue and length != 0:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_body(head)
+        body = self._read_body(length)
         if head.method == "OPTIONS":
             return HTTPStatus.NO_CONTENT, ""
         if coding := content_coding(head.headers):
@@ -2965,13 +3066,19 @@ class Handler(BaseRequestHandler):
             self._service.writer.store(batch)
         return HTTPStatus.OK, accepted_text(batch)
 
-    def _let_in(self) -> tuple[Head, Intake]:
-        """Read a request's head; return it and its app if it may go on, raise a RequestError if not."""
+    def _let_in(self) -> tuple[Head, int | None, Intake]:
+        """Read a request's head; return it, the length of its body and its app.
+
+        Raises a RequestError if the request may not go on.
+        """
         self._head, self._cors = None, ANY_ORIGIN
         raw = self._incoming.head()
-        if self._last and self._last[0] == raw:
-            _, self._head, intake, self._cors = self._last
-            return self._head, intake
+        if self._last:
+            before, after, head, intake, cors = self._last
+            length = raw[len(before) : len(raw) - len(after)]
+            if raw.startswith(before) and raw.endswith(after) and self._is_allowed_length(length):
+                self._head, self._cors = head, cors
+                return head, int(length), intake
         head = self._head = parse_head(raw)
         try:
             intake = self._admit(head)
@@ -2979,10 +3086,16 @@ class Handler(BaseRequestHandler):
             # Read the body all the same, so that the connection can go on. Not if the client waits
             # for a go-ahead that it will not get, nor if the body is too large.
             if not head.expects_continue and (head.length or 0) <= self._service.body_bytes_max:
-                self._read_body(head)
+                self._read_body(head.length)
             raise
-        self._last = (raw, head, intake, self._cors)
-        return head, intake
+        number = CONTENT_LENGTH.search(raw) if head.length is not None else None
+        self._last = (
+            (raw[: number.start(1)], raw[number.end(1) :], head, intake, self._cors) if number else None
+        )
+        return head, head.length, intake
+
+    def _is_allowed_length(self, text: bytes) -> bool:
+        return text.isdigit() and len(text) <= 18 and int(text) <= self._service.body_bytes_max
 
     def _admit(self, head: Head) -> Intake:
         """Return the app of a request whose head is in order; raise a RequestError otherwise."""
@@ -3005,12 +3118,13 @@ class Handler(BaseRequestHandler):
             raise BodyTooLarge(f"the body has {head.length} bytes; a request may have {limit}")
         return intake
 
-    def _read_body(self, head: Head) -> bytes:
+    def _read_body(self, length: int | None) -> bytes:
+        """Return the body, of a known length or (None) chunked."""
         deadline = self._service.clock() + BODY_DEADLINE_S
-        if head.length is None:
+        if length is None:
             body = self._incoming.chunked(self._service.body_bytes_max, deadline)
         else:
-            body = self._incoming.exactly(head.length, deadline)
+            body = self._incoming.exactly(length, deadline)
         self._body_unread = False
         return body
 

@@ -324,8 +324,8 @@ class SchemaTest(unittest.TestCase):
 
 
 class ConversionTest(unittest.TestCase):
-    def test_values_become_literals(self) -> None:
-        for type_, value, literal in [
+    def test_values_become_the_texts_that_postgresql_reads(self) -> None:
+        for type_, value, text in [
             ("bool", True, "true"),
             ("bool", False, "false"),
             ("i32", 0, "0"),
@@ -333,37 +333,37 @@ class ConversionTest(unittest.TestCase):
             ("i32", 5.0, "5"),
             ("i64", 2**63 - 1, "9223372036854775807"),
             ("i64", Decimal("9223372036854775807.0"), "9223372036854775807"),
-            ("f32", 1.5, "'1.5'"),
-            ("f32", 3.4028235e38, "'3.4028235e+38'"),
-            ("f64", 1, "'1.0'"),
-            ("f64", -0.0, "'-0.0'"),
-            ("f64", 1.7976931348623157e308, "'1.7976931348623157e+308'"),
-            ("f64", 590295810358705700000, "'5.902958103587057e+20'"),
-            ("f64", 2**60, "'1.152921504606847e+18'"),
-            ("string", "", "''"),
-            ("string", "it's \\ \t\n\r \\. \U0001f600", "'it''s \\ \t\n\r \\. \U0001f600'"),
-            ("timestamp", 0, "'1970-01-01T00:00:00Z'"),
-            ("timestamp", -1, "'1969-12-31T23:59:59Z'"),
-            ("timestamp", 1554130180.123456, "'2019-04-01T14:49:40.123456Z'"),
-            ("timestamp", 253402300799, "'9999-12-31T23:59:59Z'"),
-            ("timestamp", 253402300799.5, "'9999-12-31T23:59:59.500000Z'"),
-            ("timestamp", Decimal("20000000000.123456"), "'2603-10-11T11:33:20.123456Z'"),
-            ("timestamp", -62135596800, "'0001-01-01T00:00:00Z'"),
-            ("timestamp", "2019-04-01T14:49:40Z", "'2019-04-01T14:49:40Z'"),
-            ("timestamp", "2019-04-01t14:49:40z", "'2019-04-01T14:49:40Z'"),
-            ("timestamp", "2019-04-01 14:49:40.5+02:00", "'2019-04-01T12:49:40.500000Z'"),
-            ("timestamp", "2019-04-01T14:49:40.1234567-00:30", "'2019-04-01T15:19:40.123457Z'"),
-            ("timestamp", "2016-12-31T23:59:60Z", "'2017-01-01T00:00:00Z'"),
-            ("timestamp", "2017-01-01T00:59:60+01:00", "'2017-01-01T00:00:00Z'"),
-            ("json", {"a": [1, 2.5, None, "é'"]}, "'{\"a\":[1,2.5,null,\"é''\"]}'"),
-            ("json", "\\u0000", "'\"\\\\u0000\"'"),
-            ("json", [Decimal("0.12345678901234567890")], "'[0.12345678901234567890]'"),
-            ("json", Decimal("1e400"), "'1E+400'"),
-            ("uuid", "123E4567-e89b-12d3-a456-426614174000", "'123E4567-e89b-12d3-a456-426614174000'"),
-            ("uuid", "123e4567e89b12d3a456426614174000", "'123e4567e89b12d3a456426614174000'"),
+            ("f32", 1.5, "1.5"),
+            ("f32", 3.4028235e38, "3.4028235e+38"),
+            ("f64", 1, "1.0"),
+            ("f64", -0.0, "-0.0"),
+            ("f64", 1.7976931348623157e308, "1.7976931348623157e+308"),
+            ("f64", 590295810358705700000, "5.902958103587057e+20"),
+            ("f64", 2**60, "1.152921504606847e+18"),
+            ("string", "", ""),
+            ("string", "it's \\ \t\n\r \\. \U0001f600", "it's \\ \t\n\r \\. \U0001f600"),
+            ("timestamp", 0, "1970-01-01T00:00:00.000000Z"),
+            ("timestamp", -1, "1969-12-31T23:59:59.000000Z"),
+            ("timestamp", 1554130180.123456, "2019-04-01T14:49:40.123456Z"),
+            ("timestamp", 253402300799, "9999-12-31T23:59:59.000000Z"),
+            ("timestamp", 253402300799.5, "9999-12-31T23:59:59.500000Z"),
+            ("timestamp", Decimal("20000000000.123456"), "2603-10-11T11:33:20.123456Z"),
+            ("timestamp", -62135596800, "0001-01-01T00:00:00.000000Z"),
+            ("timestamp", "2019-04-01T14:49:40Z", "2019-04-01T14:49:40Z"),
+            ("timestamp", "2019-04-01t14:49:40z", "2019-04-01T14:49:40Z"),
+            ("timestamp", "2019-04-01 14:49:40.5+02:00", "2019-04-01T12:49:40.500000Z"),
+            ("timestamp", "2019-04-01T14:49:40.1234567-00:30", "2019-04-01T15:19:40.123457Z"),
+            ("timestamp", "2016-12-31T23:59:60Z", "2017-01-01T00:00:00Z"),
+            ("timestamp", "2017-01-01T00:59:60+01:00", "2017-01-01T00:00:00Z"),
+            ("json", {"a": [1, 2.5, None, "é'"]}, '{"a":[1,2.5,null,"é\'"]}'),
+            ("json", "\\u0000", '"\\\\u0000"'),
+            ("json", [Decimal("0.12345678901234567890")], "[0.12345678901234567890]"),
+            ("json", Decimal("1e400"), "1E+400"),
+            ("uuid", "123E4567-e89b-12d3-a456-426614174000", "123E4567-e89b-12d3-a456-426614174000"),
+            ("uuid", "123e4567e89b12d3a456426614174000", "123e4567e89b12d3a456426614174000"),
         ]:
             with self.subTest(type=type_, value=value):
-                self.assertEqual(attolytics.CONVERTERS[Type(type_)](value), literal)
+                self.assertEqual(attolytics.CONVERTERS[Type(type_)](value), text)
 
     def test_values_that_do_not_fit_are_refused_with_a_reason(self) -> None:
         deep: object = 1
@@ -459,9 +459,10 @@ class BatchTest(unittest.TestCase):
             batch.rows,
             {
                 "events": [
-                    "('1970-01-01T00:00:00Z','linux','1',NULL,'start',7,'http://a.example/''')",
-                    "(NULL,'linux','1','me','start',NULL,'http://a.example/''')",
+                    "1970-01-01T00:00:00.000000Z\tlinux\t1\t\\N\tstart\t7\thttp://a.example/'\n",
+                    "\\N\tlinux\t1\tme\tstart\t\\N\thttp://a.example/'\n",
                 ],
+                # It has a unique column.
                 "purchases": [
                     "('123e4567-e89b-12d3-a456-426614174000','hat',NULL,NULL,"
                     "'2019-04-01T14:49:40.250000Z','192.0.2.1','com.example.myapp',NULL)"
@@ -641,7 +642,7 @@ class BatchTest(unittest.TestCase):
             caught.exception.problems,
             (EventProblem(0, "h", "the request header x-a is missing, but required"),),
         )
-        for header, literal in [("plain", "('plain')"), ("\xc3\xa9", "('é')"), ("\xe9", "('é')")]:
+        for header, literal in [("plain", "plain\n"), ("\xc3\xa9", "é\n"), ("\xe9", "é\n")]:
             batch = intake.batch(body_of({"_t": "t"}, key="k"), delivery({"x-a": header}))
             self.assertEqual(batch.rows["t"], [literal])
 
@@ -707,27 +708,50 @@ class SqlTest(unittest.TestCase):
         )
 
     def test_repeated_values_of_unique_columns_are_skipped(self) -> None:
-        one = Table("t", (Column("a", unique=True), Column("b")))
-        two = Table("t", (Column("a", unique=True), Column("b", unique=True)))
-        none = Table("t", (Column("b"), Column("a", header="x"), Column("c")))
-        self.assertEqual(
-            attolytics.insert_sql(one), ('INSERT INTO "t" ("a","b") VALUES ', ' ON CONFLICT ("a") DO NOTHING')
-        )
-        self.assertEqual(attolytics.insert_sql(two)[1], " ON CONFLICT DO NOTHING")
-        self.assertEqual(attolytics.insert_sql(none), ('INSERT INTO "t" ("b","c","a") VALUES ', ""))
+        for columns, statement in [
+            (
+                (Column("a", unique=True), Column("b")),
+                ('INSERT INTO "t" ("a","b") VALUES ', ' ON CONFLICT ("a") DO NOTHING'),
+            ),
+            (
+                (Column("a", unique=True), Column("b", unique=True)),
+                ('INSERT INTO "t" ("a","b") VALUES ', " ON CONFLICT DO NOTHING"),
+            ),
+            (
+                (Column("b"), Column("a", header="x"), Column("c")),
+                ('COPY "t" ("b","c","a") FROM STDIN', ""),
+            ),
+        ]:
+            table = attolytics.TableIntake(Table("t", columns))
+            self.assertEqual(attolytics.insert_sql(table), statement)
+
+    def test_fields_for_copy_are_escaped(self) -> None:
+        for text, field in [
+            ("plain é\U0001f600 it's", "plain é\U0001f600 it's"),
+            ("\\N", "\\\\N"),
+            ("\\.", "\\\\."),
+            ("a\tb\nc\rd\x01\x7f\u2028", "a\\tb\\nc\\rd\x01\x7f\u2028"),
+        ]:
+            self.assertEqual(attolytics.copy_string(text), field)
+        self.assertEqual(attolytics.copy_json({"a": "\t\\"}), '{"a":"\\\\t\\\\\\\\"}')
+        for text in ("a\0", "\ud800"):
+            with self.assertRaises(ValueError):
+                attolytics.copy_string(text)
 
     def test_a_flush_is_one_transaction_over_all_tables(self) -> None:
         schema = schema_of(ALL_TYPES)
         batches = [
-            Batch({"plain": ["(1,'a')"], "marks": ["(2,'b')"]}, ["plain", "marks"], 0),
-            Batch({"plain": ["(3,'c')"]}, ["plain"], 0),
+            Batch({"plain": ["1\ta\n"], "marks": ["(2,'b')"]}, ["plain", "marks"], 0),
+            Batch({"plain": ["3\tc\n"]}, ["plain"], 0),
         ]
+        message = attolytics.Inserts(schema).flush(batches)
         self.assertEqual(
-            attolytics.Inserts(schema).flush(batches).removeprefix(attolytics.FLUSH_START),
+            message.sql.removeprefix(attolytics.FLUSH_START),
             'INSERT INTO "marks" ("mark","text") VALUES (2,\'b\') ON CONFLICT ("mark") DO NOTHING;\n'
-            'INSERT INTO "plain" ("mark","text") VALUES (1,\'a\'),(3,\'c\');\n'
+            'COPY "plain" ("mark","text") FROM STDIN;\n'
             "COMMIT",
         )
+        self.assertEqual(message.copies, [b"1\ta\n3\tc\n"])
 
 
 # --- Database URL -------------------------------------------------------------
@@ -1201,10 +1225,21 @@ class PrepareTest(DatabaseCase):
             self.query(sql)
         self.open()
 
-    def test_a_view_can_take_events_but_have_no_unique_columns(self) -> None:
-        self.query("CREATE TABLE base (mark int8, text text); CREATE VIEW plain AS SELECT * FROM base")
-        self.open()
-        self.query("DROP TABLE marks; CREATE VIEW marks AS SELECT * FROM base")
+    def test_a_view_can_take_events_through_a_trigger_but_have_no_unique_columns(self) -> None:
+        self.query(
+            "CREATE TABLE base (mark int8, text text); CREATE VIEW plain AS SELECT * FROM base;"
+            " CREATE FUNCTION pass() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " INSERT INTO base VALUES (NEW.mark + 1, NEW.text); RETURN NEW; END $$"
+        )
+        with self.assertRaisesRegex(OperatorError, "is a view without an INSTEAD OF INSERT trigger"):
+            self.open()
+        self.query("CREATE TRIGGER pass INSTEAD OF INSERT ON plain FOR EACH ROW EXECUTE FUNCTION pass()")
+        self.start_writer().store(self.batch(mark(1, table="plain")))
+        self.assertEqual(self.query("SELECT mark FROM base"), [[2]])
+        self.query(
+            "DROP TABLE marks; CREATE VIEW marks AS SELECT * FROM base;"
+            " CREATE TRIGGER pass INSTEAD OF INSERT ON marks FOR EACH ROW EXECUTE FUNCTION pass()"
+        )
         with self.assertRaisesRegex(OperatorError, 'table "marks": a view cannot have unique columns'):
             self.open()
 
@@ -1337,7 +1372,7 @@ class ConnectTest(DatabaseCase):
     def test_nothing_of_a_flush_stays_in_the_session(self) -> None:
         database = self.open()
         before = database.run("SELECT name, setting FROM pg_settings ORDER BY name")
-        database.transact(f"{attolytics.FLUSH_START}COMMIT")
+        database.transact(attolytics.Message(f"{attolytics.FLUSH_START}COMMIT"))
         self.assertEqual(database.run("SELECT name, setting FROM pg_settings ORDER BY name"), before)
         self.assertEqual(database.run("SELECT count(*) FROM pg_prepared_statements"), [[0]])
 
