@@ -1061,7 +1061,7 @@ def refused_events(problems: Sequence[EventProblem], count: int) -> InvalidEvent
     bad = len({problem.index for problem in problems})
     reason = f"{bad} of {count} events do not fit, none was stored" if count > 1 else "the event does not fit"
     if len(problems) > PROBLEMS_MAX:
-        reason += f"; the first {PROBLEMS_MAX} reasons are listed"
+        reason = f"at least {reason}; the first {PROBLEMS_MAX} reasons are listed"
     return InvalidEvents(reason, problems[:PROBLEMS_MAX])
 
 
@@ -1349,6 +1349,8 @@ class Intake:
         problems: list[EventProblem] = []
         misplaced = 0
         for index, event in enumerate(events):
+            if len(problems) > PROBLEMS_MAX:
+                break
             if type(event) is not dict:
                 problems.append(EventProblem(index, None, f"expected an object, got {show(event)}"))
                 continue
