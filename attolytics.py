@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["pg8000>=1.31", "PyYAML>=6.0"]
+# dependencies = ["pg8000>=1.31,<2", "PyYAML>=6.0,<7"]
 # ///
 """Attolytics receives analytics events over HTTP and inserts them into PostgreSQL.
 
@@ -1457,6 +1457,7 @@ class ExistingTable:
     kind: str = "table"
     can_insert: bool = True
     can_select: bool = True
+    row_security: bool = False  # applies to our user
 
     @property
     def can_index(self) -> bool:
@@ -1568,6 +1569,9 @@ def table_differences(table: Table, existing: ExistingTable, user: str) -> Itera
     if not existing.can_insert or (unique and not existing.can_select):  # ON CONFLICT reads as well
         grant = f"GRANT SELECT, INSERT ON {name} TO {identifier(user)}"
         yield Difference(f"{place}: no permission to {'select' if existing.can_insert else 'insert'}", grant)
+    if existing.row_security and not unique:  # COPY cannot do it, INSERT can
+        reason = f'{place}: row-level security applies to user "{user}"'
+        yield Difference(reason, f"ALTER ROLE {identifier(user)} BYPASSRLS")
     for column in table.columns:
         yield from column_differences(place, f"ALTER TABLE {name}", column, existing)
     required = {column.name for column in table.columns if column.required}
@@ -1597,8 +1601,9 @@ def catalog_sql(tables: Iterable[str]) -> str:
     found = "to_regclass(quote_ident(wanted.name))"
     return f"""
     SELECT 'table', wanted.name, has_table_privilege(c.oid, 'INSERT'), has_table_privilege(c.oid, 'SELECT'),
-        NULL, NULL, c.relkind::text || CASE WHEN c.relkind = 'v' AND NOT EXISTS (SELECT FROM pg_trigger
-        WHERE tgrelid = c.oid AND tgtype & 64 <> 0) THEN '-' ELSE '' END, NULL
+        CASE WHEN row_security_active(c.oid) THEN 'yes' ELSE '' END, NULL,
+        c.relkind::text || CASE WHEN c.relkind = 'v' AND NOT EXISTS (SELECT FROM pg_trigger t
+        WHERE t.tgrelid = c.oid AND t.tgtype & 64 <> 0) THEN '-' ELSE '' END, NULL
     {wanted} JOIN pg_class c ON c.oid = {found}
     UNION ALL
     SELECT 'column', wanted.name, a.attnotnull, a.atthasdef OR a.attidentity <> '',
@@ -1616,15 +1621,15 @@ def catalog_sql(tables: Iterable[str]) -> str:
 
 def read_catalog(rows: Iterable[Sequence[Any]]) -> dict[str, ExistingTable]:
     """Return the tables that the rows of catalog_sql describe."""
-    tables: dict[str, tuple[str, bool, bool]] = {}
+    tables: dict[str, tuple[str, bool, bool, bool]] = {}
     columns: dict[str, dict[str, ExistingColumn]] = {}
     indexed: dict[str, set[str]] = {}
     unique: dict[str, set[str]] = {}
-    for what, table, first, second, generated, name, kind, primary_key in rows:
+    for what, table, first, second, third, name, kind, primary_key in rows:
         if what == "table":
-            tables[table] = (KINDS.get(kind, "table"), first, second)
+            tables[table] = (KINDS.get(kind, "table"), first, second, bool(third))
         elif what == "column":
-            column = ExistingColumn(kind, first, second, generated, primary_key)
+            column = ExistingColumn(kind, first, second, third, primary_key)
             columns.setdefault(table, {})[name] = column
         else:
             (unique if first else indexed).setdefault(table, set()).add(name)
@@ -1923,8 +1928,8 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
         self.send_QUERY(message.sql)
         for data in message.copies:
             self._send_message(pg8000.core.COPY_DATA, data)
-            pg8000.core._write(self._sock, pg8000.core.COPY_DONE_MSG)
-        pg8000.core._flush(self._sock)
+            self._sock.write(pg8000.core.COPY_DONE_MSG)
+        self._sock.flush()
         self.handle_messages(context)
         return context.rows or []
 

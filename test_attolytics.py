@@ -1243,6 +1243,17 @@ class PrepareTest(DatabaseCase):
         with self.assertRaisesRegex(OperatorError, 'table "marks": a view cannot have unique columns'):
             self.open()
 
+    def test_row_level_security_is_reported_where_copy_would_fail(self) -> None:
+        self.open()
+        self.query("ALTER TABLE plain ENABLE ROW LEVEL SECURITY; CREATE ROLE under_rls LOGIN")
+        self.addCleanup(self.query, "DROP OWNED BY under_rls; DROP ROLE under_rls")
+        self.query('GRANT ALL ON plain, marks, everything, "odd ""table""" TO under_rls')
+        with self.assertRaisesRegex(OperatorError, 'table "plain": row-level security applies') as caught:
+            self.open(user="under_rls")
+        for sql in re.findall(r"^  (ALTER ROLE .*);$", str(caught.exception), re.MULTILINE):
+            self.query(sql)
+        self.open(user="under_rls")
+
     def test_a_lock_on_a_table_does_not_hold_up_the_start_for_ever(self) -> None:
         self.query("CREATE TABLE marks (mark int8, text text)")
         session = self.postgres.connect(self.database)
@@ -2405,7 +2416,7 @@ class HttpTest(ServerCase):
     def test_paths_are_case_sensitive(self) -> None:
         self.assertEqual(self.talk(self.raw(self.BODY, path="/APPS/app/events")).status, 404)
 
-    def test_a_million_tiny_chunks_cost_little(self) -> None:
+    def test_many_tiny_chunks_cost_little(self) -> None:
         sock = self.connect()
         started = time.monotonic()
         sock.sendall(self.raw(b"1\r\n \r\n" * 200_000 + b"0\r\n\r\n", "Transfer-Encoding: chunked"))
@@ -2528,10 +2539,6 @@ class OriginalTest(ServerCase):
     """A schema file, a database and requests made for the original Attolytics."""
 
     SCHEMA = ORIGINAL_SCHEMA
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        super().setUpClass()
 
     def setUp(self) -> None:
         self.postgres = postgres
