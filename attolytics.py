@@ -2879,6 +2879,8 @@ class Incoming:
         """Return at most `size` bytes of what is there."""
         taken = self._buffer[self._at : self._at + size]
         self._at += len(taken)
+        if self._at == len(self._buffer):  # do not keep a large body while its events are stored
+            self._buffer, self._at = b"", 0
         return taken
 
     def _skip_trailers(self, deadline: float) -> None:
@@ -3040,7 +3042,8 @@ class Handler(BaseRequestHandler):
             status, text, reason = status_of(error), error_text(error), error.reason
         keep = self._answer(status, text)
         if log.isEnabledFor(logging.DEBUG):
-            line = f"{self._head.method} {self._head.target}" if self._head else "-"
+            # Without the query: whoever mistakes the API puts the key there.
+            line = f"{self._head.method} {self._head.target.partition('?')[0]}" if self._head else "-"
             milliseconds = (self._service.clock() - started) * 1e3
             log.debug("%s %s -> %d, %.1f ms %s", self.client_address[0], line, status, milliseconds, reason)
         return keep
@@ -3063,15 +3066,20 @@ class Handler(BaseRequestHandler):
         head, length, intake = self._let_in()
         if head.expects_continue and length != 0:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_body(length)
         if head.method == "OPTIONS":
+            self._read_body(length)
             return HTTPStatus.NO_CONTENT, ""
-        if coding := content_coding(head.headers):
-            body = inflate(body, coding, self._service.body_bytes_max)
-        batch = intake.batch(body, Delivery(head.headers, self.client_address[0], time.time()))
+        batch = self._receive_batch(head, length, intake)
         if batch.tables:
             self._service.writer.store(batch)
         return HTTPStatus.OK, accepted_text(batch)
+
+    def _receive_batch(self, head: Head, length: int | None, intake: Intake) -> Batch:
+        """Read and convert the body; it is not kept while the batch waits for its verdict."""
+        body = self._read_body(length)
+        if coding := content_coding(head.headers):
+            body = inflate(body, coding, self._service.body_bytes_max)
+        return intake.batch(body, Delivery(head.headers, self.client_address[0], time.time()))
 
     def _let_in(self) -> tuple[Head, int | None, Intake]:
         """Read a request's head; return it, the length of its body and its app.

@@ -15,6 +15,7 @@ import http.client
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import re
 import resource
@@ -1043,6 +1044,7 @@ _databases = 0
 
 
 def setUpModule() -> None:
+    logging.getLogger("attolytics").addHandler(logging.NullHandler())
     global postgres  # noqa: PLW0603
     postgres = Postgres()
 
