@@ -3561,20 +3561,56 @@ def raise_file_limit(connections: int) -> None:
             ) from None
 
 
-def stay_on_one_cpu(port: int) -> None:
+def device_interrupts(table: str) -> dict[int, int]:
+    """Return how many interrupts of devices each CPU has served, from the text of /proc/interrupts."""
+    header, *rows = table.splitlines() or [""]
+    cpus = [int(name.removeprefix("CPU")) for name in header.split()]
+    counts = dict.fromkeys(cpus, 0)
+    for row in rows:
+        label, *numbers = row.split()[: len(cpus) + 1] or [""]
+        if label.rstrip(":").isdigit() and all(number.isdigit() for number in numbers):
+            for cpu, number in zip(cpus, numbers, strict=False):
+                counts[cpu] += int(number)
+    return counts
+
+
+def claim_cpu(cpu: int) -> socket.socket | None:
+    """Return a socket whose name claims a CPU as long as it is open, or None if it is claimed."""
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0attolytics-cpu-{cpu}")
+    except OSError:
+        claim.close()
+        return None
+    return claim
+
+
+def stay_on_one_cpu() -> socket.socket | None:
     """Run all our threads on one CPU: only one of them can run Python at a time anyway.
 
     Spread over several CPUs they wake each other across them and wait for the interpreter's lock;
     on one, 64 clients get 1.6 times the requests per second, and PostgreSQL has the others to itself.
-    Instances on neighbouring ports take different CPUs. Does nothing where the system cannot do it.
+    Each instance takes a CPU of its own, that with the fewest interrupts of devices first: the one
+    that serves a busy disk is slower by a quarter. Returns what claims it, to be kept open. Does
+    nothing where the system cannot do it.
     """
     if not hasattr(os, "sched_setaffinity"):
-        return
-    allowed = sorted(os.sched_getaffinity(0))
+        return None
     try:
-        os.sched_setaffinity(0, {allowed[port % len(allowed)]})
+        counts = device_interrupts(Path("/proc/interrupts").read_text())
+    except OSError:
+        counts = {}
+    order = sorted(os.sched_getaffinity(0), key=lambda cpu: (counts.get(cpu, 0), cpu))
+    claims = ((cpu, claim_cpu(cpu)) for cpu in order)
+    cpu, claim = next((pair for pair in claims if pair[1]), (order[os.getpid() % len(order)], None))
+    try:
+        os.sched_setaffinity(0, {cpu})
+        # sched(7): a thread that is woken does not push aside the one that woke it and that holds
+        # the interpreter's lock. Worth another tenth.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     except OSError as error:
-        log.debug("cannot choose a CPU: %s", reason_of(error))
+        log.debug("cannot choose how to be scheduled: %s", reason_of(error))
+    return claim
 
 
 def open_database(target: Target, schema: Schema) -> Database:
@@ -3668,7 +3704,7 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Not
         options.port,
         lambda family, address: Server(family, address, service, pool, turning_away),
     )
-    stay_on_one_cpu(servers[0].server_port)
+    cpu_claim = stay_on_one_cpu()
     database = first_connection(target, schema)
     # Signals and the death of a thread arrive here; put() may be called from a signal handler.
     ends: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -3685,6 +3721,8 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Not
     log.info("stopping: %s", reason)
     notifier.send("STOPPING=1", "STATUS=answering the requests in flight")
     drain(servers, service, pool, writer, writing)
+    if cpu_claim:
+        cpu_claim.close()
     if reason == BUG:
         raise OperatorError("stopped because of a bug, see the message above")
 

@@ -2720,6 +2720,26 @@ class ProcessTest(ProcessCase):
             with self.assertRaisesRegex(OperatorError, "the port is in use"):
                 attolytics.listen([server])
 
+    def test_instances_take_a_cpu_each(self) -> None:
+        cpus = os.sched_getaffinity(0)
+        if len(cpus) < 2:
+            self.skipTest("this machine has one CPU")
+        taken = [os.sched_getaffinity(self.run_server().process.pid) for _ in range(2)]
+        self.assertEqual([len(cpu) for cpu in taken], [1, 1])
+        self.assertNotEqual(taken[0], taken[1])
+        self.run_server()  # one more than CPUs is fine as well
+
+    def test_the_interrupts_of_devices_are_counted(self) -> None:
+        table = """\
+                   CPU0       CPU1
+          0:         12          0  IO-APIC   2-edge      timer
+         36:          3    1494971  PCI-MSIX-0000:00:02.0   1-edge      virtio1-req.0
+        LOC:     768826     802746  Local timer interrupts
+        ERR:          5
+        """
+        self.assertEqual(attolytics.device_interrupts(table), {0: 15, 1: 1494971})
+        self.assertEqual(attolytics.device_interrupts(""), {})
+
     def test_all_addresses(self) -> None:
         for host in ("", "0.0.0.0", "::"):
             with self.subTest(host):
