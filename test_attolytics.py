@@ -2309,6 +2309,27 @@ class HttpTest(ServerCase):
         self.assertEqual(len(sockets), 1)
         self.assertEqual(self.marks(), [1, 4, 5])
 
+    def test_a_head_that_differs_in_its_length_only_is_checked_like_a_new_one(self) -> None:
+        body = body_of(key="key")
+        size = len(body)
+        for length, sent, status in [
+            (f"{size}", body, 200),
+            (f"00{size}", body, 200),
+            (f"{size + 9}", body + b" " * 9, 200),
+            ("0", b"", 400),
+            (f"+{size}", body, 400),
+            (f"{size}, {size}", body, 400),
+            ("", b"", 400),
+            ("9" * 19, b"", 400),
+            ("2000000", b"", 413),
+        ]:
+            with self.subTest(length):
+                sock = self.connect()
+                sock.sendall(self.raw(body, f"Content-Length: {size}"))
+                self.assertEqual(read_answer(sock).status, 200)
+                sock.sendall(self.raw(sent, f"Content-Length: {length}"))
+                self.assertEqual(read_answer(sock).status, status)
+
     def test_pipelined_requests_are_answered_in_order(self) -> None:
         sock = self.connect()
         requests = [self.raw(body_of(mark(i), key="key" if i % 3 else "bad")) for i in range(12)]
