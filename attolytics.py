@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import fcntl
 import hmac
 import ipaddress
 import json
@@ -49,8 +50,10 @@ import random
 import re
 import resource
 import select
+import shlex
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import struct
@@ -58,8 +61,10 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -116,17 +121,35 @@ ACCEPT_PAUSE_S = 0.1  # When file descriptors ran out, instead of spinning.
 
 FLUSH_EVENTS_MAX = 2_000  # About 25 ms; more at once is no faster, and small batches wait behind it.
 FLUSH_CHARS_MAX = 8 << 20  # Bounds memory and the time one flush takes.
-LOCK_TIMEOUT_MS = 2_000  # Another session holds a lock on a table: the database is busy.
-STATEMENT_TIMEOUT_MS = 7_000  # Cancels a flush that hangs in the server ...
-FLUSH_TIMEOUT_S = 8  # ... and this notices a server that does not answer at all.
+PATIENCE_S = 0.8  # Clients wait so long for the database; then the flush goes to the spool.
+LOCK_TIMEOUT_MS = 5_000  # Another session holds a lock on a table: the database is busy.
+STATEMENT_TIMEOUT_S = 9  # Cancels a flush that hangs in the server ...
+ANSWER_GRACE_S = 1  # ... and so much later a server that does not answer at all is given up.
+LONG_STATEMENT_TIMEOUT_S = 120  # For one spooled flush that slow triggers kept from getting through.
+KEEPALIVE_IDLE_S = 5  # Three numbers: PostgreSQL notices after 11 s ...
+KEEPALIVE_INTERVAL_S = 2
+KEEPALIVE_COUNT = 3  # ... that the network has lost us.
+PREPARE_LOCK_TIMEOUT_MS = 2_000  # Other instances could not insert behind us if we waited longer.
 PREPARE_TIMEOUT_S = 3_600  # An index on a table of 100 million rows takes some minutes.
-CONFLICT_TRIES = 3  # For deadlocks and serialisation failures: PostgreSQL asks to try again.
 CONNECT_TIMEOUT_S = 5  # Default of connect_timeout in the URL.
-PATIENCE_S = 1.5  # A restart of PostgreSQL is hidden from clients this long; then they get 503.
 BACKOFF_FIRST_S = 0.1  # Between attempts to connect, doubled each time ...
 BACKOFF_MAX_S = 5  # ... up to this; half of it is jitter.
-STILL_AWAY_LOG_S = 60  # The same failure to connect is logged no more often than this.
+STILL_AWAY_LOG_S = 60  # The same complaint is logged no more often than this.
 
+SPOOL_BYTES_MAX = 1 << 30  # Default of --spool_limit: about five million small events.
+SPOOL_BYTES_MIN = 1 << 20  # A smaller limit would refuse the largest batches for ever.
+DISK_RESERVE_BYTES = 8 << 20  # Kept free, because deleting from the spool needs room as well.
+SPOOL_BUSY_S = 2  # How long somebody with the sqlite3 program may hold the spool's lock.
+QUICK_CHECK_BYTES_MAX = 256 << 20  # A spool up to this size is checked at start; that takes a second.
+SHRINK_BYTES = 1 << 20  # Free room in the file that is worth giving back.
+GOODBYE_S = 0.05  # To tell PostgreSQL that a connection ends; it would notice anyway.
+REPLAY_EVENTS_MAX = 4_000  # In one transaction: about 50 ms.
+REPLAY_POLL_S = 0.002  # Between looks at new batches while the database works on a replay.
+PROGRESS_LOG_S = 5  # Between two lines about a replay.
+REASONS_MAX = 20  # Why events stay in the quarantine, in lines of the log.
+CULPRITS_MAX = 100  # Events that the database refuses, looked for in a batch before it is refused.
+
+CLOSE_S = 2  # For the database's last answer, when the process ends.
 DRAIN_POLL_S = 0.01  # Between looks at a connection whose request was cut in two by the drain.
 SIGNAL_CHECK_S = 0.5  # How late a signal may be noticed in the worst case.
 DRAIN_S = 9  # Requests in flight are answered; systemd and Docker kill after 90 s and 10 s.
@@ -140,7 +163,7 @@ NUMERIC_DIGITS_AFTER_POINT = 16_383
 # --- Errors -------------------------------------------------------------------
 # Three families: what the operator must mend (one clear text, exit code 1), what
 # a client did wrong (a reason; HTTP turns the class into a status, in one place),
-# and what PostgreSQL said.
+# and what PostgreSQL and SQLite said.
 
 
 class OperatorError(Exception):
@@ -245,6 +268,14 @@ class TableRefused(InvalidEvents):
     """Events for tables that the app may not write to."""
 
 
+class SpoolError(Exception):
+    """The spool cannot take events now; `reason` says why. What is in it stays."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class DatabaseError(Exception):
     """PostgreSQL, or the way to it, said no. `sqlstate` is "" where there was none."""
 
@@ -258,6 +289,10 @@ class DatabaseError(Exception):
 
 class DatabaseAway(DatabaseError):
     """Unreachable, shutting down, read-only, full or blocked: it may work again without anybody's help."""
+
+
+class LedgerMoved(DatabaseAway):
+    """Nothing was stored, because the ledger does not stand where we think."""
 
 
 class DatabaseConflict(DatabaseError):
@@ -321,6 +356,7 @@ TYPE_SYNONYMS: Mapping[str, Type] = {
 
 INVALID_EVENTS = ("refuse", "quarantine")
 TABLE_KEY = "_t"  # In an event: the name of its table.
+LEDGER = "attolytics_ledger"  # Our own table in PostgreSQL.
 REQUEST_KEYS = frozenset({"secret_key", "events"})
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SYSTEM_COLUMNS = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})  # PostgreSQL manual, 5.6
@@ -357,6 +393,7 @@ class App:
     secret_key: str
     origins: frozenset[str] | None  # lower case; None allows every origin
     tables: tuple[Table, ...]
+    quarantines: bool = False  # bad events go to the quarantine instead of refusing their batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -644,6 +681,8 @@ def parse_tables(reader: SchemaReader, raw: object) -> dict[str, Table]:
     for name, raw_table in reader.mapping(raw, "tables", "at least one table").items():
         place = f"tables.{name}"
         reader.name(name, place, "the table's name")
+        if name == LEDGER:
+            reader.problem(place, "the name is taken by the table that makes replay exactly-once")
         section = reader.mapping(raw_table, place, "a table with columns")
         reader.known(section, place, ("columns",))
         raw_columns = section.get("columns")
@@ -662,14 +701,13 @@ def parse_tables(reader: SchemaReader, raw: object) -> dict[str, Table]:
 APP_KEYS = ("secret_key", "access_control_allow_origin", "tables", "invalid_events")
 
 
-def check_invalid_events(reader: SchemaReader, section: Mapping[str, object], place: str) -> None:
+def parse_invalid_events(reader: SchemaReader, section: Mapping[str, object], place: str) -> bool:
+    """Return whether an app's bad events go to the quarantine."""
     policy = reader.text(section, place, "invalid_events")
-    place = f"{place}.invalid_events"
-    if policy == "quarantine":
-        reader.problem(place, '"quarantine" needs the spool, which this version does not have; use "refuse"')
-    elif policy is not None and policy not in INVALID_EVENTS:
-        hint = suggestion(policy, INVALID_EVENTS) or ', expected "refuse"'
-        reader.problem(place, f'unknown policy "{policy}"{hint}')
+    if policy is not None and policy not in INVALID_EVENTS:
+        hint = suggestion(policy, INVALID_EVENTS) or ', expected "refuse" or "quarantine"'
+        reader.problem(f"{place}.invalid_events", f'unknown policy "{policy}"{hint}')
+    return policy == "quarantine"
 
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+|null", re.IGNORECASE)
@@ -717,12 +755,12 @@ def parse_apps(reader: SchemaReader, raw: object, tables: Mapping[str, Table]) -
         if "/" in app_id or not app_id:
             reader.problem(place, "an app's id must not be empty or contain a slash: it stands in a URL")
         reader.known(section, place, APP_KEYS)
-        check_invalid_events(reader, section, place)
         apps[app_id] = App(
             app_id,
             reader.required_text(section, place, "secret_key"),
             parse_origins(reader, section.get("access_control_allow_origin", "*"), place),
             parse_app_tables(reader, section.get("tables"), place, tables),
+            parse_invalid_events(reader, section, place),
         )
     return apps
 
@@ -960,27 +998,62 @@ CONVERTERS: Mapping[Type, Callable[[object], str]] = {
 # app once, and turns a body into rows or raises a RequestError with the reason.
 
 
-@dataclass(slots=True)
-class Batch:
-    """The events of one request as rows that are ready for PostgreSQL.
-
-    `rows` has, by table name, a row per event, in the table's RowFormat; `tables` has the table name of
-    each event in the order of the request.
-    """
-
-    rows: Mapping[str, Sequence[str]]
-    tables: Sequence[str]
-    chars: int
-    warnings: Sequence[str] = ()
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Delivery:
     """What a request brings beside its body."""
 
     headers: Mapping[str, str]  # names in lower case
     peer: str  # the IP address at the other end of the connection
     received_at: float  # seconds since the epoch
+
+
+@dataclass(slots=True)
+class Sorted:
+    """Events as rows that are ready for PostgreSQL, and what is wrong with the others.
+
+    `rows` has, by table name, a row per good event, in the table's RowFormat; `tables` has the table name
+    of each good event in their order.
+    """
+
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
+    problems: list[EventProblem] = field(default_factory=list)
+
+    def in_order(self) -> list[tuple[str, str]]:
+        """Return the table and the row of each good event in their order."""
+        cursors = {table: iter(rows) for table, rows in self.rows.items()}
+        return [(table, next(cursors[table])) for table in self.tables]
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """An event that cannot be stored as it is, with all that is needed to try again."""
+
+    app_id: str
+    delivery: Delivery
+    event: str  # its JSON as it was received
+    table: str | None
+    column: str | None
+    reason: str
+
+
+@dataclass(slots=True)
+class Batch:
+    """The events of one request, converted and as they came."""
+
+    app: App
+    headers: Sequence[str]  # those that columns are filled from
+    delivery: Delivery
+    body: bytes  # an object with "events", and in these exactly the events of `content`
+    content: Sorted
+    chars: int
+    accepted: int  # events that are or will be stored
+    warnings: Sequence[str] = ()
+    # With `invalid_events: quarantine`, what is to be kept there, and what to tell the client of it.
+    quarantined: list[Quarantined] = field(default_factory=list)
+    problems: list[EventProblem] = field(default_factory=list)
+    # Where each event of `content` stood in the request, if some did not make it.
+    places: Sequence[int] | None = None
 
 
 class RepeatedKey(ValueError):
@@ -1098,6 +1171,44 @@ def decode_body(body: bytes) -> dict[str, object]:
     return document
 
 
+SPAN_DECODER = json.JSONDecoder(parse_float=len, parse_int=len, parse_constant=len)
+GAP = re.compile(r"[ \t\n\r]*[\[{,:]?[ \t\n\r]*")  # RFC 8259, section 2
+
+
+def spans(text: str, at: int) -> list[tuple[int, int]]:
+    """Return where each value of the valid JSON array at text[at] begins and ends; of an object, each
+    key and each value in turn.
+    """
+    result = []
+    at = GAP.match(text, at).end()  # type: ignore[union-attr]  # it matches everywhere
+    while text[at] not in "]}":
+        _, end = SPAN_DECODER.raw_decode(text, at)
+        result.append((at, end))
+        at = GAP.match(text, end).end()  # type: ignore[union-attr]
+    return result
+
+
+def events_span(text: str, at: int) -> tuple[int, int]:
+    """Return where the array "events" of the object at text[at] begins and ends."""
+    parts = spans(text, at)
+    return next(
+        value
+        for key, value in zip(parts[::2], parts[1::2], strict=True)
+        if json.loads(text[slice(*key)]) == "events"
+    )
+
+
+def body_text(body: bytes) -> str:
+    """Return the JSON text of a body that decode_body took."""
+    return body.decode().removeprefix("\ufeff")
+
+
+def event_texts(text: str) -> list[str]:
+    """Return the JSON of each event in the text of a body, as it came."""
+    start, _end = events_span(text, 0)
+    return [text[slice(*span)] for span in spans(text, start)]
+
+
 @dataclass(frozen=True, slots=True)
 class RowFormat:
     """How a statement wants its rows: where their fields begin and end, and NULL."""
@@ -1178,6 +1289,15 @@ def client_address(peer: str, headers: Mapping[str, str]) -> str:
             if proxied := plain_address(claimed.strip()):
                 return str(proxied)
     return str(address)
+
+
+def kept(delivery: Delivery, headers: Iterable[str]) -> Delivery:
+    """Return what of a delivery is kept with its events: the client's address, and some headers."""
+    return Delivery(
+        {name: delivery.headers[name] for name in headers if name in delivery.headers},
+        client_address(delivery.peer, delivery.headers),
+        delivery.received_at,
+    )
 
 
 def header_text(value: str) -> str:
@@ -1313,6 +1433,36 @@ class Warnings:
         return [*self._texts.values(), *more]
 
 
+def describe(problems: Iterable[EventProblem]) -> str:
+    """Return in one line what is wrong with one event."""
+    return "; ".join(f"{p.column}: {p.reason}" if p.column else p.reason for p in problems)
+
+
+def table_of(event: object) -> str | None:
+    """Return the name of the table that an event names, if it does."""
+    name = event.get(TABLE_KEY) if isinstance(event, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def quarantined_events(
+    app_id: str,
+    delivery: Delivery,
+    events: Sequence[object],
+    texts: Sequence[str],
+    problems: Iterable[EventProblem],
+) -> dict[int, Quarantined]:
+    """Return for the quarantine, by index, the events that have problems."""
+    by_index: dict[int, list[EventProblem]] = {}
+    for problem in problems:
+        by_index.setdefault(problem.index or 0, []).append(problem)
+    return {
+        index: Quarantined(
+            app_id, delivery, texts[index], table_of(events[index]), found[0].column, describe(found)
+        )
+        for index, found in by_index.items()
+    }
+
+
 class Intake:
     """How requests of one app become batches; compiled once from the schema."""
 
@@ -1340,16 +1490,33 @@ class Intake:
             raise InvalidBody(f'expected an array "events", got {got}')
         if len(events) > EVENTS_MAX:
             raise BodyTooLarge(f"{len(events)} events; a request may bring {EVENTS_MAX}")
-        return self._convert(events, delivery, Warnings(document))
+        warnings = Warnings(document)
+        limit = EVENTS_MAX if self.app.quarantines else PROBLEMS_MAX
+        content = self.sort(events, delivery, warnings, limit)
+        problems = content.problems
+        if problems and not self.app.quarantines:
+            refusal = refused_events(problems, len(events))
+            only_tables = all(self._is_misplaced(events[problem.index or 0]) for problem in problems)
+            raise TableRefused(refusal.reason, refusal.problems) if only_tables else refusal
+        chars = sum(len(row) for table_rows in content.rows.values() for row in table_rows)
+        count = len(content.tables)
+        batch = Batch(self.app, self.headers, delivery, body, content, chars, count, warnings.texts())
+        if problems:
+            self._set_apart(batch, events)
+        return batch
 
-    def _convert(self, events: list[object], delivery: Delivery, warnings: Warnings) -> Batch:
-        rows: dict[str, list[str]] = {}
-        tables: list[str] = []
+    def sort(
+        self, events: Sequence[object], delivery: Delivery, warnings: Warnings | None, limit: int
+    ) -> Sorted:
+        """Return events as rows, and the problems of those that do not fit their tables.
+
+        Gives up after `limit` problems.
+        """
+        result = Sorted()
+        rows, tables, problems = result.rows, result.tables, result.problems
         filled: dict[str, tuple[list[str], list[tuple[str, str]]]] = {}
-        problems: list[EventProblem] = []
-        misplaced = 0
         for index, event in enumerate(events):
-            if len(problems) > PROBLEMS_MAX:
+            if len(problems) > limit:
                 break
             if type(event) is not dict:
                 problems.append(EventProblem(index, None, f"expected an object, got {show(event)}"))
@@ -1358,7 +1525,6 @@ class Intake:
             table = self._tables.get(name) if type(name) is str else None
             if table is None:
                 problems.append(self._table_problem(index, event))
-                misplaced += type(name) is str
                 continue
             if table.name not in filled:
                 filled[table.name] = table.filled(self.app.id, delivery)
@@ -1371,14 +1537,23 @@ class Intake:
                 continue
             rows[table.name].append(row)
             tables.append(table.name)
-            if keys := table.unknown(event):
+            if warnings and (keys := table.unknown(event)):
                 warnings.note(index, table, keys)
-        if problems:
-            refusal = refused_events(problems, len(events))
-            only_tables = misplaced == len(problems)
-            raise TableRefused(refusal.reason, refusal.problems) if only_tables else refusal
-        chars = sum(len(row) for table_rows in rows.values() for row in table_rows)
-        return Batch(rows, tables, chars, warnings.texts())
+        return result
+
+    def _set_apart(self, batch: Batch, events: Sequence[object]) -> None:
+        """Move the events that have problems out of a batch, into its quarantine."""
+        texts = event_texts(body_text(batch.body))
+        delivery = kept(batch.delivery, self.headers)
+        bad = quarantined_events(self.app.id, delivery, events, texts, batch.content.problems)
+        batch.quarantined = list(bad.values())
+        batch.problems = batch.content.problems[:PROBLEMS_MAX]
+        batch.places = [index for index in range(len(events)) if index not in bad]
+        batch.body = f'{{"events":[{",".join(texts[index] for index in batch.places)}]}}'.encode()
+
+    def _is_misplaced(self, event: object) -> bool:
+        name = table_of(event)
+        return name is not None and name not in self._tables
 
     def _table_problem(self, index: int, event: dict[str, object]) -> EventProblem:
         name = event.get(TABLE_KEY)
@@ -1644,6 +1819,9 @@ def read_catalog(rows: Iterable[Sequence[Any]]) -> dict[str, ExistingTable]:
     }
 
 
+LEDGER_MOVED = "rows raised in the ledger for"
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """A simple-protocol message, and the data of its COPY statements in their order."""
@@ -1668,38 +1846,115 @@ def insert_sql(table: TableIntake) -> tuple[str, str]:
 # The settings are the transaction's own, so nothing is left behind in a connection that PgBouncer
 # shares. A server that is set to forget commits when it crashes does not forget ours. Notices of
 # triggers would fill the connection while we fill it with rows.
-FLUSH_START = f"""BEGIN;
+# The keep-alive ends a transaction whose client the network has lost, and with it its lock on the ledger.
+def flush_start(statement_timeout: int) -> str:
+    """Return the statements that begin a transaction; `statement_timeout` is in seconds."""
+    return f"""BEGIN;
 SELECT set_config('lock_timeout', '{LOCK_TIMEOUT_MS}', true),
- set_config('statement_timeout', '{STATEMENT_TIMEOUT_MS}', true),
+ set_config('statement_timeout', '{statement_timeout}s', true),
  set_config('client_min_messages', 'error', true),
+ set_config('tcp_keepalives_idle', '{KEEPALIVE_IDLE_S}', true),
+ set_config('tcp_keepalives_interval', '{KEEPALIVE_INTERVAL_S}', true),
+ set_config('tcp_keepalives_count', '{KEEPALIVE_COUNT}', true),
  set_config('synchronous_commit', CASE current_setting('synchronous_commit')
  WHEN 'off' THEN 'local' ELSE current_setting('synchronous_commit') END, true);
 """
 
 
+FLUSH_START = flush_start(STATEMENT_TIMEOUT_S)
+PATIENT_FLUSH_START = flush_start(LONG_STATEMENT_TIMEOUT_S)
+
+
+CREATE_LEDGER = (
+    f"CREATE TABLE {LEDGER} (epoch uuid PRIMARY KEY, flush bigint NOT NULL,"
+    " updated_at timestamp with time zone NOT NULL DEFAULT now())"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Raise:
+    """A step of an epoch's row in the ledger: from the last flush that is stored to the one that will be."""
+
+    epoch: str
+    start: int
+    end: int
+
+    def sql(self) -> str:
+        """Return a statement that takes the step, and fails unless the row stands where we think.
+
+        A message that comes late, when its flush was given up here and replayed elsewhere, must fail and
+        not just update no row. The reason names the epoch, which no client knows.
+        """
+        return (
+            f"WITH raised AS (UPDATE {LEDGER} SET flush = {self.end}, updated_at = now()"
+            f" WHERE epoch = '{self.epoch}' AND flush = {self.start} RETURNING 1)"
+            " SELECT CASE count(*) WHEN 1 THEN 1"
+            f" ELSE (count(*)::text || ' {LEDGER_MOVED} {self.epoch}')::integer END FROM raised;\n"
+        )
+
+
+def enlist_sql(epochs: Iterable[str]) -> str:
+    """Return the transaction that gives epochs their rows in the ledger."""
+    rows = ",".join(f"('{epoch}', 0)" for epoch in epochs)
+    return f"{FLUSH_START}INSERT INTO {LEDGER} (epoch, flush) VALUES {rows} ON CONFLICT DO NOTHING;\nCOMMIT"
+
+
+def read_ledger_sql(epochs: Iterable[str]) -> str:
+    """Return a query for epochs and their last flush. It waits for transactions that still run."""
+    listed = ",".join(f"'{epoch}'" for epoch in epochs)
+    return f"SELECT epoch::text, flush FROM {LEDGER} WHERE epoch IN ({listed}) FOR UPDATE"
+
+
+def finish_epochs_sql(epochs: Iterable[str]) -> str:
+    """Return statements that delete the rows of finished epochs, and bring the epochs that still have one.
+
+    A row that a transaction still holds is left for another time.
+    """
+    listed = ",".join(f"'{epoch}'" for epoch in epochs)
+    mine = f"FROM {LEDGER} WHERE epoch IN ({listed})"
+    return (
+        f"DELETE FROM {LEDGER} WHERE epoch IN (SELECT epoch {mine} FOR UPDATE SKIP LOCKED);\n"
+        f"SELECT epoch::text {mine}"
+    )
+
+
+def touch_sql(schema: Schema) -> str:
+    """Return statements that get the locks of an insert into each table, and do nothing."""
+    return ";".join(f"EXPLAIN INSERT INTO {identifier(name)} DEFAULT VALUES" for name in schema.tables)
+
+
 class Inserts:
-    """Builds the one message of a flush; compiled once from the schema."""
+    """Builds the messages that store rows; compiled once from the schema."""
 
     def __init__(self, schema: Schema) -> None:
         self._inserts = {name: insert_sql(TableIntake(table)) for name, table in schema.tables.items()}
 
-    def flush(self, batches: Sequence[Batch]) -> Message:
-        """Return the message that stores batches in one transaction."""
-        return self._message([batch.rows for batch in batches], "COMMIT")
-
-    def trial(self, rows: Mapping[str, Sequence[str]]) -> Message:
-        """Return a message that stores rows and takes them back, deferred constraints included."""
-        return self._message([rows], "SET CONSTRAINTS ALL IMMEDIATE;\nROLLBACK")
-
-    def _message(self, batches: Iterable[Mapping[str, Sequence[str]]], end: str) -> Message:
+    def flush(
+        self, raising: Raise, parts: Iterable[Mapping[str, Sequence[str]]], start: str = FLUSH_START
+    ) -> Message:
+        """Return the message that stores rows in one transaction."""
         merged: dict[str, list[str]] = {}
-        for rows in batches:
+        for rows in parts:
             for table, table_rows in rows.items():
                 merged.setdefault(table, []).extend(table_rows)
-        sql, copies = FLUSH_START, []
+        return self._message(start + raising.sql(), merged, "COMMIT")
+
+    def attempt(self, rows: Iterable[tuple[str, str]]) -> Message:
+        """Return a message that stores rows in the open transaction, deferred constraints checked.
+
+        After an error, UNDO_ATTEMPT takes back what it did.
+        """
+        by_table: dict[str, list[str]] = {}
+        for table, row in rows:
+            by_table.setdefault(table, []).append(row)
+        end = "SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED; RELEASE SAVEPOINT attempt"
+        return self._message("SAVEPOINT attempt;\n", by_table, end)
+
+    def _message(self, start: str, rows: Mapping[str, Sequence[str]], end: str) -> Message:
+        sql, copies = start, []
         # Always in the same order of tables, so that instances do not lock each other out.
         for table, (before_rows, after_rows) in self._inserts.items():
-            rows_here = merged.get(table)
+            rows_here = rows.get(table)
             if not rows_here:
                 continue
             if after_rows:
@@ -1708,6 +1963,9 @@ class Inserts:
                 sql += f"{before_rows};\n"
                 copies.append("".join(rows_here).encode())
         return Message(sql + end, copies)
+
+
+UNDO_ATTEMPT = "ROLLBACK TO SAVEPOINT attempt"
 
 
 # --- Database URL -------------------------------------------------------------
@@ -1907,6 +2165,8 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
     elif sqlstate.startswith(OPERATOR_STATES):
         kind = DatabaseMisconfigured
     message = " ".join(fields.get("M", "unknown error").split())
+    if LEDGER_MOVED in message:
+        return LedgerMoved(message, sqlstate)
     return kind(message, sqlstate, fields.get("c"), fields.get("D", ""))
 
 
@@ -1917,21 +2177,67 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
     """
 
     last_error: Mapping[str, str] | None = None
+    _unread = b""  # from the server
+    _context: Any = None  # of the message that it works on
 
-    def send(self, message: Message) -> list[list[Any]]:
-        """Send a message and its COPY data in one go, and return the rows that it brings.
+    def send(self, message: Message) -> None:
+        """Send a message and its COPY data in one go.
 
         The server takes the data when it comes to the COPY, and drops it if an error comes first
         (PostgreSQL manual, 55.2.6). pg8000 by itself needs three round trips for a COPY.
         """
-        context = pg8000.core.Context(message.sql)
+        self._context = pg8000.core.Context(message.sql)
         self.send_QUERY(message.sql)
         for data in message.copies:
             self._send_message(pg8000.core.COPY_DATA, data)
             self._sock.write(pg8000.core.COPY_DONE_MSG)
         self._sock.flush()
-        self.handle_messages(context)
-        return context.rows or []
+
+    def receive(self, seconds: float) -> bool:
+        """Return whether the server has answered the whole message; wait at most `seconds` for that.
+
+        pg8000's own reading cannot be interrupted and taken up again.
+        """
+        deadline = time.monotonic() + seconds
+        while not self._handle_unread():
+            if not self.is_readable(deadline - time.monotonic()):
+                return False
+            data = self._usock.recv(RECEIVE_BYTES)
+            if not data:
+                raise ConnectionResetError("the server closed the connection")
+            self._unread += data
+        return True
+
+    def result(self) -> list[list[Any]]:
+        """Return the rows that the answered message brought; raise the error it ended with."""
+        if self._context.error:
+            raise self._context.error
+        return self._context.rows or []
+
+    def is_readable(self, seconds: float) -> bool:
+        """Return whether the server says something, or has closed the connection."""
+        if isinstance(self._usock, ssl.SSLSocket) and self._usock.pending():
+            return True
+        poll = select.poll()
+        poll.register(self._usock, select.POLLIN)
+        return bool(poll.poll(max(seconds, 0) * 1000))
+
+    def _handle_unread(self) -> bool:
+        """Handle the messages that have arrived whole; return whether the last one of an answer was there.
+
+        PostgreSQL manual, 55.7: a byte for the kind, and a length that counts itself.
+        """
+        data, at = self._unread, 0
+        kind = b""
+        while kind != pg8000.core.READY_FOR_QUERY and len(data) - at >= 5:
+            end = at + 1 + int.from_bytes(data[at + 1 : at + 5])
+            if end > len(data):
+                break
+            kind = data[at : at + 1]
+            self.message_types[kind](data[at + 5 : end], self._context)
+            at = end
+        self._unread = data[at:]
+        return bool(kind == pg8000.core.READY_FOR_QUERY)
 
     def handle_COPY_IN_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802
         """Do nothing: the data is on its way already."""
@@ -1952,14 +2258,16 @@ BROKEN = (
     AttributeError,
 )
 
+NO_ANSWER = "no answer in time"
 SESSION_ERRORS = (pg8000.exceptions.DatabaseError, pg8000.core.scramp.ScramException, *BROKEN)
 
 
 class Database:
     """An open connection. Not safe for use by two threads at a time."""
 
-    def __init__(self, connection: PgConnection) -> None:
+    def __init__(self, connection: PgConnection, timeout: float) -> None:
         self._connection = connection
+        self._timeout = timeout  # of run(), in seconds
 
     def run(self, sql: str) -> list[list[Any]]:
         """Send one message and return the rows it brings.
@@ -1967,26 +2275,31 @@ class Database:
         Raises DatabaseAway when the connection is lost or the database cannot work now, and
         DataRefused, DatabaseConflict or DatabaseMisconfigured for what the server says.
         """
-        return self._send(Message(sql))
+        self.start(Message(sql))
+        rows = self.finish(self._timeout)
+        if rows is None:
+            raise DatabaseAway(NO_ANSWER)
+        return rows
 
-    def _send(self, message: Message) -> list[list[Any]]:
-        try:
-            return self._connection.send(message)
-        except pg8000.exceptions.DatabaseError as error:
-            raise server_error(error.args[0]) from None
-        except BROKEN as error:
-            raise self._lost(error) from None
+    def start(self, message: Message) -> None:
+        """Send a message; finish() waits for the answer. Raises DatabaseAway."""
+        with self._translated():
+            self._connection.send(message)
 
-    def transact(self, message: Message) -> None:
-        """Run one message that has a whole transaction in it; after an error nothing of it is left."""
-        try:
-            self._send(message)
-        except (DataRefused, DatabaseConflict, DatabaseMisconfigured):
-            self.run("ROLLBACK")
-            raise
+    def finish(self, seconds: float) -> list[list[Any]] | None:
+        """Return the rows that the message brought, or None if its answer is not there after `seconds`.
 
-    def set_timeout(self, seconds: float | None) -> None:
-        """Bound every wait for the server."""
+        Raises what run() does.
+        """
+        with self._translated():
+            return self._connection.result() if self._connection.receive(seconds) else None
+
+    def set_timeout(self, seconds: float) -> None:
+        """Bound the time that run() waits."""
+        self._timeout = seconds
+
+    def limit_sending(self, seconds: float) -> None:
+        """Bound the time that a server may take no data."""
         self._connection._usock.settimeout(seconds)
 
     def is_stale(self) -> bool:
@@ -1994,13 +2307,21 @@ class Database:
 
         Does not block. Noticing this before a flush is sent keeps its outcome from being unknown.
         """
-        poll = select.poll()
-        poll.register(self._connection._usock, select.POLLIN)
-        return bool(poll.poll(0))
+        return self._connection.is_readable(0)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except pg8000.exceptions.DatabaseError as error:
+            raise server_error(error.args[0]) from None
+        except BROKEN as error:
+            raise self._lost(error) from None
 
     def close(self) -> None:
         """Close the connection, which may be dead already."""
         try:
+            self.limit_sending(GOODBYE_S)
             self._connection.close()
         except BROKEN:
             log.debug("the connection to the database was closed already")
@@ -2010,7 +2331,7 @@ class Database:
         if said and said.get("S", said.get("V")) in ("FATAL", "PANIC"):
             return DatabaseAway(f"connection lost: {said.get('M')}", said.get("C", ""))
         if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
-            return DatabaseAway("no answer in time")
+            return DatabaseAway(NO_ANSWER)
         return DatabaseAway(f"connection lost: {one_line(error.__cause__ or error)}")
 
 
@@ -2020,6 +2341,14 @@ def home_directory() -> Path:
         return Path.home()
     except RuntimeError:
         return Path("/nonexistent")
+
+
+def os_user() -> str:
+    """Return the name of the user we run as; a container may have none for its number."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return "postgres"
 
 
 def reason_of(error: OSError) -> str:
@@ -2152,7 +2481,7 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
         case ssl.SSLError():
             result = DatabaseMisconfigured(f"TLS with {target.host} failed: {tls_reason(error)}")
         case TimeoutError():
-            result = DatabaseAway("no answer in time")
+            result = DatabaseAway(NO_ANSWER)
         case pg8000.core.scramp.ScramException():
             result = DatabaseMisconfigured(f"the password cannot be used with SCRAM: {one_line(error)}")
         case pg8000.exceptions.InterfaceError() if "Authentication method" in str(error):
@@ -2199,23 +2528,26 @@ def connect(target: Target) -> Database:
             if attempt < len(contexts) and error.sqlstate in ("", "28000"):
                 continue
             raise
-        database = Database(connection)
+        database = Database(connection, target.connect_timeout)
         try:
             check_session(database, connection.parameter_statuses)
         except DatabaseError:
             database.close()
             raise
-        database.set_timeout(FLUSH_TIMEOUT_S)
         return database
     raise AssertionError("the last attempt returns or raises")
 
 
 def missing_after_check(database: Database, schema: Schema, user: str) -> list[str]:
     """Return the SQL for what is missing; raise OperatorError for what does not fit."""
-    catalog = read_catalog(database.run(catalog_sql(schema.tables)))
+    catalog = read_catalog(database.run(catalog_sql([*schema.tables, LEDGER])))
     found = differences(schema, catalog, user)
+    if LEDGER in catalog and not (catalog[LEDGER].can_insert and catalog[LEDGER].can_select):
+        grant = f"GRANT SELECT, INSERT, UPDATE, DELETE ON {LEDGER} TO {identifier(user)}"
+        found.append(Difference(f'table "{LEDGER}": no permission to use it', grant))
     if not found:
-        return missing_sql(schema, catalog)
+        ledger = [] if LEDGER in catalog else [CREATE_LEDGER]
+        return ledger + missing_sql(schema, catalog)
     count = "a difference" if len(found) == 1 else f"{len(found)} differences"
     raise OperatorError(
         "\n".join(
@@ -2243,7 +2575,7 @@ def prepare_tables(database: Database, schema: Schema, user: str) -> None:
     # cannot be had soon is not waited for: other instances could not insert behind us.
     database.run(
         "BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0;"
-        f" SELECT pg_advisory_xact_lock({ADVISORY_LOCK}); SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}"
+        f" SELECT pg_advisory_xact_lock({ADVISORY_LOCK}); SET LOCAL lock_timeout = {PREPARE_LOCK_TIMEOUT_MS}"
     )
     statements = missing_after_check(database, schema, user)
     try:
@@ -2261,38 +2593,606 @@ def prepare_tables(database: Database, schema: Schema, user: str) -> None:
             f"Let the owner of the database run this, or allow user {identifier(user)} to:\n"
             + "\n".join(f"  {statement};" for statement in statements)
         ) from None
-    database.set_timeout(FLUSH_TIMEOUT_S)
+
+
+def check_tables(database: Database, schema: Schema, user: str) -> None:
+    """Raise OperatorError if tables that we had prepared are gone or have changed.
+
+    They are not created anew: whoever renamed a table may be about to rename it back.
+    """
+    missing = missing_after_check(database, schema, user)
+    needed = [statement for statement in missing if not statement.startswith("CREATE INDEX")]
+    if needed:
+        raise OperatorError(
+            "tables or indexes that events need are gone; bring them back, or create them with:\n"
+            + "\n".join(f"  {statement};" for statement in needed)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A connection that is ready for flushes, and the last flush of each epoch that is stored."""
+
+    database: Database
+    ledger: dict[str, int]
+
+
+def enlist(database: Database, schema: Schema, user: str, epochs: Sequence[str]) -> dict[str, int]:
+    """Give epochs their rows in the ledger, and return the last flush that each has stored.
+
+    Waits for a transaction of a lost connection that may still run, and finds out whether rows could be
+    inserted into all tables, so that the writer need not. Raises DatabaseError or OperatorError.
+    """
+    try:
+        database.run(enlist_sql(epochs))
+        database.run(FLUSH_START)
+        rows = database.run(read_ledger_sql(epochs))
+        database.run(f"{touch_sql(schema)};\nCOMMIT")
+    except DatabaseMisconfigured as error:
+        if error.sqlstate != "42501":
+            raise
+        raise OperatorError(
+            f"cannot use the tables: {error.reason}; run:\n"
+            f"  GRANT SELECT, INSERT, UPDATE, DELETE ON {LEDGER} TO {identifier(user)};"
+        ) from None
+    return {epoch: int(flush) for epoch, flush in rows}
+
+
+class Opener:
+    """Opens sessions. The first one prepares the tables, later ones check them."""
+
+    def __init__(self, target: Target, schema: Schema) -> None:
+        self.target = target
+        self._schema = schema
+        self._prepared = False
+
+    def open(self, epochs: Sequence[str]) -> Session:
+        """Return a session. Blocks, also while PostgreSQL builds indexes.
+
+        Raises DatabaseError or OperatorError.
+        """
+        database = connect(self.target)
+        try:
+            if self._prepared:
+                check_tables(database, self._schema, self.target.user)
+            else:
+                prepare_tables(database, self._schema, self.target.user)
+                self._prepared = True
+            database.set_timeout(STATEMENT_TIMEOUT_S + ANSWER_GRACE_S)
+            database.limit_sending(PATIENCE_S)
+            return Session(database, enlist(database, self._schema, self.target.user, epochs))
+        except (DatabaseError, OperatorError):
+            database.close()
+            raise
+
+
+# --- Spool --------------------------------------------------------------------
+# The SQLite file that keeps events while no database can take them, and the ones in
+# quarantine. A flush is one row, its batches as JSON, events exactly as they came:
+# they are converted when they are replayed, by the schema of that day. One thread
+# owns it. First the pure part: texts of batches, and SQL of views.
+
+
+def spooled_batch(app_id: str, delivery: Delivery, events: str) -> str:
+    """Return the JSON of a batch for the spool; `events` is the JSON of its events, as they came."""
+    about = {
+        "app": app_id,
+        "received_at": delivery.received_at,
+        "client_ip": delivery.peer,
+        "headers": delivery.headers,
+    }
+    return f'{JSON_ENCODER.encode(about)[:-1]},"events":{events}}}'
+
+
+def batch_text(batch: Batch) -> str:
+    """Return the JSON of a batch for the spool."""
+    text = body_text(batch.body)
+    return spooled_batch(
+        batch.app.id, kept(batch.delivery, batch.headers), text[slice(*events_span(text, 0))]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Spooled:
+    """A batch as it comes back from the spool."""
+
+    app_id: str
+    delivery: Delivery
+    events: list[object]
+
+
+def read_spooled(text: str) -> list[Spooled]:
+    """Return the batches in the JSON of a flush. Raises ValueError for what is none."""
+    try:
+        return [
+            Spooled(
+                batch["app"],
+                Delivery(batch["headers"], batch["client_ip"], float(batch["received_at"])),
+                batch["events"],
+            )
+            for batch in DECODER.decode(text)
+        ]
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {one_line(error)}") from None
+
+
+def spooled_events(text: str) -> list[list[str]]:
+    """Return, for each batch in the JSON of a flush, the JSON of its events."""
+    return [
+        [text[slice(*span)] for span in spans(text, events_span(text, start)[0])]
+        for start, _end in spans(text, 0)
+    ]
+
+
+def without_events(text: str, dropped: Set[tuple[int, int]]) -> str:
+    """Return the JSON of a flush without some events, each given by its batch's index and its own."""
+    batches = []
+    for index, (start, end) in enumerate(spans(text, 0)):
+        events, events_end = events_span(text, start)
+        places = enumerate(spans(text, events))
+        kept = [text[slice(*span)] for place, span in places if (index, place) not in dropped]
+        if kept:
+            batches.append(f"{text[start:events]}[{','.join(kept)}]{text[events_end:end]}")
+    return f"[{','.join(batches)}]"
+
+
+def json_path(name: str) -> str | None:
+    """Return SQLite's path to a key, as an SQL literal, or None if it has no way to write it."""
+    return quote(f'$."{name}"') if name.isascii() and '"' not in name and "\\" not in name else None
+
+
+def sqlite_key(json_sql: str, name: str) -> tuple[str, str]:
+    """Return SQL for the value of a key in a JSON object, and for its JSON type."""
+    if path := json_path(name):
+        return f"json_extract({json_sql}, {path})", f"json_type({json_sql}, {path})"
+    # Keys may be written with escapes, which only json_each reads as what they mean.
+    found = f"FROM json_each({json_sql}) WHERE key = {quote(name)}"
+    return f"(SELECT value {found})", f"(SELECT type {found})"
+
+
+def readable_time(value: str) -> str:
+    """Return SQL for seconds since 1970, or an RFC 3339 text, as a time in UTC."""
+    as_text = "'%Y-%m-%d %H:%M:%f'"
+    return (
+        f"CASE typeof({value}) WHEN 'text' THEN coalesce(strftime({as_text}, {value}), {value})"
+        f" ELSE strftime({as_text}, {value}, 'unixepoch') END"
+    )
+
+
+def view_column(table: Table, column: Column) -> str:
+    """Return SQL for what a column would have in PostgreSQL, readable."""
+    value, kind = sqlite_key("e.value", column.name)
+    if column.extra:
+        known = [TABLE_KEY, *(c.name for c in table.columns if not (c.header or c.source or c.extra))]
+        paths = ", ".join(path for path in map(json_path, known) if path)
+        value = f"nullif(json_remove(e.value, {paths}), '{{}}')"
+    elif column.header:
+        value, _ = sqlite_key("b.value", "headers")
+        value, _ = sqlite_key(value, column.header)
+    elif column.source is Source.RECEIVED_AT:
+        value = readable_time("json_extract(b.value, '$.received_at')")
+    elif column.source:
+        value = f"json_extract(b.value, '$.{'app' if column.source is Source.APP_ID else 'client_ip'}')"
+    elif column.type is Type.TIMESTAMP:
+        value = readable_time(value)
+    elif column.type is Type.JSON:
+        value = f"CASE WHEN {kind} <> 'null' THEN json_quote({value}) END"
+    return f"{value} AS {identifier(column.name)}"
+
+
+def view_sql(table: Table) -> str:
+    """Return the statement that creates a table's view in the spool."""
+    columns = ",\n  ".join(view_column(table, column) for column in table.columns)
+    # Python reads JSON that is nested deeper than SQLite can.
+    batches = "CASE WHEN json_valid(f.batches) THEN f.batches END"
+    return (
+        f"CREATE VIEW {identifier(table.name)} AS SELECT\n  {columns}\n"
+        f"FROM attolytics_spool AS f, json_each({batches}) AS b, json_each(b.value, '$.events') AS e\n"
+        f"WHERE json_extract(e.value, '$.{TABLE_KEY}') = {quote(table.name)}"
+    )
+
+
+APPLICATION_ID = 0x41_74_74_6F  # "Atto", at byte 68 of the file (SQLite, "Database File Format", 1.3)
+SPOOL_VERSION = 1
+
+# `total` counts all events up to this flush, so that the number of events is known without a scan.
+SPOOL_SQL = f"""
+CREATE TABLE attolytics_epoch (epoch TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE attolytics_spool (
+  id INTEGER PRIMARY KEY, epoch TEXT NOT NULL, flush INTEGER NOT NULL,
+  events INTEGER NOT NULL, total INTEGER NOT NULL, batches TEXT NOT NULL
+);
+CREATE TABLE attolytics_quarantine (
+  id INTEGER PRIMARY KEY, quarantined_at REAL NOT NULL, app TEXT, table_name TEXT, column_name TEXT,
+  reason TEXT NOT NULL, batch TEXT, event TEXT NOT NULL
+);
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SPOOL_VERSION};
+"""
+
+QUARANTINE_VIEW = f"""CREATE VIEW quarantine AS SELECT
+  id, {readable_time("quarantined_at")} AS quarantined_at, app,
+  table_name AS "table", column_name AS "column", reason,
+  {readable_time("json_extract(batch, '$.received_at')")} AS received_at,
+  json_extract(batch, '$.client_ip') AS client_ip, event
+FROM attolytics_quarantine"""
+
+
+@dataclass(frozen=True, slots=True)
+class SpooledFlush:
+    """A row of the spool."""
+
+    id: int
+    epoch: str
+    number: int
+    events: int
+    text: str  # JSON of its batches
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """An event in quarantine that is to be tried again."""
+
+    id: int
+    text: str  # JSON of a flush that has this event only
+    reason: str
+
+
+def refuse_foreign(path: str, descriptor: int) -> bool:
+    """Return whether the open file is one of ours, False if it is empty; raise OperatorError otherwise."""
+    head = os.pread(descriptor, 100, 0)
+    if not head:
+        return False
+    if not head.startswith(b"SQLite format 3\0"):
+        raise OperatorError(f"--spool {path} is not a spool but some other file; it was left as it is")
+    if head[68:72] != APPLICATION_ID.to_bytes(4):
+        raise OperatorError(f"--spool {path} is another program's SQLite file; it was left as it is")
+    return True
+
+
+def check_spool(path: str) -> None:
+    """Raise OperatorError for a spool that is damaged or too new. Changes nothing in it."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            is_small = Path(path).stat().st_size <= QUICK_CHECK_BYTES_MAX
+            (found,) = db.execute("PRAGMA quick_check(1)").fetchone() if is_small else ("ok",)
+    except sqlite3.Error as error:
+        raise OperatorError(
+            f"--spool {path} cannot be read: {one_line(error)}; it was left as it is"
+        ) from None
+    if found != "ok":
+        raise OperatorError(
+            f"--spool {path} is damaged: {found}; it was left as it is."
+            f" Try to save its events with: sqlite3 {path} .recover"
+        )
+    if version != SPOOL_VERSION:
+        raise OperatorError(f"--spool {path} was made by another version of Attolytics (format {version})")
+
+
+def lock_spool(path: str) -> int:
+    """Return the descriptor of the spool's file, which is created if need be, locked against other servers.
+
+    It must stay open as long as SQLite has the file open: closing it would drop SQLite's own locks.
+    Raises OperatorError.
+    """
+    try:
+        # The events in it may be about people.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise OperatorError(
+            f"cannot open the spool {path}: {reason_of(error)}; name a file in a directory that user"
+            f" {os_user()} may write to with --spool PATH"
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if refuse_foreign(path, descriptor):
+            check_spool(path)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OperatorError(
+            f"another server uses the spool {path}: give each its own with --spool PATH"
+        ) from None
+    except OSError as error:
+        os.close(descriptor)
+        raise OperatorError(f"cannot use the spool {path}: {reason_of(error)}") from None
+    except OperatorError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def sync_directory(path: str) -> None:
+    """Make sure that a new file is found in its directory after a power cut."""
+    descriptor = os.open(Path(path).absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Spool:
+    """An open spool. Methods block for the disk, and raise SpoolError when it fails them."""
+
+    def __init__(self, path: str, bytes_max: int, schema: Schema, epoch: str) -> None:
+        """Open or create a spool for a process. Raises OperatorError."""
+        self.path = path
+        self.epoch = epoch
+        self._bytes_max = bytes_max
+        self._descriptor = lock_spool(path)
+        try:
+            self._db = self._open(schema)
+            # The processes that used this spool and may have a row in the ledger.
+            self.epochs = [epoch for (epoch,) in self._db.execute("SELECT epoch FROM attolytics_epoch")]
+            first = self._one("SELECT total - events FROM attolytics_spool ORDER BY id LIMIT 1")
+            # Events of all flushes ever, and of those that are gone. Their difference is what is here.
+            self._total = self._one("SELECT total FROM attolytics_spool ORDER BY id DESC LIMIT 1") or 0
+            self._gone = self._total if first is None else first
+        except (sqlite3.Error, OSError) as error:
+            os.close(self._descriptor)
+            raise OperatorError(f"cannot use the spool {path}: {one_line(error)}") from None
+
+    @property
+    def events(self) -> int:
+        """Return how many events wait for their replay."""
+        return self._total - self._gone
+
+    def append(
+        self, number: int, events: int, batches: Sequence[str], quarantined: Sequence[Quarantined]
+    ) -> None:
+        """Keep a flush of this process, by the JSON of its batches, and events for the quarantine."""
+        self._check_room(sum(map(len, batches)) + sum(len(item.event) for item in quarantined))
+        with self._transaction():
+            if events:
+                self._insert_flush(number, events, f"[{','.join(batches)}]")
+            self._insert_quarantined(quarantined)
+        self._total += events
+
+    def quarantine(self, quarantined: Sequence[Quarantined]) -> list[int]:
+        """Keep events in the quarantine; return their ids."""
+        self._check_room(sum(len(item.event) for item in quarantined))
+        with self._transaction():
+            return self._insert_quarantined(quarantined)
+
+    def release(self, ids: Iterable[int]) -> None:
+        """Forget events in the quarantine."""
+        with self._transaction():
+            self._db.executemany("DELETE FROM attolytics_quarantine WHERE id = ?", [(i,) for i in ids])
+
+    def head(self, events_max: int) -> list[SpooledFlush]:
+        """Return the first flushes, at least one and all of one epoch, with about `events_max` events."""
+        flushes: list[SpooledFlush] = []
+        events = chars = 0
+        with self._translated(), contextlib.closing(self._db.cursor()) as cursor:
+            cursor.execute("SELECT id, epoch, flush, events, batches FROM attolytics_spool ORDER BY id")
+            for row in cursor:
+                flush = SpooledFlush(*row)
+                events += flush.events
+                chars += len(flush.text)
+                is_more = events > events_max or chars > FLUSH_CHARS_MAX
+                if flushes and (is_more or flush.epoch != flushes[0].epoch):
+                    break
+                flushes.append(flush)
+        return flushes
+
+    def amend(self, flushes: Sequence[SpooledFlush], quarantined: Sequence[Quarantined]) -> None:
+        """Replace flushes by ones without some of their events, which go to the quarantine."""
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE attolytics_spool SET batches = ? WHERE id = ?", [(f.text, f.id) for f in flushes]
+            )
+            self._insert_quarantined(quarantined)
+
+    def delete(self, flushes: Sequence[SpooledFlush]) -> None:
+        """Delete the first flushes, which are stored."""
+        with self._transaction():
+            self._db.execute("DELETE FROM attolytics_spool WHERE id <= ?", (flushes[-1].id,))
+        self._gone += sum(flush.events for flush in flushes)
+
+    def delete_flush(self, number: int, events: int) -> None:
+        """Delete a flush of this process, the first one in the spool."""
+        with self._transaction():
+            self._db.execute(
+                "DELETE FROM attolytics_spool WHERE epoch = ? AND flush = ?", (self.epoch, number)
+            )
+        self._gone += events
+
+    def forget(self, epochs: Collection[str]) -> None:
+        """Forget processes that have no row in the ledger any more."""
+        with self._transaction():
+            self._db.executemany("DELETE FROM attolytics_epoch WHERE epoch = ?", [(e,) for e in epochs])
+        self.epochs = [epoch for epoch in self.epochs if epoch not in epochs]
+
+    def in_quarantine(self) -> int:
+        """Return how many events are in the quarantine."""
+        with self._translated():
+            return int(self._one("SELECT count(*) FROM attolytics_quarantine") or 0)
+
+    def retries(self, after: int) -> list[Retry]:
+        """Return the next events of the quarantine, in the order of their ids."""
+        with self._translated():
+            rows = self._db.execute(
+                "SELECT id, batch, event, reason FROM attolytics_quarantine WHERE id > ? ORDER BY id LIMIT ?",
+                (after, FLUSH_EVENTS_MAX),
+            )
+            return [
+                # An event without a batch is a whole flush that could not be read.
+                Retry(id_, f'[{batch[:-1]},"events":[{event}]}}]' if batch else event, reason)
+                for id_, batch, event, reason in rows
+            ]
+
+    def retry(self, number: int, retries: Sequence[Retry], reasons: Mapping[int, str]) -> None:
+        """Move events from the quarantine into a flush of this process; note why others stay."""
+        with self._transaction():
+            if retries:
+                text = ",".join(retry.text[1:-1] for retry in retries)
+                self._insert_flush(number, len(retries), f"[{text}]")
+            self._db.executemany(
+                "DELETE FROM attolytics_quarantine WHERE id = ?", [(retry.id,) for retry in retries]
+            )
+            self._db.executemany(
+                "UPDATE attolytics_quarantine SET reason = ? WHERE id = ?",
+                [(reason, id_) for id_, reason in reasons.items()],
+            )
+        self._total += len(retries)
+
+    def shrink(self) -> None:
+        """Give the room of deleted events back to the disk."""
+        with self._translated():
+            free = self._one("PRAGMA freelist_count") or 0
+            pages = self._one("PRAGMA page_count") or 0
+            # VACUUM writes what stays: not worth it while that is most of the file.
+            if free * self._page_bytes > SHRINK_BYTES and free * 2 > pages:
+                self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """Close the file, and let others use it."""
+        try:
+            self._db.close()
+        except sqlite3.Error as error:
+            log.warning("the spool %s: %s", self.path, one_line(error))
+        os.close(self._descriptor)
+
+    def _open(self, schema: Schema) -> sqlite3.Connection:
+        # Only one thread uses it, but not the one that opens it.
+        db = sqlite3.connect(self.path, timeout=SPOOL_BUSY_S, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA journal_mode = WAL")
+        # NORMAL would lose what was acknowledged when the power fails.
+        db.execute("PRAGMA synchronous = FULL")
+        (self._page_bytes,) = db.execute("PRAGMA page_size").fetchone()
+        checkpoint_pages = max(min(1000, self._bytes_max // 8 // self._page_bytes), 16)
+        db.execute(f"PRAGMA wal_autocheckpoint = {checkpoint_pages}")
+        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            db.executescript(f"BEGIN IMMEDIATE;{SPOOL_SQL}COMMIT")
+            sync_directory(self.path)
+        db.execute("INSERT OR IGNORE INTO attolytics_epoch VALUES (?)", (self.epoch,))
+        self._create_views(db, schema)
+        return db
+
+    def _create_views(self, db: sqlite3.Connection, schema: Schema) -> None:
+        views = [("quarantine", QUARANTINE_VIEW)]
+        views += [(table.name, view_sql(table)) for table in schema.tables.values()]
+        there = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'view'"))
+        for name, sql in views:
+            if there.get(name) == sql:
+                continue
+            try:
+                db.execute(f"DROP VIEW IF EXISTS {identifier(name)}")
+                db.execute(sql)
+            except sqlite3.OperationalError as error:  # a name that SQLite keeps for itself, say
+                log.warning('the spool cannot have a view for the table "%s": %s', name, one_line(error))
+
+    def _one(self, sql: str) -> Any:
+        row = self._db.execute(sql).fetchone()
+        return row[0] if row else None
+
+    def _insert_flush(self, number: int, events: int, text: str) -> None:
+        self._db.execute(
+            "INSERT INTO attolytics_spool (epoch, flush, events, total, batches) VALUES (?, ?, ?, ?, ?)",
+            (self.epoch, number, events, self._total + events, text),
+        )
+
+    def _insert_quarantined(self, quarantined: Iterable[Quarantined]) -> list[int]:
+        now = time.time()
+        ids = []
+        for item in quarantined:
+            about = spooled_batch(item.app_id, item.delivery, "")
+            batch = about.removesuffix(',"events":}') + "}" if item.app_id else None
+            row = (now, item.app_id, item.table, item.column, item.reason, batch, item.event)
+            added = self._db.execute(
+                "INSERT INTO attolytics_quarantine"
+                " (quarantined_at, app, table_name, column_name, reason, batch, event)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
+            ids.append(added.lastrowid or 0)
+        return ids
+
+    def _check_room(self, chars: int) -> None:
+        """Raise SpoolError if so many characters more are too much for the limit or for the disk."""
+        with self._translated():
+            pages = self._one("PRAGMA page_count") - self._one("PRAGMA freelist_count")
+            disk = os.statvfs(self.path)
+            journal = os.stat(f"{self.path}-wal").st_size
+        if pages * self._page_bytes + journal + chars > self._bytes_max:
+            raise SpoolError(f"the spool {self.path} is full: --spool_limit is {self._bytes_max} bytes")
+        # Events are written twice: into the journal, and from there into the file.
+        if disk.f_bavail * disk.f_frsize < DISK_RESERVE_BYTES + 2 * chars:
+            raise SpoolError(f"the disk of the spool {self.path} is full")
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise SpoolError(f"the spool {self.path} fails: {one_line(error)}") from None
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._translated():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
 
 
 # --- Writer -------------------------------------------------------------------
 # Group commit. HTTP threads put batches into the inbox and wait; the writer takes
-# all that are there and stores them in one transaction.
+# all that are there and stores them as one flush, in the database or in the spool.
 #
-#                  connection lost, database busy
-#     connected  ----------------------------------->  away
-#                <-----------------------------------
-#                  the connector hands over a connection
+#                  away, busy, slow or broken: the flush goes to the spool
+#      direct  ------------------------------------------------------->  spooling
+#         ^                                                              |      ^
+#         | the spool            the connector hands a session over      |      | away
+#         | is empty                                                     v      | again
+#         +---------------------------------------------------------  replaying
 #
-# While away, batches wait for PATIENCE_S, which hides a restart of PostgreSQL;
-# after that they are refused at once (503) until a connection is handed over.
+# direct     there is a session and the spool is empty: a flush goes to the database.
+# spooling   there is no session: a flush goes to the spool.
+# replaying  there are both: spooled flushes go to the database, many in a transaction;
+#            new ones go to the spool meanwhile, so that their order stays.
+#
+# Exactly once: a process is an epoch with a row in the ledger, and numbers its
+# flushes. A transaction raises its epoch's row from the last number to its own. When
+# it is unknown whether a COMMIT came through, its flush is spooled under its number;
+# the next session says up to which number everything is there.
 
 
 class Pending:
     """A batch on its way through the writer, and the verdict on it."""
 
-    __slots__ = ("batch", "done", "error")
+    __slots__ = ("batch", "done", "error", "kept", "place")
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.error: RequestError | None = None
+        self.place = ""
+        self.kept: list[int] = []  # ids of its events that are in the quarantine already
         # Held until the verdict is there; a bare lock wakes its thread faster than an Event.
         self.done = threading.Lock()
         self.done.acquire()
 
-    def settle(self, error: RequestError | None = None) -> None:
-        """Give the verdict: stored, or the reason why not. Called once, by the writer."""
+    def settle(self, place: str) -> None:
+        """Give the verdict: stored, in DATABASE or SPOOL. One verdict is given, by the writer."""
+        self.place = place
+        self.done.release()
+
+    def refuse(self, error: RequestError) -> None:
+        """Give the verdict: not stored."""
         self.error = error
         self.done.release()
+
+
+DATABASE = "database"
+SPOOL = "spool"
+
+
+SLOW = "the database is slow; events go to the spool until it has answered"
 
 
 class Stop:
@@ -2314,85 +3214,261 @@ class Complaints:
 
 
 class Connector:
-    """Makes connections in a thread of its own while the writer has none."""
+    """Opens sessions in a thread of its own while the writer has none."""
 
-    def __init__(self, open_database: Callable[[], Database], clock: Callable[[], float]) -> None:
-        self._open = open_database
-        self._clock = clock
+    def __init__(
+        self,
+        open_session: Callable[[Sequence[str]], Session],
+        hand_over: Callable[[Session], object],
+        clock: Callable[[], float],
+    ) -> None:
+        self._open = open_session
+        self._hand_over = hand_over
         self._stop = threading.Event()
-        # From the connector's thread to the writer: at most one connection.
-        self._ready: queue.SimpleQueue[Database] = queue.SimpleQueue()
         self._backoff = 0.0
         self._complaints = Complaints(clock)
 
-    def start(self) -> None:
-        """Begin to connect, with back-off since the last time that settled() was called."""
-        threading.Thread(target=self._work, name="connector", daemon=True).start()
+    def start(self, epochs: Sequence[str]) -> None:
+        """Begin to connect, with back-off since the last time that settled() was called.
 
-    def take(self, wait: float) -> Database | None:
-        """Return the connection when it is there; blocks at most `wait` seconds."""
-        try:
-            return self._ready.get(timeout=wait) if wait > 0 else self._ready.get_nowait()
-        except queue.Empty:
-            return None
+        The session will know the ledger's rows of `epochs`.
+        """
+        threading.Thread(target=self._work, args=(epochs,), name="connector", daemon=True).start()
 
     def settled(self) -> None:
-        """Note that a connection works, so that the next loss is retried at once."""
+        """Note that a session works, so that the next loss is retried at once."""
         self._backoff = 0.0
 
     def stop(self) -> None:
         """End the thread soon; does not wait for it."""
         self._stop.set()
 
-    def _work(self) -> None:
-        started = self._clock()
+    def _work(self, epochs: Sequence[str]) -> None:
         while not self._stop.wait(self._backoff * random.uniform(0.5, 1)):
             self._backoff = min(max(self._backoff * 2, BACKOFF_FIRST_S), BACKOFF_MAX_S)
             try:
-                self._ready.put(self._open())
+                session = self._open(epochs)
             except (DatabaseError, OperatorError) as error:
                 if self._complaints.is_new(str(error)):
                     log.warning("cannot use the database: %s", error)
             else:
-                log.info("the database is there, after %.1f s", self._clock() - started)
+                self._hand_over(session)
                 return
 
 
+class Progress:
+    """Logs how a replay gets on."""
+
+    def __init__(self, events: int, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._started = self._logged = clock()
+        self._replayed = 0
+        log.info("replaying %d events from the spool", events)
+
+    def add(self, events: int, left: int) -> None:
+        """Note that events are replayed, and `left` are not."""
+        self._replayed += events
+        now = self._clock()
+        if now - self._logged < PROGRESS_LOG_S:
+            return
+        self._logged = now
+        rate = self._replayed / max(now - self._started, 0.001)
+        log.info(
+            "replayed %d events, %d left, %d per second, about %d s left",
+            self._replayed,
+            left,
+            rate,
+            left / max(rate, 1),
+        )
+
+    def finish(self, quarantined: int) -> None:
+        """Note that nothing is left."""
+        seconds = max(self._clock() - self._started, 0.001)
+        log.info(
+            "replayed all %d events in %.1f s, %d per second; %d of them went to the quarantine",
+            self._replayed,
+            seconds,
+            self._replayed / seconds,
+            quarantined,
+        )
+
+
+@dataclass(slots=True)
+class Flight:
+    """A flush that the database works on."""
+
+    waiting: Sequence[Pending]
+    number: int
+    is_spooled: bool = False  # It took long: its batches have their verdict, and it is in the spool too
+
+
+@dataclass(slots=True)
+class Group:
+    """Spooled flushes that are replayed in one transaction, converted."""
+
+    flushes: list[SpooledFlush]
+    # For each row its flush's index in `flushes`, its batch's there and its event's.
+    places: list[tuple[int, int, int]] = field(default_factory=list)
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    parts: list[dict[str, list[str]]] = field(default_factory=list)
+    bad: dict[tuple[int, int, int], Quarantined] = field(default_factory=dict)
+
+
+class Replayer:
+    """Turns spooled flushes into rows, by the schema of today. Pure."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._intakes = {app.id: Intake(app) for app in schema.apps.values()}
+
+    def group(self, flushes: Sequence[SpooledFlush]) -> Group:
+        """Return flushes converted, with the events that do not fit in `bad`."""
+        group = Group(list(flushes))
+        for index, flush in enumerate(flushes):
+            try:
+                batches = read_spooled(flush.text)
+            except ValueError as error:
+                # Cannot be taken apart, so all of it is kept as one.
+                nobody = Delivery({}, "", 0)
+                reason = f"cannot be read back: {one_line(error)}"
+                group.bad[index, -1, -1] = Quarantined("", nobody, flush.text, None, None, reason)
+                continue
+            for batch_index, batch in enumerate(batches):
+                self._add(group, index, batch_index, batch)
+        return group
+
+    def problem(self, text: str) -> str | None:
+        """Return what is wrong with the only event in the JSON of a flush, or None."""
+        group = self.group([SpooledFlush(0, "", 0, 1, text)])
+        return next((item.reason for item in group.bad.values()), None)
+
+    def _add(self, group: Group, index: int, batch_index: int, batch: Spooled) -> None:
+        content = self._sort(batch)
+        bad: dict[int, Quarantined] = {}
+        if content.problems:
+            texts = spooled_events(group.flushes[index].text)[batch_index]
+            bad = quarantined_events(batch.app_id, batch.delivery, batch.events, texts, content.problems)
+        good = [event for event in range(len(batch.events)) if event not in bad]
+        group.places.extend([(index, batch_index, event) for event in good])
+        group.rows.extend(content.in_order())
+        group.parts.append(content.rows)
+        group.bad |= {(index, batch_index, event): item for event, item in bad.items()}
+
+    def _sort(self, batch: Spooled) -> Sorted:
+        intake = self._intakes.get(batch.app_id)
+        if intake:
+            return intake.sort(batch.events, batch.delivery, None, EVENTS_MAX)
+        reason = f"the schema file has no app {show(batch.app_id)}"
+        return Sorted(problems=[EventProblem(i, None, reason) for i in range(len(batch.events))])
+
+
+def amended(group: Group, bad: Iterable[tuple[int, int, int]]) -> list[SpooledFlush]:
+    """Return those flushes of a group that have bad events, without them. `bad` has their places."""
+    dropped: dict[int, set[tuple[int, int]]] = {}
+    for index, batch, event in bad:
+        dropped.setdefault(index, set()).add((batch, event))
+    return [
+        replace(
+            group.flushes[index],
+            text="[]" if (-1, -1) in events else without_events(group.flushes[index].text, events),
+        )
+        for index, events in dropped.items()
+    ]
+
+
+def refused_event(group: Group, row: int, error: DatabaseError) -> Quarantined:
+    """Return for the quarantine an event that the database refused."""
+    index, batch_index, event = group.places[row]
+    text = group.flushes[index].text
+    batch = read_spooled(text)[batch_index]
+    return Quarantined(
+        batch.app_id,
+        batch.delivery,
+        spooled_events(text)[batch_index][event],
+        group.rows[row][0],
+        error.column,
+        error.reason,
+    )
+
+
+def refusals(batch: Batch, refused: Mapping[int, DatabaseError], error: DatabaseError) -> list[EventProblem]:
+    """Return for the client why the database refuses events of a batch, by the index of their rows.
+
+    Without any they are refused only together, with `error`.
+    """
+    places = batch.places if batch.places is not None else range(len(batch.content.tables))
+    found = {places[row]: reason for row, reason in refused.items()}
+    return [
+        EventProblem(index, reason.column, f"the database refuses it: {reason.reason}")
+        for index, reason in (found.items() if found else [(None, error)])
+    ]
+
+
 class Writer:
-    """Owns the connection to the database; stores batches from all HTTP threads."""
+    """Owns the session with the database and the spool; stores batches from all HTTP threads."""
 
     def __init__(
         self,
         schema: Schema,
-        open_database: Callable[[], Database],
+        spool: Spool,
+        open_session: Callable[[Sequence[str]], Session] | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Without `open_session` there is no database, and everything stays in the spool."""
         self._inserts = Inserts(schema)
+        self._replayer = Replayer(schema)
         self._clock = clock
-        self._connector = Connector(open_database, clock)
-        self._inbox: queue.SimpleQueue[Pending | Stop] = queue.SimpleQueue()
-        self._hurry = threading.Event()
+        self._inbox: queue.SimpleQueue[Pending | Session | Stop] = queue.SimpleQueue()
+        self._connector = Connector(open_session, self._inbox.put, clock) if open_session else None
         # All below belongs to the writer's thread, once it runs.
-        self._database: Database | None = None
-        self._patience_until = 0.0
-        self._refused = 0
+        self._spool = spool
+        self._session: Session | None = None
+        self._number = 0  # of the last flush
+        self._flight: Flight | None = None
+        self._stopping = False
+        self._patient_until = 0.0
+        self._away_since: float | None = None
+        self._progress: Progress | None = None
+        self._quarantined = 0  # events, in the replay that runs
+        self._retried: Counter[str] | None = None  # why events of --retry_quarantine stay there
+        self._retried_events = 0
+        self._retried_until = 0  # the last flush that has such events
+        self._replay_events = REPLAY_EVENTS_MAX  # fewer while the database is too slow for so many
+        self._statement_timeout = STATEMENT_TIMEOUT_S
+        self._suspect = False  # The database refused events for a reason that is not theirs
         self._complaints = Complaints(clock)
 
-    def start(self, database: Database | None) -> threading.Thread:
-        """Start the writer's thread, with a connection or (None) with the database away."""
-        self._database = database
-        if database is None:
-            self._connector.start()
+    def retry_quarantine(self) -> None:
+        """Move the events in quarantine that fit the schema by now to the spool. Before start().
+
+        Raises SpoolError.
+        """
+        self._retried = Counter()
+        last = 0
+        while retries := self._spool.retries(last):
+            reasons = {retry.id: self._replayer.problem(retry.text) for retry in retries}
+            going = [retry for retry in retries if reasons[retry.id] is None]
+            staying = {id_: reason for id_, reason in reasons.items() if reason is not None}
+            self._retried.update(staying.values())
+            self._number += 1
+            self._spool.retry(self._number, going, staying)
+            self._retried_events += len(retries)
+            last = retries[-1].id
+        self._retried_until = self._number
+        if not self._spool.events or not self._connector:
+            self._report_retry()
+
+    def start(self, session: Session | None) -> threading.Thread:
+        """Start the writer's thread, with a session or (None) with the database away."""
+        self._session = session
+        if session is None and self._connector:
+            self._away_since = self._clock()
+            self._connector.start(self._spool.epochs)
         thread = threading.Thread(target=self._work, name="writer", daemon=True)
         thread.start()
         return thread
 
-    def hurry(self) -> None:
-        """Wait no more for a database that is away: the process is about to end."""
-        self._hurry.set()
-
-    def store(self, batch: Batch) -> None:
-        """Return when a batch is committed. Blocks for one or two flushes.
+    def store(self, batch: Batch) -> str:
+        """Return when a batch is committed, and where: DATABASE or SPOOL. Blocks for one or two flushes.
 
         Raises StorageAway when it cannot be stored now, InvalidEvents when the database refuses it.
         """
@@ -2401,155 +3477,447 @@ class Writer:
         pending.done.acquire()
         if pending.error:
             raise pending.error
+        return pending.place
 
     def stop(self) -> None:
         """End the thread after what is in the inbox. Does not wait; no store() may follow."""
-        self._connector.stop()
+        if self._connector:
+            self._connector.stop()
         self._inbox.put(Stop())
 
-    def _work(self) -> None:
-        stopping = False
-        while not stopping:
-            waiting, stopping = self._take()
-            if waiting:
-                self._flush(waiting)
-        if self._database:
-            self._database.close()
+    # The states of the picture above.
 
-    def _take(self) -> tuple[list[Pending], bool]:
-        """Return the batches that are waiting, at least one unless it is time to stop."""
+    def _work(self) -> None:
+        self._finish_epochs()
+        while not self._stopping:
+            if self._session and self._spool.events:
+                self._spool_waiting()
+                self._replay(self._session)
+            elif waiting := self._take(wait=True):
+                # A flush must not overtake those in the spool: its number would declare them stored.
+                if self._session and not self._spool.events:
+                    self._patient_until = self._clock() + PATIENCE_S
+                    self._store(self._session, waiting)
+                else:
+                    self._append(waiting, self._next_number())
+        self._close()
+
+    def _take(self, wait: bool) -> list[Pending]:
+        """Return the batches that are waiting, up to a flush; notice what else is in the inbox.
+
+        With `wait`, blocks until there is something.
+        """
         waiting: list[Pending] = []
         events = chars = 0
-        item = self._inbox.get()
-        while not isinstance(item, Stop):
-            waiting.append(item)
-            events += len(item.batch.tables)
-            chars += item.batch.chars
-            if events >= FLUSH_EVENTS_MAX or chars >= FLUSH_CHARS_MAX:
-                return waiting, False
-            try:
-                item = self._inbox.get_nowait()
-            except queue.Empty:
-                return waiting, False
-        return waiting, True
+        with contextlib.suppress(queue.Empty):
+            while events < FLUSH_EVENTS_MAX and chars < FLUSH_CHARS_MAX:
+                item = self._inbox.get(block=wait)
+                wait = False
+                if isinstance(item, Pending):
+                    waiting.append(item)
+                    events += len(item.batch.content.tables)
+                    chars += item.batch.chars
+                elif isinstance(item, Session):
+                    self._session = item
+                    self._finish_epochs()
+                    break
+                else:
+                    self._stopping = True
+                    break
+        return waiting
 
-    def _flush(self, waiting: Sequence[Pending]) -> None:
-        """Store batches in one transaction and give each its verdict."""
-        database = self._connected()
-        if database is None:
-            self._refuse(waiting)
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def _close(self) -> None:
+        """Leave nothing behind in the ledger unless the spool needs it, and close what is open."""
+        self._patient_until = self._clock() + CLOSE_S
+        try:
+            if self._session and not self._spool.events:
+                self._forget(self._session, self._spool.epochs)
+        except (DatabaseError, SpoolError) as error:
+            log.debug("the ledger keeps the row of this process: %s", error)
+        if self._session:
+            self._session.database.close()
+        self._spool.close()
+
+    # To the database.
+
+    def _store(self, session: Session, waiting: Sequence[Pending]) -> None:
+        """Store batches in one transaction, or else in the spool; give each its verdict."""
+        if session.database.is_stale():
+            self._lose(DatabaseAway("the server closed the connection"))
+            self._append(waiting, self._next_number())
             return
+        waiting = self._keep_quarantined(waiting)
+        number = self._next_number()
+        raising = Raise(self._spool.epoch, session.ledger[self._spool.epoch], number)
+        message = self._inserts.flush(raising, [pending.batch.content.rows for pending in waiting])
         started = self._clock()
+        flight = self._flight = Flight(waiting, number)
         try:
-            self._commit(database, [pending.batch for pending in waiting])
-        except (DatabaseAway, DatabaseConflict) as error:
-            self._lose(database, error)
-            self._refuse(waiting)
-        except (DataRefused, DatabaseMisconfigured) as error:
-            if len(waiting) == 1:
-                self._blame(database, waiting[0], error)
-            else:
-                self._flush_apart(waiting)
-        else:
-            self._connector.settled()
-            for pending in waiting:
-                pending.settle()
-            if log.isEnabledFor(TRACE):
-                events = sum(len(pending.batch.tables) for pending in waiting)
-                milliseconds = (self._clock() - started) * 1e3
-                log.log(TRACE, "flush: %d batches, %d events, %.1f ms", len(waiting), events, milliseconds)
-
-    def _flush_apart(self, waiting: Sequence[Pending]) -> None:
-        """Store each batch in a transaction of its own, so that a bad one does not harm the others."""
-        for position, pending in enumerate(waiting):
-            self._flush([pending])
-            if self._database is None:  # each further one would wait for the same lock, say
-                self._refuse(waiting[position + 1 :])
+            self._run(session, message)
+        except DatabaseAway as error:
+            self._flight = None
+            self._lose(error)
+        except DatabaseError as error:
+            self._flight = None
+            self._roll_back(session)
+            if not flight.is_spooled and not isinstance(error, DatabaseConflict):
+                self._store_apart(waiting, error)
                 return
-
-    def _commit(self, database: Database, batches: Sequence[Batch]) -> None:
-        message = self._inserts.flush(batches)
-        for _ in range(CONFLICT_TRIES - 1):
-            try:
-                return database.transact(message)
-            except DatabaseConflict as error:
-                log.debug("flush again: %s", error.reason)
-        return database.transact(message)
-
-    def _blame(self, database: Database, pending: Pending, error: DatabaseError) -> None:
-        """Refuse a batch that the database refused, naming the event at fault where there is one."""
-        index = None
-        try:
-            if isinstance(error, DataRefused):
-                index, error = self._find_culprit(database, pending.batch, error)
-        except (DatabaseAway, DatabaseConflict) as lost:
-            self._lose(database, lost)
-            self._refuse([pending])
+            number = self._next_number()  # of new flushes some may be in the spool by now
+        else:
+            self._flight = None
+            self._land(session, raising, flight, started)
             return
-        if isinstance(error, DatabaseMisconfigured):
-            if self._complaints.is_new(error.reason):
-                log.error("the database refuses events, mend it: %s (%s)", error.reason, error.sqlstate)
-            pending.settle(StorageAway("the database is not set up for these events"))
+        if not flight.is_spooled:
+            self._append(waiting, number)
+
+    def _land(self, session: Session, raised: Raise, flight: Flight, started: float) -> None:
+        """Give the batches of a flush that is committed their verdict, if they do not have one."""
+        self._succeed(session, raised)
+        if not flight.is_spooled:
+            self._settle(flight.waiting, DATABASE, started)
             return
-        problem = EventProblem(index, error.column, f"the database refuses it: {error.reason}")
-        pending.settle(refused_events([problem], len(pending.batch.tables)))
-
-    def _find_culprit(
-        self, database: Database, batch: Batch, error: DatabaseError
-    ) -> tuple[int | None, DatabaseError]:
-        """Return the index of an event that the database refuses by itself, and why; by bisection.
-
-        The index is None when only the events together are refused.
-        """
-        cursors = {table: iter(rows) for table, rows in batch.rows.items()}
-        rows = [(table, next(cursors[table])) for table in batch.tables]
-        low, high = 0, len(rows)
-        while high - low > 1:
-            middle = (low + high) // 2
-            refused = self._try_rows(database, rows[low:middle])
-            low, high, error = (low, middle, refused) if refused else (middle, high, error)
-        refused = self._try_rows(database, rows[low:high])
-        return (low, refused) if refused else (None, error)
-
-    def _try_rows(self, database: Database, rows: Sequence[tuple[str, str]]) -> DatabaseError | None:
-        """Return why the database refuses rows, or None if it would take them."""
-        by_table: dict[str, list[str]] = {}
-        for table, row in rows:
-            by_table.setdefault(table, []).append(row)
+        events = sum(pending.batch.accepted for pending in flight.waiting if pending.place)
         try:
-            database.transact(self._inserts.trial(by_table))
-        except (DataRefused, DatabaseMisconfigured) as error:
-            return error
-        return None
+            self._spool.delete_flush(flight.number, events)
+        except SpoolError as error:  # the next session says that it is there
+            self._lose(DatabaseAway(error.reason))
 
-    def _connected(self) -> Database | None:
-        """Return a connection that is alive, waiting a little for a new one if it was lost."""
-        self._database = self._database or self._take_over()
-        if self._database and self._database.is_stale():
-            self._lose(self._database, DatabaseAway("the server closed the connection"))
-            self._database = self._take_over()
-        return self._database
-
-    def _take_over(self) -> Database | None:
-        wait = 0 if self._hurry.is_set() else self._patience_until - self._clock()
-        database = self._connector.take(wait)
-        if database and self._refused:
-            log.info("%d batches were refused while the database was away", self._refused)
-            self._refused = 0
-        return database
-
-    def _lose(self, database: Database, error: DatabaseError) -> None:
-        """Give a connection up and let the connector make another."""
-        log.warning("the database is away: %s", error.reason)
-        database.close()
-        self._database = None
-        self._patience_until = self._clock() + PATIENCE_S
-        self._connector.start()
-
-    def _refuse(self, waiting: Sequence[Pending]) -> None:
-        self._refused += len(waiting)
+    def _settle(self, waiting: Sequence[Pending], place: str, started: float) -> None:
         for pending in waiting:
-            pending.settle(StorageAway("the database is away, send the events again later"))
+            pending.settle(place)
+        if log.isEnabledFor(TRACE):
+            events = sum(len(pending.batch.content.tables) for pending in waiting)
+            milliseconds = (self._clock() - started) * 1e3
+            log.log(
+                TRACE, "flush: %d batches, %d events, %s, %.1f ms", len(waiting), events, place, milliseconds
+            )
+
+    def _succeed(self, session: Session, raised: Raise) -> None:
+        session.ledger[raised.epoch] = raised.end
+        self._suspect = False
+        if self._connector:
+            self._connector.settled()
+        if self._away_since is not None:
+            log.info("the database is there again, after %.1f s", self._clock() - self._away_since)
+            self._away_since = None
+
+    def _store_apart(self, waiting: Sequence[Pending], error: DatabaseError) -> None:
+        """Store each batch of a refused flush by itself, so that a bad one does not harm the others."""
+        if len(waiting) == 1:
+            self._blame(waiting[0], error)
+            return
+        for position, pending in enumerate(waiting):
+            if not self._session or self._spool.events:  # the others must not overtake
+                self._append(waiting[position:], self._next_number())
+                return
+            self._store(self._session, [pending])
+
+    def _blame(self, pending: Pending, error: DatabaseError) -> None:
+        """Give a batch that the database refused its verdict, naming the events at fault."""
+        if not self._session or self._spool.events or isinstance(error, DatabaseMisconfigured):
+            self._append([pending], self._next_number())
+            return
+        session, batch = self._session, pending.batch
+        number = self._next_number()
+        raising = Raise(self._spool.epoch, session.ledger[self._spool.epoch], number)
+        started = self._clock()
+        flight = self._flight = Flight([pending], number)
+        quarantines = batch.app.quarantines
+        try:
+            rows = batch.content.in_order()
+            refused = self._sift(session, raising, rows, EVENTS_MAX if quarantines else CULPRITS_MAX)
+            if flight.is_spooled or any(isinstance(e, DatabaseMisconfigured) for e in refused.values()):
+                raise DatabaseConflict("left to the replay")
+            problems = refusals(batch, refused, error)
+            if quarantines:
+                # If they are refused only at the end and together, all of them are set apart.
+                refused = refused or dict.fromkeys(range(len(rows)), error)
+                self._quarantine_refused(pending, refused, problems)
+                self._run(session, Message("COMMIT"))
+            else:
+                self._run(session, Message("ROLLBACK"))
+        except DatabaseAway as lost:
+            self._flight = None
+            self._lose(lost)
+        except (DatabaseError, SpoolError):
+            self._flight = None
+            self._roll_back(session)
+            number = self._next_number()
+        else:
+            self._flight = None
+            if quarantines:
+                self._land(session, raising, flight, started)
+            elif not flight.is_spooled:
+                pending.refuse(refused_events(problems, len(batch.content.tables)))
+            return
+        if not flight.is_spooled:
+            self._append([pending], number)
+
+    def _quarantine_refused(
+        self, pending: Pending, refused: Mapping[int, DatabaseError], problems: Sequence[EventProblem]
+    ) -> None:
+        """Move the events that the database refused from a batch to the quarantine."""
+        batch = pending.batch
+        texts = event_texts(body_text(batch.body))
+        delivery = kept(batch.delivery, batch.headers)
+        items = [
+            Quarantined(
+                batch.app.id, delivery, texts[row], batch.content.tables[row], error.column, error.reason
+            )
+            for row, error in refused.items()
+        ]
+        pending.kept += self._spool.quarantine(items)
+        batch.problems = [*batch.problems, *problems][:PROBLEMS_MAX]
+        batch.accepted -= len(items)
+        # What is left, should it have to go to the spool.
+        left = [text for row, text in enumerate(texts) if row not in refused]
+        batch.body = f'{{"events":[{",".join(left)}]}}'.encode()
+
+    def _sift(
+        self, session: Session, raising: Raise, rows: Sequence[tuple[str, str]], limit: int
+    ) -> dict[int, DatabaseError]:
+        """Insert into an open transaction all rows that the database takes, by bisection.
+
+        Returns why it refuses the others, by their index; gives up after `limit` of them. Each row is
+        tried after those before it, so that of two that are refused together the second one is found.
+        """
+        refused: dict[int, DatabaseError] = {}
+        self._run(session, Message(FLUSH_START + raising.sql()))
+        parts = [range(len(rows))]
+        while parts and len(refused) < limit:
+            part = parts.pop()
+            if self._flight and self._flight.is_spooled:
+                break  # the replay will do it, without anybody waiting
+            try:
+                self._run(session, self._inserts.attempt(rows[part.start : part.stop]))
+            except (DataRefused, DatabaseMisconfigured) as error:
+                self._run(session, Message(UNDO_ATTEMPT))
+                middle = (part.start + part.stop) // 2
+                if len(part) == 1:
+                    refused[part.start] = error
+                else:
+                    parts += [range(middle, part.stop), range(part.start, middle)]
+        return refused
+
+    def _run(self, session: Session, message: Message) -> list[list[Any]]:
+        """Send a message and return the rows that it brings. Raises DatabaseError.
+
+        When nobody should wait any longer, keeps the flush in flight and new batches in the spool meanwhile.
+        """
+        deadline = self._clock() + self._statement_timeout + ANSWER_GRACE_S
+        if self._clock() > self._patient_until:
+            self._spool_waiting()
+        session.database.start(message)
+        while True:
+            patience = self._patient_until - self._clock()
+            rows = session.database.finish(max(patience, REPLAY_POLL_S))
+            if rows is not None:
+                return rows
+            if self._stopping or self._clock() > deadline:
+                raise DatabaseAway(NO_ANSWER)
+            self._spool_waiting()
+
+    def _roll_back(self, session: Session) -> None:
+        """End the transaction after an error."""
+        try:
+            self._run(session, Message("ROLLBACK"))
+        except DatabaseError as error:
+            self._lose(error)
+
+    def _lose(self, error: DatabaseError) -> None:
+        """Give the session up, and let the connector open another."""
+        if not self._stopping and self._complaints.is_new(error.reason):
+            level = logging.ERROR if isinstance(error, DatabaseMisconfigured) else logging.WARNING
+            log.log(
+                level, "the database cannot store events: %s; they go to %s", error.reason, self._spool.path
+            )
+        if self._session:
+            self._session.database.close()
+        self._session = None
+        self._progress = None
+        self._away_since = self._clock() if self._away_since is None else self._away_since
+        if self._connector:
+            self._connector.start(self._spool.epochs)
+
+    # To the spool, and from there to the database.
+
+    def _spool_waiting(self) -> None:
+        """Keep the flush in flight and the batches that have come meanwhile."""
+        if self._flight and not self._flight.is_spooled:
+            if self._complaints.is_new(SLOW):
+                log.warning(SLOW)
+            self._flight.is_spooled = True
+            self._append(self._flight.waiting, self._flight.number)
+        if waiting := self._take(wait=False):
+            self._append(waiting, self._next_number())
+
+    def _keep_quarantined(self, waiting: Sequence[Pending]) -> list[Pending]:
+        """Put the bad events of batches into the quarantine; return the batches that can go on."""
+        going = []
+        for pending in waiting:
+            try:
+                if pending.batch.quarantined:
+                    pending.kept += self._spool.quarantine(pending.batch.quarantined)
+                    pending.batch.quarantined = []
+                going.append(pending)
+            except SpoolError as error:
+                self._refuse([pending], error)
+        return going
+
+    def _append(self, waiting: Sequence[Pending], number: int) -> None:
+        """Store batches in the spool, as the flush of that number, and give each its verdict."""
+        started = self._clock()
+        texts, going = [], []
+        for pending in waiting:
+            try:
+                texts.append(batch_text(pending.batch))
+                going.append(pending)
+            except RecursionError:
+                pending.refuse(InvalidBody("the body's JSON is nested too deeply"))
+        events = sum(pending.batch.accepted for pending in going)
+        quarantined = [item for pending in going for item in pending.batch.quarantined]
+        try:
+            self._spool.append(number, events, texts, quarantined)
+        except SpoolError as error:
+            self._refuse(going, error)
+        else:
+            self._settle(going, SPOOL, started)
+
+    def _refuse(self, waiting: Sequence[Pending], error: SpoolError) -> None:
+        if self._complaints.is_new(error.reason):
+            log.error("events are refused with 503: %s", error.reason)
+        for pending in waiting:
+            with contextlib.suppress(SpoolError):
+                if pending.kept:  # the client will send them again
+                    self._spool.release(pending.kept)
+            pending.refuse(StorageAway("events cannot be stored now, send them again later"))
+
+    def _replay(self, session: Session) -> None:
+        """Replay the first flushes of the spool in one transaction."""
+        self._progress = self._progress or Progress(self._spool.events, self._clock)
+        try:
+            self._replay_group(session, self._spool.head(self._replay_events))
+            if not self._spool.events:
+                self._finish_replay()
+        except SpoolError as error:
+            if self._complaints.is_new(error.reason):
+                log.error("the replay is held up: %s", error.reason)
+            self._lose(DatabaseAway(error.reason))
+        except DatabaseConflict as error:
+            log.debug("replay again: %s", error.reason)
+            self._roll_back(session)
+        except DatabaseMisconfigured as error:
+            self._roll_back(session)
+            self._suspect = True
+            if self._session:
+                self._lose(error)
+        except (DatabaseAway, DataRefused) as error:
+            self._replay_events = max(self._replay_events // 4, 1)
+            self._lose(error)
+        self._statement_timeout = STATEMENT_TIMEOUT_S
+
+    def _replay_group(self, session: Session, flushes: Sequence[SpooledFlush]) -> None:
+        epoch = flushes[0].epoch
+        stored = session.ledger[epoch]
+        if flushes[0].number <= stored:  # its COMMIT had come through
+            self._delete([flush for flush in flushes if flush.number <= stored])
+            return
+        group = self._replayer.group(flushes)
+        if group.bad:
+            self._quarantine(group, group.bad)
+        raising = Raise(epoch, stored, flushes[-1].number)
+        start = FLUSH_START
+        if self._replay_events == 1:  # too slow even for a single flush, which cannot be divided
+            start, self._statement_timeout = PATIENT_FLUSH_START, LONG_STATEMENT_TIMEOUT_S
+        if group.rows:
+            try:
+                self._run(session, self._inserts.flush(raising, group.parts, start))
+            except DataRefused:
+                self._replay_sifted(session, group, raising)
+            except DatabaseMisconfigured:
+                if not self._suspect:  # the connector looks first whether the tables are there
+                    raise
+                self._replay_sifted(session, group, raising)
+            self._succeed(session, raising)
+            self._replay_events = min(self._replay_events * 2, REPLAY_EVENTS_MAX)
+        self._delete(flushes)
+
+    def _replay_sifted(self, session: Session, group: Group, raising: Raise) -> None:
+        """Replay what the database takes of a group that it refused as a whole."""
+        self._run(session, Message("ROLLBACK"))
+        refused = self._sift(session, raising, group.rows, len(group.rows) + 1)
+        ours = [error for error in refused.values() if isinstance(error, DatabaseMisconfigured)]
+        if ours and (not self._suspect or len(ours) * 2 >= len(group.rows)):
+            raise ours[0]
+        # Durable before COMMIT: afterwards nobody would look at these flushes again.
+        bad = {group.places[row]: refused_event(group, row, error) for row, error in refused.items()}
+        if bad:
+            self._quarantine(group, bad)
+        self._run(session, Message("COMMIT"))
+
+    def _quarantine(self, group: Group, bad: Mapping[tuple[int, int, int], Quarantined]) -> None:
+        """Move events from spooled flushes to the quarantine."""
+        self._spool.amend(amended(group, group.bad.keys() | bad.keys()), list(bad.values()))
+        for (index, _batch, _event), item in bad.items():
+            self._quarantined += 1
+            flush = group.flushes[index]
+            if self._retried is not None and flush.epoch == self._spool.epoch:
+                self._retried[item.reason] += flush.number <= self._retried_until
+            if self._complaints.is_new(item.reason):
+                log.warning("a spooled event goes to the quarantine: %s", item.reason)
+
+    def _delete(self, flushes: Sequence[SpooledFlush]) -> None:
+        self._spool.delete(flushes)
+        if self._progress:
+            self._progress.add(sum(flush.events for flush in flushes), self._spool.events)
+
+    def _finish_replay(self) -> None:
+        if self._progress:
+            self._progress.finish(self._quarantined)
+        self._progress = None
+        self._quarantined = 0
+        self._report_retry()
+        self._spool.shrink()
+        self._finish_epochs()
+
+    def _report_retry(self) -> None:
+        """Say what came of --retry_quarantine, once."""
+        if self._retried is None:
+            return
+        stay = self._retried.total()
+        where = "went through" if self._connector else "fit by now"
+        log.info(
+            "quarantine: %d of %d events %s, %d stay",
+            self._retried_events - stay,
+            self._retried_events,
+            where,
+            stay,
+        )
+        for reason, count in self._retried.most_common(REASONS_MAX):
+            log.warning("quarantine: %d stay: %s", count, reason)
+        self._retried = None
+
+    def _finish_epochs(self) -> None:
+        """Take processes that have ended, and whose events are all replayed, out of the ledger."""
+        others = [epoch for epoch in self._spool.epochs if epoch != self._spool.epoch]
+        if others and self._session and not self._spool.events:
+            try:
+                self._forget(self._session, others)
+            except DatabaseAway as error:
+                self._lose(error)
+            except (DatabaseError, SpoolError) as error:
+                log.debug("old processes stay in the ledger: %s", error)
+
+    def _forget(self, session: Session, epochs: Sequence[str]) -> None:
+        rows = self._run(session, Message(finish_epochs_sql(epochs)))
+        remaining = {epoch for (epoch,) in rows}
+        # First the ledger: an epoch that the spool has forgotten would stay there for ever.
+        self._spool.forget([epoch for epoch in epochs if epoch not in remaining])
 
 
 # --- HTTP ---------------------------------------------------------------------
@@ -2976,11 +4344,21 @@ class Service:
         return f"{head}{kind}{headers}\r\n{text}".encode("latin-1")
 
 
-def accepted_text(batch: Batch) -> str:
+def problems_json(problems: Iterable[EventProblem]) -> list[dict[str, object]]:
+    return [
+        {"index": problem.index, "column": problem.column, "reason": problem.reason} for problem in problems
+    ]
+
+
+def accepted_text(batch: Batch, place: str) -> str:
     """Return the JSON body that confirms a batch."""
-    if not batch.warnings:  # written out: half the time of json.dumps
-        return f'{{"accepted": {len(batch.tables)}, "stored": "database"}}\n'
-    accepted = {"accepted": len(batch.tables), "stored": "database", "warnings": batch.warnings}
+    if not batch.warnings and not batch.problems:  # written out: half the time of json.dumps
+        return f'{{"accepted": {batch.accepted}, "stored": "{place}"}}\n'
+    accepted: dict[str, object] = {"accepted": batch.accepted, "stored": place}
+    if batch.warnings:
+        accepted["warnings"] = batch.warnings
+    if batch.problems:
+        accepted["quarantined"] = problems_json(batch.problems)
     return json.dumps(accepted) + "\n"
 
 
@@ -2988,10 +4366,7 @@ def error_text(error: RequestError) -> str:
     """Return the JSON body that explains a refusal."""
     body: dict[str, object] = {"error": error.reason}
     if isinstance(error, InvalidEvents):
-        body["events"] = [
-            {"index": problem.index, "column": problem.column, "reason": problem.reason}
-            for problem in error.problems
-        ]
+        body["events"] = problems_json(error.problems)
     return json.dumps(body) + "\n"
 
 
@@ -3070,9 +4445,7 @@ class Handler(BaseRequestHandler):
             self._read_body(length)
             return HTTPStatus.NO_CONTENT, ""
         batch = self._receive_batch(head, length, intake)
-        if batch.tables:
-            self._service.writer.store(batch)
-        return HTTPStatus.OK, accepted_text(batch)
+        return HTTPStatus.OK, accepted_text(batch, self._service.writer.store(batch))
 
     def _receive_batch(self, head: Head, length: int | None, intake: Intake) -> Batch:
         """Read and convert the body; it is not kept while the batch waits for its verdict."""
@@ -3413,6 +4786,14 @@ def parse_size(text: str) -> int:
     return int(match[1]) * SIZE_UNITS[match[2]]
 
 
+def parse_spool_limit(text: str) -> int:
+    """Return a number of bytes that is enough for a spool."""
+    size = parse_size(text)
+    if size < SPOOL_BYTES_MIN:
+        raise argparse.ArgumentTypeError(f"expected at least {SPOOL_BYTES_MIN}, got {size}")
+    return size
+
+
 def parse_count(low: int, high: int, text: str) -> int:
     """Return a whole number from low to high."""
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
@@ -3457,6 +4838,24 @@ def build_parser() -> argparse.ArgumentParser:
         type=partial(parse_count, 1, 100_000),
         default=CONNECTIONS_MAX,
         help=f"client connections served at once ({CONNECTIONS_MAX}); beyond it clients get 503",
+    )
+    add(
+        "--spool",
+        metavar="PATH",
+        default="attolytics.sqlite3",
+        help="SQLite file for events that the database cannot take (./attolytics.sqlite3)",
+    )
+    add(
+        "--spool_limit",
+        metavar="N",
+        type=parse_spool_limit,
+        default=SPOOL_BYTES_MAX,
+        help="how large the spool may grow (1G); beyond it clients get 503",
+    )
+    add(
+        "--retry_quarantine",
+        action="store_true",
+        help="at start, try the events in quarantine again, and say what came of it",
     )
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument(
@@ -3517,14 +4916,6 @@ def find_socket_dir(port: str) -> str:
         if Path(directory, f".s.PGSQL.{port}").exists():
             return directory
     return ""
-
-
-def os_user() -> str:
-    """Return the name of the user we run as; a container may have none for its number."""
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return "postgres"
 
 
 def read_target(url: str, environ: Mapping[str, str]) -> Target:
@@ -3613,26 +5004,15 @@ def stay_on_one_cpu() -> socket.socket | None:
     return claim
 
 
-def open_database(target: Target, schema: Schema) -> Database:
-    """Return a connection to a database that has all the tables. Raises DatabaseError or OperatorError."""
-    database = connect(target)
+def first_session(opener: Opener, epochs: Sequence[str]) -> Session | None:
+    """Return a session, or None while PostgreSQL is not up yet. Raises OperatorError for the rest."""
     try:
-        prepare_tables(database, schema, target.user)
-    except (DatabaseError, OperatorError):
-        database.close()
-        raise
-    return database
-
-
-def first_connection(target: Target, schema: Schema) -> Database | None:
-    """Return a connection, or None while PostgreSQL is not up yet. Raises OperatorError for the rest."""
-    try:
-        return open_database(target, schema)
+        return opener.open(epochs)
     except DatabaseAway as error:
-        log.warning("cannot use %s: %s; events are refused with 503 until it is back", target, error.reason)
+        log.warning("cannot use %s yet: %s; events go to the spool", opener.target, error.reason)
         return None
     except DatabaseError as error:
-        raise OperatorError(f"cannot use {target}: {error.reason}") from None
+        raise OperatorError(f"cannot use {opener.target}: {error.reason}") from None
 
 
 def wait_for_end(ends: queue.SimpleQueue[str]) -> str:
@@ -3674,7 +5054,6 @@ def drain(
 ) -> None:
     """Accept nothing new, answer what is in flight, store it. Blocks at most DRAIN_S."""
     deadline = time.monotonic() + DRAIN_S
-    writer.hurry()
     for server in servers:
         server.shutdown()
         server.server_close()
@@ -3685,17 +5064,20 @@ def drain(
     writing.join(max(deadline - time.monotonic(), 0))
 
 
+def show_query(path: str, schema: Schema) -> str:
+    """Return a command that shows the events of a table in the spool."""
+    table = next(iter(schema.tables))
+    return f"sqlite3 {shlex.quote(path)} {shlex.quote(f'SELECT * FROM {identifier(table)}')}"
+
+
 def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Notifier) -> None:
     """Run the server until SIGTERM or SIGINT. Raises OperatorError when it cannot start or go on."""
     schema = read_schema(options.schema)
     url = options.db_url or environ.get("ATTOLYTICS_DB_URL") or schema.database_url
-    if not url:
-        raise OperatorError(
-            "no database URL: give --db_url, set ATTOLYTICS_DB_URL or write database_url into the schema file"
-        )
-    target = read_target(url, environ)
+    opener = Opener(read_target(url, environ), schema) if url else None
     raise_file_limit(options.max_connections)
-    writer = Writer(schema, partial(open_database, target, schema))
+    spool = Spool(options.spool, options.spool_limit, schema, str(uuid.uuid4()))
+    writer = Writer(schema, spool, opener.open if opener else None)
     service = Service(schema, writer, options.max_body, time.monotonic)
     pool = Pool(options.max_connections, "http")
     turning_away = Pool(TURN_AWAY_THREADS, "turning-away")
@@ -3705,17 +5087,22 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Not
         lambda family, address: Server(family, address, service, pool, turning_away),
     )
     cpu_claim = stay_on_one_cpu()
-    database = first_connection(target, schema)
+    session = first_session(opener, spool.epochs) if opener else None
+    if options.retry_quarantine:
+        writer.retry_quarantine()
     # Signals and the death of a thread arrive here; put() may be called from a signal handler.
     ends: queue.SimpleQueue[str] = queue.SimpleQueue()
     catch_signals(ends)
     catch_bugs(ends)
-    writing = writer.start(database)
+    writing = writer.start(session)
     listen(servers)
     for server in servers:
         threading.Thread(target=server.serve_forever, name="acceptor", daemon=True).start()
     listening = " and ".join(f"http://{shown_address(*server.server_address[:2])}" for server in servers)  # type: ignore[arg-type]
-    log.info("attolytics %s listens on %s, writes to %s", __version__, listening, target)
+    place = opener.target if opener else f"the spool {spool.path}"
+    log.info("attolytics %s listens on %s, writes to %s", __version__, listening, place)
+    if not opener:
+        log.info("no database URL: read the events with %s", show_query(spool.path, schema))
     notifier.send("READY=1", f"STATUS=listening on {listening}")
     reason = wait_for_end(ends)
     log.info("stopping: %s", reason)
@@ -3736,7 +5123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serve(options, os.environ, Notifier(os.environ.get("NOTIFY_SOCKET")))
-    except OperatorError as error:
+    except (OperatorError, SpoolError) as error:
         text = f"attolytics: {error}"
         if journal:
             text = "\n".join(f"<3>{line}" for line in str(error).splitlines())

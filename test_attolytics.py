@@ -59,6 +59,7 @@ from attolytics import (
     Schema,
     SchemaError,
     Source,
+    Spool,
     Table,
     Target,
     Type,
@@ -229,7 +230,7 @@ class SchemaTest(unittest.TestCase):
                   - {type: bool}
                   - {name: c, type: timestmp, indexed: 1}
             apps:
-              x: {secret_kee: k, tables: [evnts], invalid_events: quarantine}
+              x: {secret_kee: k, tables: [evnts], invalid_events: quarantin}
             """
         )
         self.assertEqual(
@@ -242,10 +243,9 @@ class SchemaTest(unittest.TestCase):
                 's.yaml:8: tables.events.columns[4].indexed: expected true or false, got "1"',
                 's.yaml:6: tables.events.columns[2].name: duplicate column "a", also columns[0]',
                 's.yaml:10: apps.x.secret_kee: unknown key "secret_kee", did you mean "secret_key"?',
-                's.yaml:10: apps.x.invalid_events: "quarantine" needs the spool, which this version does not'
-                ' have; use "refuse"',
                 "s.yaml:10: apps.x.secret_key: missing, expected a string",
                 's.yaml:10: apps.x.tables[0]: there is no table "evnts", did you mean "events"?',
+                's.yaml:10: apps.x.invalid_events: unknown policy "quarantin", did you mean "quarantine"?',
             ],
         )
 
@@ -455,9 +455,9 @@ class BatchTest(unittest.TestCase):
             body_of(example(time=0, score=7), purchase, example(user_id="me")),
             delivery({"referer": "http://a.example/'"}),
         )
-        self.assertEqual(batch.tables, ["events", "purchases", "events"])
+        self.assertEqual(batch.content.tables, ["events", "purchases", "events"])
         self.assertEqual(
-            batch.rows,
+            batch.content.rows,
             {
                 "events": [
                     "1970-01-01T00:00:00.000000Z\tlinux\t1\t\\N\tstart\t7\thttp://a.example/'\n",
@@ -473,7 +473,7 @@ class BatchTest(unittest.TestCase):
         self.assertEqual(batch.warnings, [])
 
     def test_no_events_are_a_batch_too(self) -> None:
-        self.assertEqual(self.intake.batch(body_of(), delivery()).tables, [])
+        self.assertEqual(self.intake.batch(body_of(), delivery()).content.tables, [])
 
     def test_a_body_of_another_shape_is_refused(self) -> None:
         for body, reason in [
@@ -501,7 +501,8 @@ class BatchTest(unittest.TestCase):
             self.assertIn(reason, caught.exception.reason)
 
     def test_a_byte_order_mark_is_ignored(self) -> None:
-        self.assertEqual(len(self.intake.batch(b"\xef\xbb\xbf" + body_of(example()), delivery()).tables), 1)
+        batch = self.intake.batch(b"\xef\xbb\xbf" + body_of(example()), delivery())
+        self.assertEqual(batch.accepted, 1)
 
     def test_a_wrong_key_is_refused(self) -> None:
         for key in ["", "x", KEY + " ", "\ud800", "é"]:
@@ -607,7 +608,7 @@ class BatchTest(unittest.TestCase):
     def test_a_catch_all_column_takes_the_unknown_keys(self) -> None:
         event = {"_t": "purchases", "id": "0" * 32, "product": "x", "color": "red", "n": [1]}
         batch = self.intake.batch(body_of(event), delivery())
-        self.assertIn(""",'{"color":"red","n":[1]}')""", batch.rows["purchases"][0])
+        self.assertIn(""",'{"color":"red","n":[1]}')""", batch.content.rows["purchases"][0])
         self.assertEqual(batch.warnings, [])
         event["color"] = "\0"
         self.assertEqual(self.problems(event)[0].column, "extra")
@@ -645,7 +646,7 @@ class BatchTest(unittest.TestCase):
         )
         for header, literal in [("plain", "plain\n"), ("\xc3\xa9", "é\n"), ("\xe9", "é\n")]:
             batch = intake.batch(body_of({"_t": "t"}, key="k"), delivery({"x-a": header}))
-            self.assertEqual(batch.rows["t"], [literal])
+            self.assertEqual(batch.content.rows["t"], [literal])
 
     def test_a_proxy_nearby_is_believed_about_the_client(self) -> None:
         for peer, headers, address in [
@@ -741,13 +742,11 @@ class SqlTest(unittest.TestCase):
 
     def test_a_flush_is_one_transaction_over_all_tables(self) -> None:
         schema = schema_of(ALL_TYPES)
-        batches = [
-            Batch({"plain": ["1\ta\n"], "marks": ["(2,'b')"]}, ["plain", "marks"], 0),
-            Batch({"plain": ["3\tc\n"]}, ["plain"], 0),
-        ]
-        message = attolytics.Inserts(schema).flush(batches)
+        parts = [{"plain": ["1\ta\n"], "marks": ["(2,'b')"]}, {"plain": ["3\tc\n"]}]
+        raising = attolytics.Raise(str(uuid.uuid4()), 6, 7)
+        message = attolytics.Inserts(schema).flush(raising, parts)
         self.assertEqual(
-            message.sql.removeprefix(attolytics.FLUSH_START),
+            message.sql.removeprefix(attolytics.FLUSH_START + raising.sql()),
             'INSERT INTO "marks" ("mark","text") VALUES (2,\'b\') ON CONFLICT ("mark") DO NOTHING;\n'
             'COPY "plain" ("mark","text") FROM STDIN;\n'
             "COMMIT",
@@ -1078,15 +1077,22 @@ class DatabaseCase(unittest.TestCase):
     def open(self, schema: Schema | None = None, **changes: Any) -> Database:
         """Return a prepared connection, closed when the test ends."""
         target = self.postgres.target(self.database, **changes)
-        database = attolytics.open_database(target, schema or self.schema)
-        self.addCleanup(database.close)
-        return database
+        session = attolytics.Opener(target, schema or self.schema).open([str(uuid.uuid4())])
+        self.addCleanup(session.database.close)
+        return session.database
 
-    def start_writer(self, schema: Schema | None = None) -> Writer:
-        target = self.postgres.target(self.database)
-        opener = functools.partial(attolytics.open_database, target, schema or self.schema)
-        writer = Writer(schema or self.schema, opener)
-        thread = writer.start(opener())
+    def spool_path(self) -> str:
+        """Return a path in a directory that is removed when the test ends."""
+        directory = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, directory)
+        return f"{directory}/spool.sqlite3"
+
+    def start_writer(self, schema: Schema | None = None, spool: Spool | None = None) -> Writer:
+        schema = schema or self.schema
+        spool = spool or Spool(self.spool_path(), attolytics.SPOOL_BYTES_MAX, schema, str(uuid.uuid4()))
+        opener = attolytics.Opener(self.postgres.target(self.database), schema)
+        writer = Writer(schema, spool, opener.open)
+        thread = writer.start(opener.open(spool.epochs))
         self.addCleanup(thread.join, 20)
         self.addCleanup(writer.stop)
         return writer
@@ -1186,9 +1192,10 @@ class PrepareTest(DatabaseCase):
     def test_several_instances_may_start_at_once_on_an_empty_database(self) -> None:
         target = self.postgres.target(self.database)
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            opened = list(pool.map(lambda _: attolytics.open_database(target, self.schema), range(8)))
-        for database in opened:
-            database.close()
+            openers = [attolytics.Opener(target, self.schema) for _ in range(8)]
+            opened = list(pool.map(lambda opener: opener.open([str(uuid.uuid4())]), openers))
+        for session in opened:
+            session.database.close()
         self.assertEqual(self.query("SELECT count(*) FROM pg_indexes WHERE tablename = 'marks'"), [[1]])
 
     def test_a_lacking_permission_is_reported_with_what_to_run(self) -> None:
@@ -1249,7 +1256,7 @@ class PrepareTest(DatabaseCase):
         self.open()
         self.query("ALTER TABLE plain ENABLE ROW LEVEL SECURITY; CREATE ROLE under_rls LOGIN")
         self.addCleanup(self.query, "DROP OWNED BY under_rls; DROP ROLE under_rls")
-        self.query('GRANT ALL ON plain, marks, everything, "odd ""table""" TO under_rls')
+        self.query('GRANT ALL ON plain, marks, everything, attolytics_ledger, "odd ""table""" TO under_rls')
         with self.assertRaisesRegex(OperatorError, 'table "plain": row-level security applies') as caught:
             self.open(user="under_rls")
         for sql in re.findall(r"^  (ALTER ROLE .*);$", str(caught.exception), re.MULTILINE):
@@ -1385,7 +1392,7 @@ class ConnectTest(DatabaseCase):
     def test_nothing_of_a_flush_stays_in_the_session(self) -> None:
         database = self.open()
         before = database.run("SELECT name, setting FROM pg_settings ORDER BY name")
-        database.transact(attolytics.Message(f"{attolytics.FLUSH_START}COMMIT"))
+        database.run(f"{attolytics.FLUSH_START}COMMIT")
         self.assertEqual(database.run("SELECT name, setting FROM pg_settings ORDER BY name"), before)
         self.assertEqual(database.run("SELECT count(*) FROM pg_prepared_statements"), [[0]])
 
@@ -1517,12 +1524,20 @@ class RoundTripTest(DatabaseCase):
         self.connection = self.open()
         self.intake = Intake(self.schema.apps["app"])
         self.inserts = attolytics.Inserts(self.schema)
+        [[self.epoch]] = self.query("SELECT epoch::text FROM attolytics_ledger")
+        self.number = 0
+
+    def insert(self, batch: Batch) -> None:
+        raising = attolytics.Raise(self.epoch, self.number, self.number + 1)
+        self.number += 1
+        self.connection.start(self.inserts.flush(raising, [batch.content.rows]))
+        self.assertIsNotNone(self.connection.finish(10))
 
     def store(self, body: bytes) -> dict[str, Any]:
         """Store one event and return its row. Raises what the server would answer with."""
         batch = self.intake.batch(body, delivery())
         self.connection.run("TRUNCATE everything")
-        self.connection.transact(self.inserts.flush([batch]))
+        self.insert(batch)
         [row] = self.connection.run(f"SELECT {self.COLUMNS} FROM everything")
         names = ["b", "i32", "i64", "f32", "f64", "s", "ts", "j", "u", "extra"]
         return dict(zip(names, row, strict=True))
@@ -1584,22 +1599,24 @@ class RoundTripTest(DatabaseCase):
 
     def test_odd_names_of_tables_and_columns(self) -> None:
         event = {"_t": 'odd "table"', "odd \"column'": "a", "select": "b"}
-        self.connection.transact(self.inserts.flush([self.batch(event)]))
+        self.insert(self.batch(event))
         self.assertEqual(self.query('SELECT * FROM "odd ""table"""'), [["a", "b"]])
 
 
 # --- Writer -------------------------------------------------------------------
 
 
-def store_all(writer: Writer, batches: Sequence[Batch]) -> list[attolytics.RequestError | None]:
+DATABASE, SPOOL = attolytics.DATABASE, attolytics.SPOOL
+
+
+def store_all(writer: Writer, batches: Sequence[Batch]) -> list[attolytics.RequestError | str]:
     """Store batches from a thread each, at the same time; return their verdicts."""
 
-    def store(batch: Batch) -> attolytics.RequestError | None:
+    def store(batch: Batch) -> attolytics.RequestError | str:
         try:
-            writer.store(batch)
+            return writer.store(batch)
         except attolytics.RequestError as error:
             return error
-        return None
 
     with concurrent.futures.ThreadPoolExecutor(len(batches)) as pool:
         return list(pool.map(store, batches))
@@ -1612,6 +1629,9 @@ def mark(number: object, text: str | None = None, table: str = "marks") -> dict[
 class WriterTest(DatabaseCase):
     def marks(self, table: str = "marks") -> list[int]:
         return [row[0] for row in self.query(f"SELECT mark FROM {table} ORDER BY mark")]
+
+    def all_there(self, numbers: Sequence[int]) -> bool:
+        return set(numbers) <= set(self.marks())
 
     def hold_flush(self, table: str = "marks") -> tuple[pg8000.native.Connection, Callable[[], None]]:
         """Lock a table so that a flush waits; return the session and what lets it go on."""
@@ -1636,7 +1656,7 @@ class WriterTest(DatabaseCase):
             time.sleep(0.3)
             release()
             for future in [first, *others]:
-                self.assertIsNone(future.result())
+                self.assertEqual(future.result(), DATABASE)
         self.assertEqual(self.marks(), list(range(21)))
         [[transactions]] = self.query("SELECT count(DISTINCT xmin::text) FROM marks")
         self.assertEqual(transactions, 2)
@@ -1657,7 +1677,7 @@ class WriterTest(DatabaseCase):
             blocked.result()
         for i, verdict in enumerate(verdicts):
             if i % 5:
-                self.assertIsNone(verdict)
+                self.assertEqual(verdict, DATABASE)
                 continue
             assert isinstance(verdict, InvalidEvents)
             [problem] = verdict.problems
@@ -1702,9 +1722,9 @@ class WriterTest(DatabaseCase):
                 ("P0001", InvalidEvents),
                 ("U0001", InvalidEvents),
                 ("22012", InvalidEvents),
-                ("XX000", attolytics.StorageAway),
-                ("55000", attolytics.StorageAway),
-                ("58030", attolytics.StorageAway),
+                ("XX000", str),
+                ("55000", str),
+                ("42P01", str),
             ]
         ):
             with self.subTest(code):
@@ -1716,9 +1736,11 @@ class WriterTest(DatabaseCase):
                     verdicts = pool.submit(store_all, writer, batches)
                     time.sleep(0.1)
                     release()
-                    self.assertEqual(blocked.result(), [None])
+                    self.assertEqual(blocked.result(), [DATABASE])
                     for i, verdict in enumerate(verdicts.result()):
-                        self.assertIsInstance(verdict, kind if i == 5 else type(None))
+                        self.assertIsInstance(verdict, kind if i == 5 else str)
+                good = [number * 100 + i for i in [*range(5), *range(6, 10), 50]]
+                wait_until(functools.partial(self.all_there, good))
 
     def test_a_lock_is_waited_for_once_not_by_every_batch(self) -> None:
         writer = self.start_writer()
@@ -1728,16 +1750,8 @@ class WriterTest(DatabaseCase):
         batches += [self.batch(mark(2000, table="plain")) for _ in range(10)]
         started = time.monotonic()
         store_all(writer, batches)
-        self.assertLess(time.monotonic() - started, 10)
+        self.assertLess(time.monotonic() - started, 3)
         release()
-
-    def test_the_same_complaint_is_logged_once(self) -> None:
-        writer = self.start_writer()
-        self.query("DROP TABLE plain")
-        with self.assertLogs("attolytics", "ERROR") as logged:
-            for _ in range(5):
-                store_all(writer, [self.batch(mark(1, table="plain"))])
-        self.assertEqual(len(logged.output), 1)
 
     def test_a_text_too_long_for_its_index_is_the_datas_fault(self) -> None:
         schema = schema_of(
@@ -1749,13 +1763,13 @@ class WriterTest(DatabaseCase):
         [verdict] = store_all(writer, [self.batch({"_t": "t", "a": noise}, schema=schema)])
         self.assertIsInstance(verdict, InvalidEvents)
         self.assertEqual(
-            store_all(writer, [self.batch({"_t": "t", "a": "x" * 100_000}, schema=schema)]), [None]
+            store_all(writer, [self.batch({"_t": "t", "a": "x" * 100_000}, schema=schema)]), [DATABASE]
         )
 
     def test_a_repeated_batch_is_harmless_with_a_unique_column(self) -> None:
         writer = self.start_writer()
         batch = self.batch(mark(1, "first"), mark(2), mark(2))
-        self.assertEqual(store_all(writer, [batch] * 5), [None] * 5)
+        self.assertEqual(store_all(writer, [batch] * 5), [DATABASE] * 5)
         writer.store(self.batch(mark(1, "second")))
         self.assertEqual(self.query("SELECT mark, text FROM marks ORDER BY mark"), [[1, "first"], [2, None]])
 
@@ -1776,7 +1790,7 @@ class WriterTest(DatabaseCase):
             for _ in range(10):
                 self.query("TRUNCATE marks")
                 list(pool.map(lambda pair: pair[0].store(pair[1]), zip(writers, batches, strict=True)))
-                self.assertEqual(self.marks(), numbers)
+                wait_until(lambda: self.marks() == numbers)
 
     def test_a_restart_while_idle_is_not_noticed_by_clients(self) -> None:
         writer = self.start_writer()
@@ -1789,7 +1803,7 @@ class WriterTest(DatabaseCase):
         writer.store(self.batch(mark(2)))
         self.assertEqual(self.marks(), [1, 2])
 
-    def test_a_backend_that_is_terminated_in_the_middle_costs_a_503(self) -> None:
+    def test_a_backend_that_is_terminated_in_the_middle_costs_nothing(self) -> None:
         writer = self.start_writer()
         _, release = self.hold_flush()
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -1799,23 +1813,34 @@ class WriterTest(DatabaseCase):
                 self.query(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
                 )
-                [verdict] = future.result()
+                self.assertEqual(future.result(), [SPOOL])
         release()
-        self.assertIsInstance(verdict, attolytics.StorageAway)
         self.assertIn("terminating connection due to administrator command", logged.output[0])
-        writer.store(self.batch(mark(2)))
-        self.assertEqual(self.marks(), [2])
+        wait_until(lambda: store_all(writer, [self.batch(mark(2))]) == [DATABASE])
+        self.assertEqual(self.marks(), [1, 2])
 
-    def test_a_lock_held_by_another_session_is_given_up_in_time(self) -> None:
+    def test_a_lock_held_by_another_session_keeps_clients_waiting_less_than_a_second(self) -> None:
         writer = self.start_writer()
         _, release = self.hold_flush()
-        started = time.monotonic()
-        [verdict] = store_all(writer, [self.batch(mark(1))])
-        self.assertIsInstance(verdict, attolytics.StorageAway)
-        self.assertLess(time.monotonic() - started, 4)
+        for number in range(20):
+            started = time.monotonic()
+            self.assertEqual(store_all(writer, [self.batch(mark(number))]), [SPOOL])
+            self.assertLess(time.monotonic() - started, 1 if number else 1.5)
+            time.sleep(0.4)  # meanwhile the lock times out and the connector tries again
         release()
-        wait_until(lambda: store_all(writer, [self.batch(mark(2))]) == [None])
-        self.assertEqual(self.marks(), [2])
+        wait_until(lambda: store_all(writer, [self.batch(mark(99))]) == [DATABASE])
+        self.assertEqual(self.marks(), [*range(20), 99])
+
+    def test_a_flush_that_was_only_slow_is_not_stored_again(self) -> None:
+        writer = self.start_writer()
+        _, release = self.hold_flush("plain")
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            slow = pool.submit(writer.store, self.batch(mark(1, table="plain")))
+            self.assertEqual(slow.result(), SPOOL)
+            self.assertEqual(writer.store(self.batch(mark(2, table="plain"))), SPOOL)
+        release()
+        wait_until(lambda: store_all(writer, [self.batch(mark(3))]) == [DATABASE])
+        self.assertEqual(self.marks("plain"), [1, 2])
 
     def test_a_database_that_turns_read_only_and_back(self) -> None:
         writer = self.start_writer()
@@ -1825,34 +1850,34 @@ class WriterTest(DatabaseCase):
             f" AND datname = '{self.database}'"
         )
         time.sleep(0.1)
-        [verdict] = store_all(writer, [self.batch(mark(1))])
-        self.assertIsInstance(verdict, attolytics.StorageAway)
-        started = time.monotonic()
-        store_all(writer, [self.batch(mark(1))])
-        self.assertLess(time.monotonic() - started, 0.5)  # refused at once, once it is known
+        for number in range(5):
+            started = time.monotonic()
+            self.assertEqual(store_all(writer, [self.batch(mark(number))]), [SPOOL])
+            self.assertLess(time.monotonic() - started, 0.5)
         admin = self.postgres.connect("postgres")
         admin.run(f"ALTER DATABASE {self.database} SET default_transaction_read_only = off")
         admin.close()
-        wait_until(lambda: store_all(writer, [self.batch(mark(2))]) == [None])
-        self.assertEqual(self.marks(), [2])
+        wait_until(lambda: store_all(writer, [self.batch(mark(9))]) == [DATABASE])
+        self.assertEqual(self.marks(), [*range(5), 9])
 
-    def test_a_dropped_table_refuses_its_batches_only(self) -> None:
+    def test_events_of_a_table_that_is_gone_wait_in_the_spool_until_it_is_back(self) -> None:
         writer = self.start_writer()
-        self.query("DROP TABLE plain")
-        with self.assertLogs("attolytics", "ERROR") as logged:
+        self.query("ALTER TABLE plain RENAME TO away")
+        with self.assertLogs("attolytics", "WARNING") as logged:
             verdicts = store_all(
                 writer, [self.batch(mark(i, table=t)) for i, t in enumerate(["marks", "plain"] * 5)]
             )
-        for i, verdict in enumerate(verdicts):
-            if i % 2:
-                self.assertIsInstance(verdict, attolytics.StorageAway)
-            else:
-                self.assertIsNone(verdict)
+            time.sleep(1)
+            verdicts += store_all(writer, [self.batch(mark(10, table="plain"))])
+        self.assertEqual({type(verdict) for verdict in verdicts}, {str})
         self.assertIn('relation "plain" does not exist', logged.output[0])
-        self.query("CREATE TABLE plain (mark int8, text text)")
-        writer.store(self.batch(mark(1, table="plain")))
+        self.assertIn('CREATE TABLE "plain" ("mark" bigint, "text" varchar);', "".join(logged.output))
+        self.assertLess(len(logged.output), 4)
+        self.query("ALTER TABLE away RENAME TO plain")
+        wait_until(lambda: self.marks("plain") == [1, 3, 5, 7, 9, 10])
+        wait_until(lambda: self.marks() == [0, 2, 4, 6, 8])
 
-    def test_a_full_disk_is_not_the_clients_fault(self) -> None:
+    def test_a_full_disk_of_the_database_is_not_the_clients_fault(self) -> None:
         small = self.small_disk()
         writer = self.start_writer()
         self.query(f"CREATE TABLESPACE {self.database} LOCATION '{small}'")
@@ -1861,15 +1886,12 @@ class WriterTest(DatabaseCase):
         filler = small / "filler"
         filler.write_bytes(b"x" * (1 << 20))
         text = "".join(chr(33 + byte % 90) for byte in os.urandom(100_000))
-        verdicts = [store_all(writer, [self.batch(mark(i, text, "plain"))])[0] for i in range(30)]
-        refused = [verdict for verdict in verdicts if verdict]
-        self.assertTrue(refused)
-        for verdict in refused:
-            self.assertIsInstance(verdict, attolytics.StorageAway)
+        verdicts = [store_all(writer, [self.batch(mark(i, text, "plain"))])[0] for i in range(25)]
+        self.assertEqual(set(verdicts), {DATABASE, SPOOL})
         filler.unlink()
-        wait_until(lambda: store_all(writer, [self.batch(mark(99, table="plain"))]) == [None])
-        stored = [i for i, verdict in enumerate(verdicts) if verdict is None]
-        self.assertEqual(self.marks("plain"), [*stored, 99])
+        self.query("TRUNCATE plain")
+        last = next(i for i, verdict in enumerate(verdicts) if verdict == SPOOL)
+        wait_until(lambda: self.marks("plain") == list(range(last, 25)))
 
     def small_disk(self) -> Path:
         """Return an empty directory on a file system of 3 MB."""
@@ -1894,17 +1916,18 @@ class ConnectorTest(unittest.TestCase):
     def test_attempts_back_off_and_are_logged_once(self) -> None:
         attempts: list[float] = []
 
-        def fail() -> Database:
+        def fail(_epochs: Sequence[str]) -> attolytics.Session:
             attempts.append(time.monotonic())
             raise attolytics.DatabaseAway("nobody home")
 
-        connector = attolytics.Connector(fail, time.monotonic)
+        sessions: list[attolytics.Session] = []
+        connector = attolytics.Connector(fail, sessions.append, time.monotonic)
         with self.assertLogs("attolytics", "WARNING") as logged:
-            connector.start()
+            connector.start([])
             wait_until(lambda: len(attempts) >= 5)
             connector.stop()
         self.assertEqual(logged.output, ["WARNING:attolytics:cannot use the database: nobody home"])
-        self.assertIsNone(connector.take(0))
+        self.assertEqual(sessions, [])
         gaps = [later - earlier for earlier, later in itertools.pairwise(attempts)]
         self.assertGreater(gaps[3], 0.35)
         self.assertLess(gaps[0], 0.3)
@@ -2079,9 +2102,19 @@ class DrainTest(unittest.TestCase):
 
 
 class Attolytics:
-    """The program in a process of its own. Its standard error is collected line by line."""
+    """The program in a process of its own. Its standard error is collected line by line.
 
-    def __init__(self, *arguments: object, env: Mapping[str, str] | None = None, wait: bool = True) -> None:
+    It works in `directory`, where its spool is, or else in one that lasts as long as itself.
+    """
+
+    def __init__(
+        self,
+        *arguments: object,
+        env: Mapping[str, str] | None = None,
+        wait: bool = True,
+        directory: Path | None = None,
+    ) -> None:
+        self._directory = None if directory else tempfile.TemporaryDirectory()
         command = [sys.executable, str(HERE / "attolytics.py"), *map(str, arguments)]
         environ = {
             key: value for key, value in os.environ.items() if not key.startswith(("PG", "ATTOLYTICS"))
@@ -2091,7 +2124,7 @@ class Attolytics:
             stderr=subprocess.PIPE,
             text=True,
             env={**environ, **(env or {})},
-            cwd=tempfile.gettempdir(),
+            cwd=self._directory.name if self._directory else directory,
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -2131,6 +2164,8 @@ class Attolytics:
             self._reader.join(5)
             assert self.process.stderr
             self.process.stderr.close()
+            if self._directory:
+                self._directory.cleanup()
         return code
 
     def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
@@ -2611,9 +2646,17 @@ class ProcessCase(DatabaseCase):
         self.schema_file.write_text(ALL_TYPES)
 
     def run_server(
-        self, *options: object, url: str | None = None, env: Mapping[str, str] | None = None
+        self,
+        *options: object,
+        url: str | None = None,
+        env: Mapping[str, str] | None = None,
+        directory: Path | None = None,
     ) -> Attolytics:
-        server = Attolytics("-s", self.schema_file, "-d", url or self.url, "-p", "0", *options, env=env)
+        """Start a server; with an empty `url` one without a database."""
+        database = [] if url == "" else ["-d", url or self.url]
+        server = Attolytics(
+            "-s", self.schema_file, *database, "-p", "0", *options, env=env, directory=directory
+        )
         self.addCleanup(self.kill, server)
         return server
 
@@ -2826,7 +2869,6 @@ class ProcessTest(ProcessCase):
             port = taken.getsockname()[1]
             for options, env, code, text in [
                 ([], {}, 1, "cannot read the schema file schema.conf.yaml: No such file or directory"),
-                (s, {}, 1, "no database URL: give --db_url, set ATTOLYTICS_DB_URL"),
                 ([*s, "-d", "mysql://x"], {}, 1, "expected postgres://"),
                 ([*s, "-d", f"{self.url}nope"], {}, 1, "does not exist"),
                 (s, {"ATTOLYTICS_DB_URL": f"{self.url}nope"}, 1, "does not exist"),
@@ -2954,14 +2996,15 @@ class FaultTest(ProcessCase):
             for _ in range(2):
                 wait_for_more(accepted, 100)
                 self.postgres.stop(signal.SIGKILL)
-                wait_until(lambda: server.post("/apps/app/events", body_of(mark(1), key="key")).status == 503)
+                wait_for_more(accepted, 100)
                 answer = server.post("/apps/app/events", body_of(mark(1), key="key"))
-                self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "5"))
+                self.assertEqual(answer.json, {"accepted": 1, "stored": "spool"})
                 self.postgres.start()
+            self.wait_for_database(server)
             wait_for_more(accepted, 100)
         self.check_exactly_once(accepted)
         self.assertEqual(server.stop(), 0)
-        self.assertRegex("\n".join(server.lines), r"the database is there, after [0-9.]+ s")
+        self.assertRegex("\n".join(server.lines), r"the database is there again, after [0-9.]+ s")
         self.assertLess(len(server.lines), 30)  # not one per request
 
     def test_backends_that_are_killed_in_the_middle_of_load(self) -> None:
@@ -2973,31 +3016,39 @@ class FaultTest(ProcessCase):
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                     " WHERE application_name = 'attolytics'"
                 )
+        self.wait_for_database(server)
         self.check_exactly_once(accepted)
 
-    def test_a_backend_that_hangs_is_given_up_in_time(self) -> None:
+    def test_a_backend_that_hangs_and_runs_its_flush_late_stores_nothing_twice(self) -> None:
         server = self.run_server()
         [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
         os.kill(pid, signal.SIGSTOP)
-        started = time.monotonic()
-        answer = server.post("/apps/app/events", body_of(mark(1, table="plain"), key="key"))
-        self.assertEqual(answer.status, 503)
-        self.assertLess(time.monotonic() - started, attolytics.FLUSH_TIMEOUT_S + 3)
-        wait_until(
-            lambda: server.post("/apps/app/events", body_of(mark(2, table="plain"), key="key")).status == 200
-        )
+        for number in (1, 2):
+            started = time.monotonic()
+            answer = server.post("/apps/app/events", body_of(mark(number, table="plain"), key="key"))
+            self.assertEqual(answer.json, {"accepted": 1, "stored": "spool"})
+            self.assertLess(time.monotonic() - started, attolytics.PATIENCE_S + 0.5)
+        self.wait_for_database(server)
+        self.assertEqual(self.stored(), [1, 2])
         os.kill(pid, signal.SIGCONT)
-        self.assertIn(2, self.stored())
+        wait_until(lambda: not self.query(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"))
+        self.assertEqual(self.stored(), [1, 2])
 
-    def test_a_server_that_starts_before_postgresql_waits_for_it(self) -> None:
+    def test_a_server_that_starts_before_postgresql_spools_and_then_prepares_the_tables(self) -> None:
         self.postgres.stop()
         server = self.run_server()
-        answer = server.post("/apps/app/events", body_of(mark(1), key="key"))
-        self.assertEqual(answer.status, 503)
+        answer = server.post("/apps/app/events", body_of(mark(1, table="plain"), key="key"))
+        self.assertEqual(answer.json, {"accepted": 1, "stored": "spool"})
         self.assertIn("cannot use database", server.lines[0])
         self.postgres.start()
-        wait_until(lambda: server.post("/apps/app/events", body_of(mark(1), key="key")).status == 200)
-        self.assertEqual(self.query("SELECT mark FROM marks"), [[1]])
+        self.wait_for_database(server)
+        self.assertEqual(self.stored(), [1])
+
+    def wait_for_database(self, server: Attolytics) -> None:
+        """Wait until events go to the database again, so that the spool is empty."""
+        wait_until(
+            lambda: server.post("/apps/app/events", body_of(mark(1), key="key")).json["stored"] == "database"
+        )
 
     def test_draining_while_the_database_hangs_ends_in_time(self) -> None:
         server = self.run_server()
@@ -3011,7 +3062,7 @@ class FaultTest(ProcessCase):
             started = time.monotonic()
             self.assertEqual(server.stop(), 0)
             self.assertLess(time.monotonic() - started, 10)
-            self.assertEqual(future.result().status, 503)
+            self.assertEqual(future.result().json["stored"], "spool")
 
 
 # --- The repository -----------------------------------------------------------
