@@ -2792,7 +2792,7 @@ def view_sql(table: Table) -> str:
     )
 
 
-APPLICATION_ID = 0x41_74_74_6F  # "Atto", at byte 68 of the file (SQLite, "Database File Format", 1.3)
+APPLICATION_ID = 0x41_74_74_6F  # "Atto"; tells the file from other programs' (SQLite, application_id)
 SPOOL_VERSION = 1
 
 # `total` counts all events up to this flush, so that the number of events is known without a scan.
@@ -2838,35 +2838,34 @@ class Retry:
     reason: str
 
 
-def refuse_foreign(path: str, descriptor: int) -> bool:
-    """Return whether the open file is one of ours, False if it is empty; raise OperatorError otherwise."""
-    head = os.pread(descriptor, 100, 0)
-    if not head:
-        return False
-    if not head.startswith(b"SQLite format 3\0"):
+def check_spool(path: str, descriptor: int) -> None:
+    """Raise OperatorError for a file that is not a spool, is damaged or too new. Changes nothing in it."""
+    head = os.pread(descriptor, 16, 0)
+    if head and head != b"SQLite format 3\0":
         raise OperatorError(f"--spool {path} is not a spool but some other file; it was left as it is")
-    if head[68:72] != APPLICATION_ID.to_bytes(4):
-        raise OperatorError(f"--spool {path} is another program's SQLite file; it was left as it is")
-    return True
-
-
-def check_spool(path: str) -> None:
-    """Raise OperatorError for a spool that is damaged or too new. Changes nothing in it."""
+    if not head:
+        return
     try:
         with contextlib.closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as db:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            is_small = Path(path).stat().st_size <= QUICK_CHECK_BYTES_MAX
+            is_small = os.fstat(descriptor).st_size <= QUICK_CHECK_BYTES_MAX
             (found,) = db.execute("PRAGMA quick_check(1)").fetchone() if is_small else ("ok",)
+            (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            (application,) = db.execute("PRAGMA application_id").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
     except sqlite3.Error as error:
+        if error.sqlite_errorname == "SQLITE_READONLY_ROLLBACK":  # we were killed while we created it
+            return
         raise OperatorError(
-            f"--spool {path} cannot be read: {one_line(error)}; it was left as it is"
+            f"--spool {path} is damaged or cannot be read: {one_line(error)}; it was left as it is"
         ) from None
     if found != "ok":
         raise OperatorError(
             f"--spool {path} is damaged: {found}; it was left as it is."
             f" Try to save its events with: sqlite3 {path} .recover"
         )
-    if version != SPOOL_VERSION:
+    if tables and application != APPLICATION_ID:
+        raise OperatorError(f"--spool {path} is another program's SQLite file; it was left as it is")
+    if tables and version != SPOOL_VERSION:
         raise OperatorError(f"--spool {path} was made by another version of Attolytics (format {version})")
 
 
@@ -2886,8 +2885,7 @@ def lock_spool(path: str) -> int:
         ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if refuse_foreign(path, descriptor):
-            check_spool(path)
+        check_spool(path, descriptor)
     except BlockingIOError:
         os.close(descriptor)
         raise OperatorError(

@@ -17,12 +17,14 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import resource
 import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -3063,6 +3065,636 @@ class FaultTest(ProcessCase):
             self.assertEqual(server.stop(), 0)
             self.assertLess(time.monotonic() - started, 10)
             self.assertEqual(future.result().json["stored"], "spool")
+
+
+# --- Spool --------------------------------------------------------------------
+
+
+class SpoolTextTest(unittest.TestCase):
+    def test_events_are_found_in_a_body_as_they_came(self) -> None:
+        events = ['{"a" : [1, {"b":2}], "c":"]},{"}', "7", '{"n":1.50e+2,"s":"\\ud800 \\u00e9"}', "[]"]
+        text = f'\ufeff {{ "x":[[1]] , "events" : [ {" , ".join(events)} ] ,"secret_key":"\\"events\\"" }} '
+        self.assertEqual(attolytics.event_texts(attolytics.body_text(text.encode())), events)
+        self.assertEqual(attolytics.event_texts('{"events":[]}'), [])
+
+    def test_events_are_taken_out_of_a_flush(self) -> None:
+        text = '[{"app":"a","events":[1,{"x":[2]},3]},{"app":"b","events":[4]},{"app":"c","events":[5]}]'
+        self.assertEqual(attolytics.spooled_events(text), [["1", '{"x":[2]}', "3"], ["4"], ["5"]])
+        self.assertEqual(
+            attolytics.without_events(text, {(0, 0), (0, 2), (1, 0)}),
+            '[{"app":"a","events":[{"x":[2]}]},{"app":"c","events":[5]}]',
+        )
+
+
+QUARANTINE_SCHEMA = """
+tables:
+  marks:
+    columns:
+      - { name: mark, type: i64 }
+      - { name: text }
+apps:
+  app: { secret_key: key, tables: [marks], invalid_events: quarantine }
+  strict: { secret_key: key, tables: [marks] }
+"""
+
+
+class SpoolTest(ProcessCase):
+    """The spool of a server in a directory of its own."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.spool = self.directory / "attolytics.sqlite3"
+
+    def serve(self, *options: object, url: str | None = None) -> Attolytics:
+        return self.run_server(*options, url=url, directory=self.directory)
+
+    def post(self, server: Attolytics, *events: object, app: str = "app") -> Answer:
+        return server.post(f"/apps/{app}/events", body_of(*events, key="key"), {"User-Agent": "tests"})
+
+    def read(self, sql: str) -> list[Any]:
+        """Query the spool as the sqlite3 program would."""
+        with contextlib.closing(sqlite3.connect(self.spool)) as db:
+            return db.execute(sql).fetchall()
+
+    def replayed(self, server: Attolytics) -> None:
+        wait_until(lambda: any("replayed all" in line for line in server.lines))
+
+    def test_without_a_database_events_are_readable_and_move_over_later(self) -> None:
+        server = self.serve(url="")
+        self.assertIn("listens on", server.lines[0])
+        self.assertIn("writes to the spool attolytics.sqlite3", server.lines[0])
+        self.assertIn("""sqlite3 attolytics.sqlite3 'SELECT * FROM "everything"'""", server.lines[1])
+        event = {
+            "_t": "everything",
+            "id": 1,
+            "b": True,
+            "f64": 1.5,
+            "s": "é\t'\"\\",
+            "ts": 1554130180.25,
+            "j": {"a": ["x", None]},
+            "u": str(uuid.UUID(int=1)),
+            "more": [1],
+        }
+        odd = {"_t": 'odd "table"', "odd \"column'": "a", "select": "b"}
+        answer = self.post(
+            server, event, mark(1, "x"), odd, {"_t": "everything", "ts": "2019-04-01T16:49:40+02:00"}
+        )
+        self.assertEqual(answer.json, {"accepted": 4, "stored": "spool"})
+        self.assertEqual(
+            self.read("SELECT * FROM everything"),
+            [
+                (
+                    *(1, 1, None, None, None, 1.5, "é\t'\"\\", "2019-04-01 14:49:40.250"),
+                    *('{"a":["x",null]}', str(uuid.UUID(int=1)), '{"more":[1]}'),
+                ),
+                (*[None] * 7, "2019-04-01 14:49:40.000", None, None, None),
+            ],
+        )
+        self.assertEqual(self.read("SELECT * FROM marks"), [(1, "x")])
+        self.assertEqual(self.read('SELECT * FROM "odd ""table"""'), [("a", "b")])
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.spool.stat().st_mode & 0o777, 0o600)
+        server = self.serve()
+        self.replayed(server)
+        self.assertEqual(
+            self.query(
+                "SELECT id, b, f64, s, extract(epoch FROM ts)::float8, j::text, extra::text FROM everything"
+            ),
+            [
+                [1, True, 1.5, "é\t'\"\\", 1554130180.25, '{"a": ["x", null]}', '{"more": [1]}'],
+                [None, None, None, None, 1554130180.0, None, None],
+            ],
+        )
+        self.assertEqual(self.query('SELECT * FROM "odd ""table"""'), [["a", "b"]])
+        self.assertEqual(self.read("SELECT * FROM everything"), [])
+        self.assertEqual(self.query("SELECT count(*) FROM attolytics_ledger"), [[1]])
+        server.stop()
+        self.assertEqual(self.query("SELECT count(*) FROM attolytics_ledger"), [[0]])
+
+    def test_what_the_request_brings_is_kept(self) -> None:
+        self.schema_file.write_text(
+            "{tables: {t: {columns: [{name: agent, header: User-Agent}, {name: ip, source: client_ip},"
+            " {name: app, source: app_id}, {name: at, type: timestamp, source: received_at}]}},"
+            " apps: {app: {secret_key: key, tables: [t]}}}"
+        )
+        server = self.serve(url="")
+        before = time.time()
+        body = body_of({"_t": "t"}, key="key")
+        headers = {
+            "User-Agent": "ägent".encode().decode("latin-1"),
+            "X-Real-IP": "192.0.2.7",
+            "Cookie": "secret",
+        }
+        server.post("/apps/app/events", body, headers)
+        [[_agent, ip, app, at]] = self.read("SELECT * FROM t")
+        self.assertEqual((ip, app), ("192.0.2.7", "app"))
+        self.assertTrue(at.startswith("20"))
+        server.stop()
+        content = self.spool.read_bytes()
+        self.assertNotIn(b"secret", content)  # neither the cookie nor the key
+        self.replayed(self.serve())
+        rows = self.query("SELECT agent, ip, app, extract(epoch FROM at)::float8 FROM t")
+        self.assertEqual(rows[0][:3], ["ägent", "192.0.2.7", "app"])
+        self.assertAlmostEqual(rows[0][3], before, delta=5)
+
+    def test_spooled_events_are_converted_by_the_schema_of_the_day_of_their_replay(self) -> None:
+        self.schema_file.write_text(QUARANTINE_SCHEMA)
+        server = self.serve(url="")
+        for number in range(20):
+            self.post(server, mark(number, f"{number}" if number % 4 else "none"), mark(100 + number, "7"))
+        self.post(server, mark(1000, "8"), app="strict")
+        server.stop()
+        changed = QUARANTINE_SCHEMA.replace("name: text", "name: text, type: i32").replace(
+            "  strict:", "  other:"
+        )
+        self.schema_file.write_text(changed)
+        server = self.serve()
+        self.replayed(server)
+        self.assertEqual(self.query("SELECT count(*) FROM marks"), [[0]])
+        self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(41,)])
+        self.assertEqual(
+            self.read(
+                'SELECT app, "table", "column", reason, event, client_ip FROM quarantine ORDER BY id LIMIT 1'
+            ),
+            [
+                (
+                    "app",
+                    "marks",
+                    "text",
+                    'text: expected an integer, got "none"',
+                    '{"_t": "marks", "mark": 0, "text": "none"}',
+                    "127.0.0.1",
+                )
+            ],
+        )
+        self.assertEqual(
+            self.read("SELECT reason FROM quarantine WHERE app = 'strict'"),
+            [('the schema file has no app "strict"',)],
+        )
+        server.stop()
+        self.schema_file.write_text(QUARANTINE_SCHEMA.replace("  strict:", "  other:"))
+        self.query("ALTER TABLE marks ALTER COLUMN text TYPE varchar")
+        server = self.serve("--retry_quarantine")
+        self.replayed(server)
+        wait_until(lambda: any("went through" in line for line in server.lines))
+        self.assertIn("quarantine: 40 of 41 events went through, 1 stay", "\n".join(server.lines))
+        self.assertIn('quarantine: 1 stay: the schema file has no app "strict"', "\n".join(server.lines))
+        self.assertEqual(self.query("SELECT count(*), count(DISTINCT mark) FROM marks"), [[40, 40]])
+        self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(1,)])
+
+    def test_bad_events_go_to_the_quarantine_where_the_app_says_so(self) -> None:
+        self.schema_file.write_text(QUARANTINE_SCHEMA)
+        server = self.serve()
+        answer = self.post(
+            server, mark(1), mark("x"), {"_t": "nope"}, 7, mark(2), {"_t": "marks", "mark": 1.5, "text": 3}
+        )
+        self.assertEqual(answer.status, 200)
+        self.assertEqual((answer.json["accepted"], answer.json["stored"]), (2, "database"))
+        places = [(problem["index"], problem["column"]) for problem in answer.json["quarantined"]]
+        self.assertEqual(places, [(1, "mark"), (2, "_t"), (3, None), (5, "mark"), (5, "text")])
+        self.assertEqual(self.query("SELECT mark FROM marks ORDER BY mark"), [[1], [2]])
+        self.assertEqual(
+            self.read("SELECT event FROM quarantine"),
+            [
+                ('{"_t": "marks", "mark": "x", "text": null}',),
+                ('{"_t": "nope"}',),
+                ("7",),
+                ('{"_t": "marks", "mark": 1.5, "text": 3}',),
+            ],
+        )
+        self.assertEqual(self.post(server, mark("x"), app="strict").status, 400)
+        self.query("ALTER TABLE marks ADD CONSTRAINT small CHECK (mark < 100)")
+        answer = self.post(server, mark("y"), mark(101), mark(3), mark(102))
+        self.assertEqual((answer.json["accepted"], answer.json["stored"]), (1, "database"))
+        self.assertEqual(sorted(problem["index"] for problem in answer.json["quarantined"]), [0, 1, 3])
+        self.assertEqual(self.query("SELECT mark FROM marks ORDER BY mark"), [[1], [2], [3]])
+        self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(7,)])
+        server.stop()
+        self.query("ALTER TABLE marks DROP CONSTRAINT small")
+        server = self.serve("--retry_quarantine")
+        wait_until(lambda: any("2 of 7 events went through, 5 stay" in line for line in server.lines))
+        self.assertEqual(self.query("SELECT mark FROM marks ORDER BY mark"), [[1], [2], [3], [101], [102]])
+
+    def test_poison_in_the_spool_is_narrowed_down_to_the_single_event(self) -> None:
+        server = self.serve(url="")
+        for start in range(0, 3000, 300):
+            self.post(
+                server,
+                *[
+                    mark(n, "twice" if n in (40, 2500) else str(n), "plain")
+                    for n in range(start, start + 300)
+                ],
+            )
+        server.stop()
+        server = self.serve()  # makes the tables
+        self.replayed(server)
+        server.stop()
+        self.query(
+            "TRUNCATE plain; CREATE UNIQUE INDEX ON plain (text);"
+            " ALTER TABLE plain ADD CHECK (mark % 700 <> 5)"
+        )
+        server = self.serve(url="")
+        for start in range(0, 3000, 300):
+            self.post(
+                server,
+                *[
+                    mark(n, "twice" if n in (40, 2500) else str(n), "plain")
+                    for n in range(start, start + 300)
+                ],
+            )
+        server.stop()
+        server = self.serve()
+        self.replayed(server)
+        bad = {5, 705, 1405, 2105, 2805, 2500}
+        self.assertEqual(self.stored(), [n for n in range(3000) if n not in bad])
+        reasons = self.read("SELECT json_extract(event, '$.mark'), reason FROM quarantine ORDER BY 1")
+        self.assertEqual({n for n, _ in reasons}, bad)
+        self.assertIn("duplicate key", dict(reasons)[2500])
+        self.assertIn("violates check constraint", dict(reasons)[5])
+
+    def test_a_hostile_event_for_a_broken_trigger_does_not_hold_up_the_others(self) -> None:
+        server = self.serve()
+        self.query(
+            "CREATE FUNCTION route() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " IF NEW.text IS NOT NULL THEN EXECUTE 'SELECT 1 FROM ' || NEW.text; END IF; RETURN NEW; END $$;"
+            " CREATE TRIGGER route BEFORE INSERT ON plain FOR EACH ROW EXECUTE FUNCTION route()"
+        )
+        with self.under_load(server, 4) as accepted:
+            answer = self.post(server, mark(7, "no_such_table", "plain"))
+            self.assertEqual(answer.json["stored"], "spool")
+            wait_for_more(accepted, 50)
+        wait_until(lambda: self.post(server, mark(1)).json["stored"] == "database")
+        self.check_exactly_once(accepted)
+        self.assertNotIn(7, self.stored())
+        self.assertEqual(len(self.read("SELECT * FROM quarantine")), 1)
+
+    def test_the_spool_is_bounded_and_shrinks_after_the_replay(self) -> None:
+        away = f"postgres://postgres@127.0.0.1:{free_port()}/x"
+        server = self.serve("--spool_limit", "2M", url=away)
+        text = "x" * 50_000
+        answers = [self.post(server, mark(n, text, "plain")) for n in range(60)]
+        statuses = [answer.status for answer in answers]
+        full = statuses.index(503)
+        self.assertEqual(set(statuses[full:]), {503})
+        self.assertEqual(answers[full].headers["Retry-After"], "5")
+        size = sum(path.stat().st_size for path in self.directory.glob("attolytics.sqlite3*"))
+        self.assertLess(size, 3 << 20)
+        self.assertGreater(full * 50_000, 1 << 20)
+        server.stop()
+        server = self.serve("--spool_limit", "2M")
+        self.replayed(server)
+        wait_until(lambda: self.post(server, mark(99, None, "plain")).json.get("stored") == "database")
+        self.assertEqual(self.stored(), [*range(full), 99])
+        self.assertLess(self.spool.stat().st_size, 100_000)
+
+    def test_a_full_disk_refuses_new_events_and_keeps_the_old_ones(self) -> None:
+        disk = self.directory / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+            self.skipTest("mounting a small file system needs root")
+        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=True)
+        server = self.serve("--spool", disk / "spool", url="")
+        text = "x" * 200_000
+        statuses = [self.post(server, mark(n, text, "plain")).status for n in range(60)]
+        full = statuses.index(503)
+        self.assertGreater(full, 5)
+        self.assertEqual(set(statuses[full:]), {503})
+        (disk / "filler").write_bytes(b"x" * (4 << 20))  # somebody else takes what is left
+        self.assertEqual(self.post(server, mark(0, None, "plain")).status, 503)
+        server.stop(signal.SIGKILL)
+        server = self.serve("--spool", disk / "spool")
+        self.replayed(server)
+        self.assertEqual(self.stored(), list(range(full)))
+
+    def test_a_file_size_limit_refuses_new_events_and_keeps_the_old_ones(self) -> None:
+        server = self.serve(url="")
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
+        text = "x" * 200_000
+        statuses = [self.post(server, mark(n, text, "plain")).status for n in range(40)]
+        self.assertEqual({200, 503}, set(statuses))
+        self.assertIn("the spool attolytics.sqlite3 fails", "\n".join(server.lines))
+        server.stop(signal.SIGKILL)
+        self.replayed(self.serve())
+        self.assertEqual(self.stored(), [n for n, status in enumerate(statuses) if status == 200])
+
+    def test_a_spool_that_cannot_be_used_is_refused_and_left_as_it_is(self) -> None:
+        server = self.serve(url="")
+        for number in range(200):
+            self.post(server, mark(number, "x" * 1000, "plain"))
+        second = ["-s", str(self.schema_file), "-p", "0", "--spool", str(self.spool)]
+        code, lines = self.fail(*second)
+        self.assertEqual((code, len(lines)), (1, 1))
+        self.assertIn("another server uses the spool", lines[0])
+        server.stop()
+        good = self.spool.read_bytes()
+        foreign = self.directory / "foreign"
+        with contextlib.closing(sqlite3.connect(foreign)) as db:
+            db.execute("CREATE TABLE t (a)")
+        newer = bytearray(good)
+        newer[60:64] = (99).to_bytes(4)
+        for content, text in [
+            (b"hello", "is not a spool but some other file"),
+            (foreign.read_bytes(), "is another program's SQLite file"),
+            (good[:100] + os.urandom(4000) + good[4100:], ""),
+            (good[: len(good) // 2], ""),
+            (good[:8192] + os.urandom(30_000) + good[38_192:], ""),
+            (bytes(newer), "was made by another version"),
+        ]:
+            with self.subTest(text):
+                self.spool.write_bytes(content)
+                code, lines = self.fail(*second)
+                self.assertEqual((code, len(lines)), (1, 1), lines)
+                self.assertIn(text, lines[0])
+                self.assertIn("--spool", lines[0])
+                self.assertEqual(self.spool.read_bytes(), content)
+        self.spool.write_bytes(good)
+        code, lines = self.fail("-s", str(self.schema_file), "-p", "0", "--spool", "/proc/nope/x")
+        self.assertEqual(code, 1)
+        self.assertIn("with --spool PATH", lines[0])
+        self.replayed(self.serve())
+        self.assertEqual(self.stored(), list(range(200)))
+
+    def test_kill_9_at_any_moment_loses_nothing_of_the_spool(self) -> None:
+        accepted: list[int] = []
+        for start in range(4):
+            server = self.serve(url="")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                killer = threading.Timer(0.2, server.process.kill)
+                killer.start()
+                for number in range(start * 10_000, (start + 1) * 10_000):
+                    self.post(server, mark(number, None, "plain"))
+                    accepted.append(number)
+            server.end()
+        self.replayed(self.serve())
+        stored = self.stored()
+        self.assertGreater(len(accepted), 20)
+        self.assertEqual(set(accepted) - set(stored), set())
+        self.assertEqual(len(stored), len(set(stored)))
+        self.assertEqual(self.query("SELECT count(*) FROM attolytics_ledger"), [[1]])
+
+    def test_the_replay_goes_on_where_kill_9_ended_it(self) -> None:
+        server = self.serve(url="")
+        events = [mark(n, "x", "plain") for n in range(10_000)]
+        for start in range(0, 10_000, 500):
+            self.post(server, *events[start : start + 500])
+        server.stop()
+        for delay in (0.01, 0.03, 0.05, 0.1):
+            server = self.serve()
+            time.sleep(delay)
+            server.stop(signal.SIGKILL)
+        self.serve()
+        wait_until(lambda: len(self.stored()) >= 10_000)
+        time.sleep(0.5)
+        self.assertEqual(self.stored(), list(range(10_000)))
+
+
+# --- Faults at random ---------------------------------------------------------
+
+
+class Proxy:
+    """A TCP proxy in front of PostgreSQL that can lose what goes through it."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.drops_requests = False
+        self.drops_answers = False
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Cut all connections."""
+        for pair in self._pairs:
+            for sock in pair:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                sock.close()
+        self._pairs.clear()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._target))
+                except OSError:
+                    client.close()
+                    continue
+                self._pairs.append((client, server))
+                for source, sink, is_request in [(client, server, True), (server, client, False)]:
+                    threading.Thread(target=self._pump, args=(source, sink, is_request), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, is_request: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if not (self.drops_requests if is_request else self.drops_answers):
+                    sink.sendall(data)
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+class Storm:
+    """Clients that send events while faults happen at random, and the account of both."""
+
+    CLIENTS = 6
+
+    def __init__(self, postgres: Postgres, database: str, directory: Path, seed: int) -> None:
+        self.postgres = postgres
+        self.random = random.Random(seed)
+        self.proxy = Proxy(postgres.port)
+        (directory / "schema.yaml").write_text(ALL_TYPES)
+        self._url = f"postgres://postgres@127.0.0.1:{self.proxy.port}/{database}?connect_timeout=2"
+        self._database = database
+        self._directory = directory
+        self._port = free_port()
+        self._stop = threading.Event()
+        self.accepted: set[int] = set()
+        self.slowest = 0.0
+        self.faults: dict[str, int] = {}
+        self.start_server()
+        self._threads = [
+            threading.Thread(target=self._send, args=(client,)) for client in range(self.CLIENTS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def start_server(self) -> None:
+        self.server = Attolytics(
+            "-s", "schema.yaml", "-d", self._url, "-p", self._port, directory=self._directory
+        )
+
+    def rage(self, faults: int) -> None:
+        """Let faults happen, one after the other; each is over when the next begins."""
+        kinds = [
+            self.kill_server,
+            self.stop_server,
+            self.kill_postgres,
+            self.restart_postgres,
+            self.kill_both,
+            self.kill_backend,
+            self.terminate_backend,
+            self.pause_backend,
+            self.cut_network,
+            self.lose_answers,
+            self.lose_everything,
+            self.lock_table,
+            self.be_read_only,
+            self.hide_table,
+        ]
+        order: list[Callable[[], None]] = []
+        while len(order) < faults:
+            order += self.random.sample(kinds, len(kinds))
+        for fault in order[:faults]:
+            self.pause(0.3, 1.2)
+            self.faults[fault.__name__] = self.faults.get(fault.__name__, 0) + 1
+            fault()
+
+    def end(self) -> list[int]:
+        """Stop the clients, wait until the spool is empty, and return the events in the table."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+        body = body_of({"_t": 'odd "table"', "select": "x"}, key="key")
+        wait_until(lambda: self.server.post("/apps/app/events", body).json["stored"] == "database", 120)
+        epochs = self.sql("SELECT count(*) FROM attolytics_ledger")
+        assert epochs == [[1]], f"{epochs} rows in the ledger"
+        self.server.stop()
+        assert self.sql("SELECT count(*) FROM attolytics_ledger") == [[0]]
+        self.proxy.close()
+        return [row[0] for row in self.sql("SELECT mark FROM plain")]
+
+    def pause(self, low: float, high: float) -> None:
+        time.sleep(self.random.uniform(low, high))
+
+    def sql(self, sql: str, database: str | None = None) -> list[Any]:
+        connection = self.postgres.connect(database or self._database)
+        try:
+            return list(connection.run(sql) or [])
+        finally:
+            connection.close()
+
+    def backend(self) -> int | None:
+        rows = self.sql(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'"
+            f" AND datname = '{self._database}' LIMIT 1"
+        )
+        return rows[0][0] if rows else None
+
+    def _send(self, client: int) -> None:
+        number = client * 10_000_000
+        while not self._stop.is_set():
+            numbers = range(number, number + 1 + client)
+            number += len(numbers)
+            body = body_of(*[mark(n, table="plain") for n in numbers], key="key")
+            started = time.monotonic()
+            try:
+                if self.server.post("/apps/app/events", body).status == 200:
+                    self.accepted.update(numbers)
+                    self.slowest = max(self.slowest, time.monotonic() - started)
+            except (OSError, http.client.HTTPException, IndexError):
+                time.sleep(0.02)  # the server is not there
+
+    # The faults.
+
+    def kill_server(self) -> None:
+        self.server.stop(signal.SIGKILL)
+        self.start_server()
+
+    def stop_server(self) -> None:
+        self.server.stop()
+        self.start_server()
+
+    def kill_postgres(self) -> None:
+        self.postgres.stop(signal.SIGKILL)
+        self.pause(0, 2)
+        self.postgres.start()
+
+    def restart_postgres(self) -> None:
+        self.postgres.stop()
+        self.postgres.start()
+
+    def kill_both(self) -> None:
+        self.postgres.stop(signal.SIGKILL)
+        self.server.stop(signal.SIGKILL)
+        steps = [self.postgres.start, self.start_server]
+        self.random.shuffle(steps)
+        for step in steps:
+            step()
+
+    def kill_backend(self) -> None:
+        if pid := self.backend():
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(0.5)
+            wait_until(self.postgres._answers)
+
+    def terminate_backend(self) -> None:
+        if pid := self.backend():
+            self.sql(f"SELECT pg_terminate_backend({pid})")
+
+    def pause_backend(self) -> None:
+        if pid := self.backend():
+            os.kill(pid, signal.SIGSTOP)
+            self.pause(0.2, 14)  # sometimes it is given up, and runs its flush late
+            os.kill(pid, signal.SIGCONT)
+
+    def cut_network(self) -> None:
+        self.proxy.cut()
+
+    def lose_answers(self) -> None:
+        self.proxy.drops_answers = True
+        self.pause(0.1, 0.5)
+        self.proxy.cut()
+        self.proxy.drops_answers = False
+
+    def lose_everything(self) -> None:
+        self.proxy.drops_answers = self.proxy.drops_requests = True
+        self.pause(0.5, 3)
+        self.proxy.drops_answers = self.proxy.drops_requests = False
+        self.proxy.cut()  # what was dropped cannot come back
+
+    def lock_table(self) -> None:
+        session = self.postgres.connect(self._database)
+        session.run("BEGIN; LOCK TABLE plain")
+        self.pause(0.2, 3)
+        session.run("COMMIT")
+        session.close()
+
+    def be_read_only(self) -> None:
+        self.sql(f"ALTER DATABASE {self._database} SET default_transaction_read_only = on", "postgres")
+        self.terminate_backend()
+        self.pause(0.2, 1)
+        self.sql(f"ALTER DATABASE {self._database} RESET default_transaction_read_only", "postgres")
+
+    def hide_table(self) -> None:
+        self.sql("ALTER TABLE plain RENAME TO hidden")
+        self.pause(0.2, 1)
+        self.sql("ALTER TABLE hidden RENAME TO plain")
+
+
+class StormTest(DatabaseCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.server = Postgres()
+        cls.addClassCleanup(cls.server.remove)
+
+    def test_random_faults_lose_and_double_nothing(self) -> None:
+        directory = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, directory)
+        storm = Storm(self.postgres, self.database, directory, seed=1)
+        storm.rage(14)
+        stored = storm.end()
+        self.assertGreater(len(storm.accepted), 100)
+        self.assertEqual(storm.accepted - set(stored), set())
+        self.assertEqual(len(stored), len(set(stored)))
 
 
 # --- The repository -----------------------------------------------------------
