@@ -1,11 +1,16 @@
 FROM python:3.13-slim
 
 RUN pip install --no-cache-dir --disable-pip-version-check "pg8000>=1.31,<2" "PyYAML>=6.0,<7" \
-    && useradd --system --no-create-home --uid 10001 attolytics
+    && useradd --system --no-create-home --uid 10001 attolytics \
+    && install -d -o attolytics -m 700 /var/lib/attolytics
 
 COPY attolytics.py /opt/attolytics/attolytics.py
 # The example is the default: mount your own over it.
 COPY schema-example.conf.yaml /etc/attolytics/schema.conf.yaml
+
+# The spool. Without a volume of its own it is lost with the container.
+VOLUME /var/lib/attolytics
+WORKDIR /var/lib/attolytics
 
 USER attolytics
 ENV PORT=8000 DB_URL=""

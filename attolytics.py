@@ -15,20 +15,21 @@ The life of a batch (the events of one request):
 
 While one flush is being committed the next batches pile up, and the next flush takes them all: no
 timer, no added latency when idle, and under load the cost of a commit is shared. An answer of 200 is
-sent only after COMMIT.
+sent only after COMMIT, in PostgreSQL or, while PostgreSQL cannot take events, in the spool: an SQLite
+file that is replayed later. Without a database URL everything stays in the spool.
 
 Threads, and what each owns:
 
     main           signals and systemd notifications
     acceptors      one listening socket each
     HTTP threads   one client connection each, from a bounded pool of reused threads
-    writer         the connection to PostgreSQL
-    connector      exists only while the database is away; hands a ready connection to the writer
+    writer         the connection to PostgreSQL, the spool, the number of the flush
+    connector      exists only while the database is away; hands a ready session to the writer
 
 The file reads from top to bottom, a section uses only what stands above it:
 
     Limits, Errors, Schema, Conversion, Batches, SQL, Database URL    pure, no I/O
-    Database, Writer, HTTP, systemd, Command line                     the outside world
+    Database, Spool, Writer, HTTP, systemd, Command line              the outside world
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ STILL_AWAY_LOG_S = 60  # The same complaint is logged no more often than this.
 SPOOL_BYTES_MAX = 1 << 30  # Default of --spool_limit: about five million small events.
 SPOOL_BYTES_MIN = 1 << 20  # A smaller limit would refuse the largest batches for ever.
 DISK_RESERVE_BYTES = 8 << 20  # Kept free, because deleting from the spool needs room as well.
+ROOM_CHECK_CHARS = 128 << 10  # Written between looks at the room that is left.
 SPOOL_BUSY_S = 2  # How long somebody with the sqlite3 program may hold the spool's lock.
 QUICK_CHECK_BYTES_MAX = 256 << 20  # A spool up to this size is checked at start; that takes a second.
 SHRINK_BYTES = 1 << 20  # Free room in the file that is worth giving back.
@@ -1171,31 +1173,35 @@ def decode_body(body: bytes) -> dict[str, object]:
     return document
 
 
-SPAN_DECODER = json.JSONDecoder(parse_float=len, parse_int=len, parse_constant=len)
+# Finds the end of a JSON value and does not care for numbers.
+SCAN = json.JSONDecoder(parse_float=len, parse_int=len, parse_constant=len).scan_once  # type: ignore[attr-defined]
 GAP = re.compile(r"[ \t\n\r]*[\[{,:]?[ \t\n\r]*")  # RFC 8259, section 2
 
 
-def spans(text: str, at: int) -> list[tuple[int, int]]:
-    """Return where each value of the valid JSON array at text[at] begins and ends; of an object, each
-    key and each value in turn.
-    """
-    result = []
-    at = GAP.match(text, at).end()  # type: ignore[union-attr]  # it matches everywhere
-    while text[at] not in "]}":
-        _, end = SPAN_DECODER.raw_decode(text, at)
-        result.append((at, end))
-        at = GAP.match(text, end).end()  # type: ignore[union-attr]
-    return result
+def after_gap(text: str, at: int) -> int:
+    """Return where the value after the punctuation at text[at] begins."""
+    return GAP.match(text, at).end()  # type: ignore[union-attr]  # it matches everywhere
+
+
+def item_spans(text: str, at: int) -> list[tuple[int, int]]:
+    """Return where each value of the valid JSON array at text[at] begins and ends."""
+    spans = []
+    at = after_gap(text, at)
+    while text[at] != "]":
+        _, end = SCAN(text, at)
+        spans.append((at, end))
+        at = after_gap(text, end)
+    return spans
 
 
 def events_span(text: str, at: int) -> tuple[int, int]:
-    """Return where the array "events" of the object at text[at] begins and ends."""
-    parts = spans(text, at)
-    return next(
-        value
-        for key, value in zip(parts[::2], parts[1::2], strict=True)
-        if json.loads(text[slice(*key)]) == "events"
-    )
+    """Return where the array "events" of the valid JSON object at text[at] begins and ends."""
+    while True:
+        key, end = SCAN(text, after_gap(text, at))
+        start = after_gap(text, end)
+        _, at = SCAN(text, start)
+        if key == "events":
+            return start, at
 
 
 def body_text(body: bytes) -> str:
@@ -1206,7 +1212,7 @@ def body_text(body: bytes) -> str:
 def event_texts(text: str) -> list[str]:
     """Return the JSON of each event in the text of a body, as it came."""
     start, _end = events_span(text, 0)
-    return [text[slice(*span)] for span in spans(text, start)]
+    return [text[slice(*span)] for span in item_spans(text, start)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1274,21 +1280,26 @@ def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
     return getattr(address, "ipv4_mapped", None) or address
 
 
+@lru_cache(maxsize=4096)
+def believed_address(peer: str, real_ip: str, forwarded_for: str) -> str:
+    """Return the client's IP address, given what a proxy may have said about it."""
+    address = plain_address(peer)
+    if address is None:
+        return peer
+    if address.is_loopback or address.is_private:
+        for claimed in (real_ip, forwarded_for.rpartition(",")[2]):
+            if proxied := plain_address(claimed.strip()):
+                return str(proxied)
+    return str(address)
+
+
 def client_address(peer: str, headers: Mapping[str, str]) -> str:
     """Return the client's IP address.
 
     A proxy on this machine or in a private network is believed what it says in X-Real-IP or last in
     X-Forwarded-For; anybody else could say anything.
     """
-    address = plain_address(peer)
-    if address is None:
-        return peer
-    if address.is_loopback or address.is_private:
-        forwarded = headers.get("x-forwarded-for", "").rpartition(",")[2]
-        for claimed in (headers.get("x-real-ip", ""), forwarded):
-            if proxied := plain_address(claimed.strip()):
-                return str(proxied)
-    return str(address)
+    return believed_address(peer, headers.get("x-real-ip", ""), headers.get("x-forwarded-for", ""))
 
 
 def kept(delivery: Delivery, headers: Iterable[str]) -> Delivery:
@@ -2719,17 +2730,17 @@ def read_spooled(text: str) -> list[Spooled]:
 def spooled_events(text: str) -> list[list[str]]:
     """Return, for each batch in the JSON of a flush, the JSON of its events."""
     return [
-        [text[slice(*span)] for span in spans(text, events_span(text, start)[0])]
-        for start, _end in spans(text, 0)
+        [text[slice(*span)] for span in item_spans(text, events_span(text, start)[0])]
+        for start, _end in item_spans(text, 0)
     ]
 
 
 def without_events(text: str, dropped: Set[tuple[int, int]]) -> str:
     """Return the JSON of a flush without some events, each given by its batch's index and its own."""
     batches = []
-    for index, (start, end) in enumerate(spans(text, 0)):
+    for index, (start, end) in enumerate(item_spans(text, 0)):
         events, events_end = events_span(text, start)
-        places = enumerate(spans(text, events))
+        places = enumerate(item_spans(text, events))
         kept = [text[slice(*span)] for place, span in places if (index, place) not in dropped]
         if kept:
             batches.append(f"{text[start:events]}[{','.join(kept)}]{text[events_end:end]}")
@@ -2917,6 +2928,7 @@ class Spool:
         self.path = path
         self.epoch = epoch
         self._bytes_max = bytes_max
+        self._unchecked = ROOM_CHECK_CHARS  # characters written since there was seen to be room
         self._descriptor = lock_spool(path)
         try:
             self._db = self._open(schema)
@@ -2939,10 +2951,12 @@ class Spool:
         self, number: int, events: int, batches: Sequence[str], quarantined: Sequence[Quarantined]
     ) -> None:
         """Keep a flush of this process, by the JSON of its batches, and events for the quarantine."""
-        self._check_room(sum(map(len, batches)) + sum(len(item.event) for item in quarantined))
-        with self._transaction():
+        text = f"[{','.join(batches)}]"
+        self._check_room(len(text) + sum(len(item.event) for item in quarantined))
+        # A single statement is a transaction by itself, and saves two.
+        with self._transaction() if quarantined else self._translated():
             if events:
-                self._insert_flush(number, events, f"[{','.join(batches)}]")
+                self._insert_flush(number, events, text)
             self._insert_quarantined(quarantined)
         self._total += events
 
@@ -3109,6 +3123,9 @@ class Spool:
 
     def _check_room(self, chars: int) -> None:
         """Raise SpoolError if so many characters more are too much for the limit or for the disk."""
+        self._unchecked += chars
+        if self._unchecked < ROOM_CHECK_CHARS:
+            return
         with self._translated():
             pages = self._one("PRAGMA page_count") - self._one("PRAGMA freelist_count")
             disk = os.statvfs(self.path)
@@ -3118,6 +3135,7 @@ class Spool:
         # Events are written twice: into the journal, and from there into the file.
         if disk.f_bavail * disk.f_frsize < DISK_RESERVE_BYTES + 2 * chars:
             raise SpoolError(f"the disk of the spool {self.path} is full")
+        self._unchecked = 0
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -4754,7 +4772,8 @@ Receive analytics events over HTTP and insert them into PostgreSQL.
 
 Apps POST their events as JSON to /apps/<app>/events; the schema file says which
 apps there are and which columns their tables have. Missing tables and indexes are
-created at start. 200 is answered only after the events are committed."""
+created at start. 200 is answered only after the events are committed: in PostgreSQL
+or, while it is away or none is given, in the spool, from where they move over later."""
 
 EPILOG = """\
 database URL:
@@ -4766,7 +4785,7 @@ database URL:
 
 exit codes:
   0  stopped by SIGTERM or SIGINT, every request in flight answered
-  1  something is wrong with the schema file, the database or the address; the message says what
+  1  something is wrong with the schema file, the database, the spool or the address; the message says what
   2  wrong options
 
 example:

@@ -1890,10 +1890,10 @@ class WriterTest(DatabaseCase):
         text = "".join(chr(33 + byte % 90) for byte in os.urandom(100_000))
         verdicts = [store_all(writer, [self.batch(mark(i, text, "plain"))])[0] for i in range(25)]
         self.assertEqual(set(verdicts), {DATABASE, SPOOL})
-        filler.unlink()
         self.query("TRUNCATE plain")
-        last = next(i for i, verdict in enumerate(verdicts) if verdict == SPOOL)
-        wait_until(lambda: self.marks("plain") == list(range(last, 25)))
+        filler.unlink()
+        first = verdicts.index(SPOOL)
+        wait_until(lambda: self.marks("plain") == list(range(first, 25)))
 
     def small_disk(self) -> Path:
         """Return an empty directory on a file system of 3 MB."""

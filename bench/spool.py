@@ -1,0 +1,147 @@
+"""What the spool costs, and how fast it is replayed.
+
+    python bench/spool.py [--rounds 5] [--seconds 5] [--events 1000000]
+
+Needs what bench/ingest.py needs, and psql. Prints three things: the rate of one event per request, from
+64 clients, with the database there and with it away; the rate of a replay, next to psql's \\copy of the same
+rows into the same table; and the server's memory at the peak of the replay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import ingest
+
+SPOOL_LIMIT = "100G"
+ROUND_S = 5
+DONE = re.compile(r"replayed all (\d+) events in ([0-9.]+) s")
+AWAY = "postgres://bench@/postgres?host=%2Fnonexistent"
+
+
+def serve(home: Path, url: str, spool: str, port: int, *options: str) -> AbstractContextManager[ingest.Child]:
+    command = [
+        sys.executable,
+        str(ingest.REPOSITORY / "attolytics.py"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--schema", str(ingest.REPOSITORY / "schema-example.conf.yaml")),
+        *("--spool", str(home / spool), "--spool_limit", SPOOL_LIMIT, *(["--db_url", url] if url else [])),
+        *options,
+    ]
+    return ingest.running(command, home / "attolytics.log", signal.SIGTERM)
+
+
+def requests_per_s(home: Path, url: str, spool: str, seconds: int) -> float:
+    """Return the rate of one event per request."""
+    script = home / "one.lua"
+    script.write_text(ingest.lua_script(ingest.make_bodies(1)))
+    port = ingest.free_port()
+    with serve(home, url, spool, port, "-q") as child:
+        child.wait_until(lambda: ingest.answers(port), "Attolytics")
+        load = ingest.run_wrk(port, script, seconds)
+        ingest.check_load("Attolytics", load)
+    return load.requests / load.duration_us * 1e6
+
+
+def compare_rates(postgres: ingest.Postgres, home: Path, rounds: int, seconds: int) -> None:
+    ratios, rates = [], []
+    for number in range(rounds):
+        places = [(postgres.url, "there.sqlite3"), (AWAY, f"away{number}.sqlite3")]
+        measured = {}
+        for url, spool in places if number % 2 else places[::-1]:
+            measured[url] = requests_per_s(home, url, spool, seconds)
+        rates.append((measured[postgres.url], measured[AWAY]))
+        ratios.append(measured[AWAY] / measured[postgres.url])
+        postgres.clear()
+    there, away = (statistics.median(rate) for rate in zip(*rates, strict=True))
+    sys.stdout.write(
+        f"one event per request, 64 clients: {there:,.0f} /s with the database there, {away:,.0f} /s with it"
+        f" away; median ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})\n"
+    )
+
+
+def fill(home: Path, events: int) -> int:
+    """Fill a spool with at least so many events; return how many are acknowledged."""
+    script = home / "hundred.lua"
+    script.write_text(ingest.lua_script(ingest.make_bodies(100)))
+    port = ingest.free_port()
+    acknowledged = 0
+    with serve(home, "", "full.sqlite3", port, "-q") as child:
+        child.wait_until(lambda: ingest.answers(port), "Attolytics")
+        while acknowledged < events:
+            load = ingest.run_wrk(port, script, ROUND_S)
+            ingest.check_load("Attolytics", load)
+            acknowledged += load.requests * 100
+    return acknowledged
+
+
+def replay(postgres: ingest.Postgres, home: Path, acknowledged: int) -> float:
+    """Replay the full spool and say how it went; return the events per second."""
+    size = (home / "full.sqlite3").stat().st_size
+    port = ingest.free_port()
+    with serve(home, postgres.url, "full.sqlite3", port) as child:
+        while not (done := DONE.search(child.log.read_text())):
+            if child.process.poll() is not None:
+                raise child.failure("Attolytics ended:")
+            time.sleep(0.5)
+        peak_mb = ingest.memory_mb(child.process.pid, "VmHWM")
+    events, seconds = int(done[1]), float(done[2])
+    rows = postgres.rows()
+    if not rows == events >= acknowledged:
+        raise ingest.BenchError(f"{acknowledged} acknowledged, {events} replayed, {rows} rows")
+    left = (home / "full.sqlite3").stat().st_size
+    sys.stdout.write(
+        f"replay of {events:,} events: {events / seconds:,.0f} per second; peak memory {peak_mb:.0f} MB;"
+        f" the file had {size / 1e6:,.0f} MB, and {left / 1e6:.1f} MB afterwards\n"
+    )
+    return events / seconds
+
+
+def copy(postgres: ingest.Postgres, home: Path) -> float:
+    """Copy the table's rows out and in again with psql; return the rows per second of the way in."""
+    file, rows = home / "rows.copy", postgres.rows()
+    psql = [str(ingest.find_binaries() / "psql"), "-q", "-v", "ON_ERROR_STOP=1", "-d", postgres.url, "-c"]
+    subprocess.run([*psql, f"\\copy events TO '{file}'"], check=True)
+    postgres.clear()
+    started = time.monotonic()
+    subprocess.run([*psql, f"\\copy events FROM '{file}'"], check=True)
+    return rows / (time.monotonic() - started)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--events", type=int, default=1_000_000)
+    options = parser.parse_args()
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="attolytics-bench-") as directory,
+            ingest.private_postgres(Path(directory)) as postgres,
+        ):
+            home = Path(directory)
+            if options.rounds:
+                compare_rates(postgres, home, options.rounds, options.seconds)
+            if options.events:
+                rate = replay(postgres, home, fill(home, options.events))
+                limit = copy(postgres, home)
+                sys.stdout.write(f"psql \\copy: {limit:,.0f} rows per second; ratio {rate / limit:.2f}\n")
+    except ingest.BenchError as error:
+        sys.stderr.write(f"spool.py: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
