@@ -24,7 +24,7 @@ Threads, and what each owns:
     acceptors      one listening socket each
     HTTP threads   one client connection each, from a bounded pool of reused threads
     writer         the connection to PostgreSQL, the spool, the number of the flush
-    connector      exists only while the database is away; hands a ready session to the writer
+    connector      the attempt to connect while the database is away; hands a session to the writer
 
 The file reads from top to bottom, a section uses only what stands above it:
 
@@ -116,6 +116,7 @@ PREFLIGHT_AGE_S = 86_400  # Browsers cap it themselves (Chromium at 2 h).
 CONNECTIONS_MAX = 512  # Default of --max_connections; a thread each, about 50 kB resident.
 TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
 SPARE_FILES = 64  # File descriptors beside the client connections: database, log, libraries.
+SEND_BYTES = 16 << 10  # At once, to the database; a record of TLS.
 RECEIVE_BYTES = 64 << 10  # Read at once: the head and the body of nearly every request.
 LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kernel caps it.
 ACCEPT_PAUSE_S = 0.1  # When file descriptors ran out, instead of spinning.
@@ -133,6 +134,7 @@ KEEPALIVE_COUNT = 3  # ... that the network has lost us.
 PREPARE_LOCK_TIMEOUT_MS = 2_000  # Other instances could not insert behind us if we waited longer.
 PREPARE_TIMEOUT_S = 3_600  # An index on a table of 100 million rows takes some minutes.
 CONNECT_TIMEOUT_S = 5  # Default of connect_timeout in the URL.
+CONFLICT_TRIES = 5  # For deadlocks and serialisation failures in a row.
 BACKOFF_FIRST_S = 0.1  # Between attempts to connect, doubled each time ...
 BACKOFF_MAX_S = 5  # ... up to this; half of it is jitter.
 STILL_AWAY_LOG_S = 60  # The same complaint is logged no more often than this.
@@ -291,10 +293,6 @@ class DatabaseError(Exception):
 
 class DatabaseAway(DatabaseError):
     """Unreachable, shutting down, read-only, full or blocked: it may work again without anybody's help."""
-
-
-class LedgerMoved(DatabaseAway):
-    """Nothing was stored, because the ledger does not stand where we think."""
 
 
 class DatabaseConflict(DatabaseError):
@@ -1048,7 +1046,6 @@ class Batch:
     delivery: Delivery
     body: bytes  # an object with "events", and in these exactly the events of `content`
     content: Sorted
-    chars: int
     accepted: int  # events that are or will be stored
     warnings: Sequence[str] = ()
     # With `invalid_events: quarantine`, what is to be kept there, and what to tell the client of it.
@@ -1502,32 +1499,31 @@ class Intake:
         if len(events) > EVENTS_MAX:
             raise BodyTooLarge(f"{len(events)} events; a request may bring {EVENTS_MAX}")
         warnings = Warnings(document)
-        limit = EVENTS_MAX if self.app.quarantines else PROBLEMS_MAX
+        limit = None if self.app.quarantines else PROBLEMS_MAX
         content = self.sort(events, delivery, warnings, limit)
         problems = content.problems
         if problems and not self.app.quarantines:
             refusal = refused_events(problems, len(events))
             only_tables = all(self._is_misplaced(events[problem.index or 0]) for problem in problems)
             raise TableRefused(refusal.reason, refusal.problems) if only_tables else refusal
-        chars = sum(len(row) for table_rows in content.rows.values() for row in table_rows)
         count = len(content.tables)
-        batch = Batch(self.app, self.headers, delivery, body, content, chars, count, warnings.texts())
+        batch = Batch(self.app, self.headers, delivery, body, content, count, warnings.texts())
         if problems:
             self._set_apart(batch, events)
         return batch
 
     def sort(
-        self, events: Sequence[object], delivery: Delivery, warnings: Warnings | None, limit: int
+        self, events: Sequence[object], delivery: Delivery, warnings: Warnings | None, limit: int | None
     ) -> Sorted:
         """Return events as rows, and the problems of those that do not fit their tables.
 
-        Gives up after `limit` problems.
+        With a `limit`, gives up after so many problems.
         """
         result = Sorted()
         rows, tables, problems = result.rows, result.tables, result.problems
         filled: dict[str, tuple[list[str], list[tuple[str, str]]]] = {}
         for index, event in enumerate(events):
-            if len(problems) > limit:
+            if limit is not None and len(problems) > limit:
                 break
             if type(event) is not dict:
                 problems.append(EventProblem(index, None, f"expected an object, got {show(event)}"))
@@ -2176,9 +2172,12 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
     elif sqlstate.startswith(OPERATOR_STATES):
         kind = DatabaseMisconfigured
     message = " ".join(fields.get("M", "unknown error").split())
-    if LEDGER_MOVED in message:
-        return LedgerMoved(message, sqlstate)
     return kind(message, sqlstate, fields.get("c"), fields.get("D", ""))
+
+
+def frame(kind: bytes, data: bytes) -> bytes:
+    """Return a message of the protocol (PostgreSQL manual, 55.7)."""
+    return kind + (len(data) + 4).to_bytes(4) + data
 
 
 class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no type hints
@@ -2189,7 +2188,9 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
 
     last_error: Mapping[str, str] | None = None
     _unread = b""  # from the server
-    _context: Any = None  # of the message that it works on
+    _unsent = memoryview(b"")  # of the message that it works on
+    _context: Any = None
+    _answered = True
 
     def send(self, message: Message) -> None:
         """Send a message and its COPY data in one go.
@@ -2197,26 +2198,30 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
         The server takes the data when it comes to the COPY, and drops it if an error comes first
         (PostgreSQL manual, 55.2.6). pg8000 by itself needs three round trips for a COPY.
         """
-        self._context = pg8000.core.Context(message.sql)
-        self.send_QUERY(message.sql)
+        parts = [frame(b"Q", message.sql.encode() + b"\0")]
         for data in message.copies:
-            self._send_message(pg8000.core.COPY_DATA, data)
-            self._sock.write(pg8000.core.COPY_DONE_MSG)
-        self._sock.flush()
+            parts += [frame(b"d", data), frame(b"c", b"")]
+        self._context = pg8000.core.Context(message.sql)
+        self._answered = False
+        self._unsent = memoryview(b"".join(parts))
+        self._send_some()
 
     def receive(self, seconds: float) -> bool:
         """Return whether the server has answered the whole message; wait at most `seconds` for that.
 
-        pg8000's own reading cannot be interrupted and taken up again.
+        pg8000's own reading cannot be interrupted and taken up again. Sends the rest of the message as the
+        server takes it: it may read the rows of a table only after it has stored those of another.
         """
         deadline = time.monotonic() + seconds
         while not self._handle_unread():
-            if not self.is_readable(deadline - time.monotonic()):
+            wanted = select.POLLIN | (select.POLLOUT if self._unsent else 0)
+            ready = self._poll(wanted, deadline - time.monotonic())
+            if not ready:
                 return False
-            data = self._usock.recv(RECEIVE_BYTES)
-            if not data:
-                raise ConnectionResetError("the server closed the connection")
-            self._unread += data
+            if ready & select.POLLOUT:
+                self._send_some()
+            if ready & ~select.POLLOUT:
+                self._read_some()
         return True
 
     def result(self) -> list[list[Any]]:
@@ -2225,30 +2230,45 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
             raise self._context.error
         return self._context.rows or []
 
-    def is_readable(self, seconds: float) -> bool:
-        """Return whether the server says something, or has closed the connection."""
+    def is_readable(self) -> bool:
+        """Return whether the server says something, or has closed the connection. Does not block."""
+        return bool(self._poll(select.POLLIN, 0))
+
+    def _poll(self, wanted: int, seconds: float) -> int:
+        """Return what the socket is ready for, 0 for nothing after `seconds`."""
         if isinstance(self._usock, ssl.SSLSocket) and self._usock.pending():
-            return True
+            return select.POLLIN
         poll = select.poll()
-        poll.register(self._usock, select.POLLIN)
-        return bool(poll.poll(max(seconds, 0) * 1000))
+        poll.register(self._usock, wanted)
+        return next((ready for _, ready in poll.poll(max(seconds, 0) * 1000)), 0)
+
+    def _send_some(self) -> None:
+        # A socket with a time-out takes what fits its buffer; TLS would wait until all of it is sent.
+        self._unsent = self._unsent[self._usock.send(self._unsent[:SEND_BYTES]) :]
+
+    def _read_some(self) -> None:
+        data = self._usock.recv(RECEIVE_BYTES)
+        if not data:
+            raise ConnectionResetError("the server closed the connection")
+        self._unread += data
 
     def _handle_unread(self) -> bool:
-        """Handle the messages that have arrived whole; return whether the last one of an answer was there.
+        """Handle the messages that have arrived whole; return whether the exchange is complete.
 
         PostgreSQL manual, 55.7: a byte for the kind, and a length that counts itself.
         """
         data, at = self._unread, 0
-        kind = b""
-        while kind != pg8000.core.READY_FOR_QUERY and len(data) - at >= 5:
+        while not self._answered and len(data) - at >= 5:
             end = at + 1 + int.from_bytes(data[at + 1 : at + 5])
             if end > len(data):
                 break
             kind = data[at : at + 1]
             self.message_types[kind](data[at + 5 : end], self._context)
+            self._answered = kind == pg8000.core.READY_FOR_QUERY
             at = end
         self._unread = data[at:]
-        return bool(kind == pg8000.core.READY_FOR_QUERY)
+        # After an error the server still wants the rest of the message, to drop it.
+        return self._answered and not self._unsent
 
     def handle_COPY_IN_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802
         """Do nothing: the data is on its way already."""
@@ -2318,7 +2338,7 @@ class Database:
 
         Does not block. Noticing this before a flush is sent keeps its outcome from being unknown.
         """
-        return self._connection.is_readable(0)
+        return self._connection.is_readable()
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -2646,7 +2666,10 @@ def enlist(database: Database, schema: Schema, user: str, epochs: Sequence[str])
             f"cannot use the tables: {error.reason}; run:\n"
             f"  GRANT SELECT, INSERT, UPDATE, DELETE ON {LEDGER} TO {identifier(user)};"
         ) from None
-    return {epoch: int(flush) for epoch, flush in rows}
+    ledger = {epoch: int(flush) for epoch, flush in rows}
+    if ledger.keys() != set(epochs):
+        raise DatabaseAway("somebody else deletes rows of the ledger")
+    return ledger
 
 
 class Opener:
@@ -2808,7 +2831,7 @@ SPOOL_VERSION = 1
 
 # `total` counts all events up to this flush, so that the number of events is known without a scan.
 SPOOL_SQL = f"""
-CREATE TABLE attolytics_epoch (epoch TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE attolytics_epoch (epoch TEXT PRIMARY KEY, is_finished INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE attolytics_spool (
   id INTEGER PRIMARY KEY, epoch TEXT NOT NULL, flush INTEGER NOT NULL,
   events INTEGER NOT NULL, total INTEGER NOT NULL, batches TEXT NOT NULL
@@ -2911,6 +2934,11 @@ def lock_spool(path: str) -> int:
     return descriptor
 
 
+def storable(text: str | None) -> str | None:
+    """Return a text with lone surrogates written as escapes, because SQLite holds UTF-8."""
+    return text and text.encode(errors="backslashreplace").decode()
+
+
 def sync_directory(path: str) -> None:
     """Make sure that a new file is found in its directory after a power cut."""
     descriptor = os.open(Path(path).absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -2932,8 +2960,11 @@ class Spool:
         self._descriptor = lock_spool(path)
         try:
             self._db = self._open(schema)
-            # The processes that used this spool and may have a row in the ledger.
-            self.epochs = [epoch for (epoch,) in self._db.execute("SELECT epoch FROM attolytics_epoch")]
+            # The processes that used this spool and may have a row in the ledger; and those of them
+            # that have nothing in the spool, and must never get a row again.
+            epochs = dict(self._db.execute("SELECT epoch, is_finished FROM attolytics_epoch"))
+            self.epochs = [epoch for epoch, is_finished in epochs.items() if not is_finished]
+            self.finished = [epoch for epoch, is_finished in epochs.items() if is_finished]
             first = self._one("SELECT total - events FROM attolytics_spool ORDER BY id LIMIT 1")
             # Events of all flushes ever, and of those that are gone. Their difference is what is here.
             self._total = self._one("SELECT total FROM attolytics_spool ORDER BY id DESC LIMIT 1") or 0
@@ -3009,16 +3040,20 @@ class Spool:
             )
         self._gone += events
 
+    def finish(self, epochs: Collection[str]) -> None:
+        """Note that processes have nothing in the spool, before their rows leave the ledger."""
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE attolytics_epoch SET is_finished = 1 WHERE epoch = ?", [(e,) for e in epochs]
+            )
+        self.epochs = [epoch for epoch in self.epochs if epoch not in epochs]
+        self.finished += epochs
+
     def forget(self, epochs: Collection[str]) -> None:
-        """Forget processes that have no row in the ledger any more."""
+        """Forget finished processes that have no row in the ledger any more."""
         with self._transaction():
             self._db.executemany("DELETE FROM attolytics_epoch WHERE epoch = ?", [(e,) for e in epochs])
-        self.epochs = [epoch for epoch in self.epochs if epoch not in epochs]
-
-    def in_quarantine(self) -> int:
-        """Return how many events are in the quarantine."""
-        with self._translated():
-            return int(self._one("SELECT count(*) FROM attolytics_quarantine") or 0)
+        self.finished = [epoch for epoch in self.finished if epoch not in epochs]
 
     def retries(self, after: int) -> list[Retry]:
         """Return the next events of the quarantine, in the order of their ids."""
@@ -3027,11 +3062,17 @@ class Spool:
                 "SELECT id, batch, event, reason FROM attolytics_quarantine WHERE id > ? ORDER BY id LIMIT ?",
                 (after, FLUSH_EVENTS_MAX),
             )
-            return [
+            retries: list[Retry] = []
+            chars = 0
+            for id_, batch, event, reason in rows:
                 # An event without a batch is a whole flush that could not be read.
-                Retry(id_, f'[{batch[:-1]},"events":[{event}]}}]' if batch else event, reason)
-                for id_, batch, event, reason in rows
-            ]
+                text = f'[{batch[:-1]},"events":[{event}]}}]' if batch else event
+                chars += len(text)
+                if retries and chars > FLUSH_CHARS_MAX:
+                    break
+                retries.append(Retry(id_, text, reason))
+            rows.close()
+            return retries
 
     def retry(self, number: int, retries: Sequence[Retry], reasons: Mapping[int, str]) -> None:
         """Move events from the quarantine into a flush of this process; note why others stay."""
@@ -3069,7 +3110,9 @@ class Spool:
     def _open(self, schema: Schema) -> sqlite3.Connection:
         # Only one thread uses it, but not the one that opens it.
         db = sqlite3.connect(self.path, timeout=SPOOL_BUSY_S, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode = WAL")
+        (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise sqlite3.OperationalError(f"its file system cannot do WAL, only {mode}")
         # NORMAL would lose what was acknowledged when the power fails.
         db.execute("PRAGMA synchronous = FULL")
         (self._page_bytes,) = db.execute("PRAGMA page_size").fetchone()
@@ -3078,7 +3121,7 @@ class Spool:
         if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             db.executescript(f"BEGIN IMMEDIATE;{SPOOL_SQL}COMMIT")
             sync_directory(self.path)
-        db.execute("INSERT OR IGNORE INTO attolytics_epoch VALUES (?)", (self.epoch,))
+        db.execute("INSERT INTO attolytics_epoch VALUES (?, 0)", (self.epoch,))
         self._create_views(db, schema)
         return db
 
@@ -3111,7 +3154,8 @@ class Spool:
         for item in quarantined:
             about = spooled_batch(item.app_id, item.delivery, "")
             batch = about.removesuffix(',"events":}') + "}" if item.app_id else None
-            row = (now, item.app_id, item.table, item.column, item.reason, batch, item.event)
+            about_it = (storable(item.table), storable(item.column), storable(item.reason))
+            row = (now, item.app_id, *about_it, batch, item.event)
             added = self._db.execute(
                 "INSERT INTO attolytics_quarantine"
                 " (quarantined_at, app, table_name, column_name, reason, batch, event)"
@@ -3141,7 +3185,8 @@ class Spool:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        # What SQLite cannot hold, a text of a gigabyte say, is a ValueError or an OverflowError.
+        except (sqlite3.Error, OSError, ValueError, OverflowError) as error:
             raise SpoolError(f"the spool {self.path} fails: {one_line(error)}") from None
 
     @contextlib.contextmanager
@@ -3241,15 +3286,20 @@ class Connector:
         self._open = open_session
         self._hand_over = hand_over
         self._stop = threading.Event()
+        self._wanted: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
         self._backoff = 0.0
         self._complaints = Complaints(clock)
 
-    def start(self, epochs: Sequence[str]) -> None:
+    def start(self) -> None:
+        """Start the thread. It has nothing to do until it is asked to connect."""
+        threading.Thread(target=self._work, name="connector", daemon=True).start()
+
+    def connect(self, epochs: Sequence[str]) -> None:
         """Begin to connect, with back-off since the last time that settled() was called.
 
-        The session will know the ledger's rows of `epochs`.
+        The session will know the ledger's rows of `epochs`. Does not block.
         """
-        threading.Thread(target=self._work, args=(epochs,), name="connector", daemon=True).start()
+        self._wanted.put(epochs)
 
     def settled(self) -> None:
         """Note that a session works, so that the next loss is retried at once."""
@@ -3259,7 +3309,11 @@ class Connector:
         """End the thread soon; does not wait for it."""
         self._stop.set()
 
-    def _work(self, epochs: Sequence[str]) -> None:
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            self._open_one(self._wanted.get())
+
+    def _open_one(self, epochs: Sequence[str]) -> None:
         while not self._stop.wait(self._backoff * random.uniform(0.5, 1)):
             self._backoff = min(max(self._backoff * 2, BACKOFF_FIRST_S), BACKOFF_MAX_S)
             try:
@@ -3372,7 +3426,7 @@ class Replayer:
     def _sort(self, batch: Spooled) -> Sorted:
         intake = self._intakes.get(batch.app_id)
         if intake:
-            return intake.sort(batch.events, batch.delivery, None, EVENTS_MAX)
+            return intake.sort(batch.events, batch.delivery, None, None)
         reason = f"the schema file has no app {show(batch.app_id)}"
         return Sorted(problems=[EventProblem(i, None, reason) for i in range(len(batch.events))])
 
@@ -3450,6 +3504,7 @@ class Writer:
         self._retried_until = 0  # the last flush that has such events
         self._replay_events = REPLAY_EVENTS_MAX  # fewer while the database is too slow for so many
         self._statement_timeout = STATEMENT_TIMEOUT_S
+        self._conflicts = 0
         self._suspect = False  # The database refused events for a reason that is not theirs
         self._complaints = Complaints(clock)
 
@@ -3476,9 +3531,11 @@ class Writer:
     def start(self, session: Session | None) -> threading.Thread:
         """Start the writer's thread, with a session or (None) with the database away."""
         self._session = session
+        if self._connector:
+            self._connector.start()
         if session is None and self._connector:
             self._away_since = self._clock()
-            self._connector.start(self._spool.epochs)
+            self._connector.connect(self._spool.epochs)
         thread = threading.Thread(target=self._work, name="writer", daemon=True)
         thread.start()
         return thread
@@ -3532,7 +3589,7 @@ class Writer:
                 if isinstance(item, Pending):
                     waiting.append(item)
                     events += len(item.batch.content.tables)
-                    chars += item.batch.chars
+                    chars += len(item.batch.body)
                 elif isinstance(item, Session):
                     self._session = item
                     self._finish_epochs()
@@ -3551,7 +3608,8 @@ class Writer:
         self._patient_until = self._clock() + CLOSE_S
         try:
             if self._session and not self._spool.events:
-                self._forget(self._session, self._spool.epochs)
+                self._spool.finish(self._spool.epochs)
+                self._forget_finished(self._session)
         except (DatabaseError, SpoolError) as error:
             log.debug("the ledger keeps the row of this process: %s", error)
         if self._session:
@@ -3616,6 +3674,7 @@ class Writer:
     def _succeed(self, session: Session, raised: Raise) -> None:
         session.ledger[raised.epoch] = raised.end
         self._suspect = False
+        self._conflicts = 0
         if self._connector:
             self._connector.settled()
         if self._away_since is not None:
@@ -3646,7 +3705,9 @@ class Writer:
         quarantines = batch.app.quarantines
         try:
             rows = batch.content.in_order()
-            refused = self._sift(session, raising, rows, EVENTS_MAX if quarantines else CULPRITS_MAX)
+            refused = self._sift(
+                session, FLUSH_START + raising.sql(), rows, EVENTS_MAX if quarantines else CULPRITS_MAX
+            )
             if flight.is_spooled or any(isinstance(e, DatabaseMisconfigured) for e in refused.values()):
                 raise DatabaseConflict("left to the replay")
             problems = refusals(batch, refused, error)
@@ -3695,15 +3756,15 @@ class Writer:
         batch.body = f'{{"events":[{",".join(left)}]}}'.encode()
 
     def _sift(
-        self, session: Session, raising: Raise, rows: Sequence[tuple[str, str]], limit: int
+        self, session: Session, start: str, rows: Sequence[tuple[str, str]], limit: int
     ) -> dict[int, DatabaseError]:
-        """Insert into an open transaction all rows that the database takes, by bisection.
+        """Insert into a transaction that `start` begins all rows that the database takes, by bisection.
 
         Returns why it refuses the others, by their index; gives up after `limit` of them. Each row is
         tried after those before it, so that of two that are refused together the second one is found.
         """
         refused: dict[int, DatabaseError] = {}
-        self._run(session, Message(FLUSH_START + raising.sql()))
+        self._run(session, Message(start))
         parts = [range(len(rows))]
         while parts and len(refused) < limit:
             part = parts.pop()
@@ -3731,7 +3792,12 @@ class Writer:
         session.database.start(message)
         while True:
             patience = self._patient_until - self._clock()
-            rows = session.database.finish(max(patience, REPLAY_POLL_S))
+            try:
+                rows = session.database.finish(max(patience, REPLAY_POLL_S))
+            except DataRefused as error:
+                if any(f"{LEDGER_MOVED} {epoch}" in error.reason for epoch in session.ledger):
+                    raise DatabaseAway("the ledger does not stand where we left it") from None
+                raise
             if rows is not None:
                 return rows
             if self._stopping or self._clock() > deadline:
@@ -3758,7 +3824,7 @@ class Writer:
         self._progress = None
         self._away_since = self._clock() if self._away_since is None else self._away_since
         if self._connector:
-            self._connector.start(self._spool.epochs)
+            self._connector.connect(self._spool.epochs)
 
     # To the spool, and from there to the database.
 
@@ -3825,8 +3891,10 @@ class Writer:
                 log.error("the replay is held up: %s", error.reason)
             self._lose(DatabaseAway(error.reason))
         except DatabaseConflict as error:
-            log.debug("replay again: %s", error.reason)
+            self._conflicts += 1
             self._roll_back(session)
+            if self._conflicts % CONFLICT_TRIES == 0 and self._session:
+                self._lose(error)  # which tries again with back-off
         except DatabaseMisconfigured as error:
             self._roll_back(session)
             self._suspect = True
@@ -3854,19 +3922,19 @@ class Writer:
             try:
                 self._run(session, self._inserts.flush(raising, group.parts, start))
             except DataRefused:
-                self._replay_sifted(session, group, raising)
+                self._replay_sifted(session, group, start + raising.sql())
             except DatabaseMisconfigured:
                 if not self._suspect:  # the connector looks first whether the tables are there
                     raise
-                self._replay_sifted(session, group, raising)
+                self._replay_sifted(session, group, start + raising.sql())
             self._succeed(session, raising)
             self._replay_events = min(self._replay_events * 2, REPLAY_EVENTS_MAX)
         self._delete(flushes)
 
-    def _replay_sifted(self, session: Session, group: Group, raising: Raise) -> None:
+    def _replay_sifted(self, session: Session, group: Group, start: str) -> None:
         """Replay what the database takes of a group that it refused as a whole."""
         self._run(session, Message("ROLLBACK"))
-        refused = self._sift(session, raising, group.rows, len(group.rows) + 1)
+        refused = self._sift(session, start, group.rows, len(group.rows) + 1)
         ours = [error for error in refused.values() if isinstance(error, DatabaseMisconfigured)]
         if ours and (not self._suspect or len(ours) * 2 >= len(group.rows)):
             raise ours[0]
@@ -3921,19 +3989,22 @@ class Writer:
     def _finish_epochs(self) -> None:
         """Take processes that have ended, and whose events are all replayed, out of the ledger."""
         others = [epoch for epoch in self._spool.epochs if epoch != self._spool.epoch]
-        if others and self._session and not self._spool.events:
-            try:
-                self._forget(self._session, others)
-            except DatabaseAway as error:
-                self._lose(error)
-            except (DatabaseError, SpoolError) as error:
-                log.debug("old processes stay in the ledger: %s", error)
+        if not self._session or self._spool.events:
+            return
+        try:
+            if others:
+                self._spool.finish(others)
+            self._forget_finished(self._session)
+        except DatabaseAway as error:
+            self._lose(error)
+        except (DatabaseError, SpoolError) as error:
+            log.debug("old processes stay in the ledger: %s", error)
 
-    def _forget(self, session: Session, epochs: Sequence[str]) -> None:
-        rows = self._run(session, Message(finish_epochs_sql(epochs)))
-        remaining = {epoch for (epoch,) in rows}
-        # First the ledger: an epoch that the spool has forgotten would stay there for ever.
-        self._spool.forget([epoch for epoch in epochs if epoch not in remaining])
+    def _forget_finished(self, session: Session) -> None:
+        if finished := self._spool.finished:
+            rows = self._run(session, Message(finish_epochs_sql(finished)))
+            remaining = {epoch for (epoch,) in rows}
+            self._spool.forget([epoch for epoch in finished if epoch not in remaining])
 
 
 # --- HTTP ---------------------------------------------------------------------
