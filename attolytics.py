@@ -3097,7 +3097,10 @@ class Spool:
             # VACUUM writes what stays: not worth it while that is most of the file.
             if free * self._page_bytes > SHRINK_BYTES and free * 2 > pages:
                 self._db.execute("VACUUM")
+            # Whoever reads the file with another program is not waited for.
+            self._db.execute("PRAGMA busy_timeout = 0")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._db.execute(f"PRAGMA busy_timeout = {SPOOL_BUSY_S * 1000}")
 
     def close(self) -> None:
         """Close the file, and let others use it."""
@@ -3708,12 +3711,11 @@ class Writer:
             refused = self._sift(
                 session, FLUSH_START + raising.sql(), rows, EVENTS_MAX if quarantines else CULPRITS_MAX
             )
-            if flight.is_spooled or any(isinstance(e, DatabaseMisconfigured) for e in refused.values()):
+            is_ours = any(isinstance(e, DatabaseMisconfigured) for e in refused.values())
+            if flight.is_spooled or is_ours or (quarantines and not refused):
                 raise DatabaseConflict("left to the replay")
             problems = refusals(batch, refused, error)
             if quarantines:
-                # If they are refused only at the end and together, all of them are set apart.
-                refused = refused or dict.fromkeys(range(len(rows)), error)
                 self._quarantine_refused(pending, refused, problems)
                 self._run(session, Message("COMMIT"))
             else:
@@ -3882,6 +3884,7 @@ class Writer:
     def _replay(self, session: Session) -> None:
         """Replay the first flushes of the spool in one transaction."""
         self._progress = self._progress or Progress(self._spool.events, self._clock)
+        self._patient_until = self._clock()  # nobody waits for this
         try:
             self._replay_group(session, self._spool.head(self._replay_events))
             if not self._spool.events:
@@ -3950,8 +3953,9 @@ class Writer:
         for (index, _batch, _event), item in bad.items():
             self._quarantined += 1
             flush = group.flushes[index]
-            if self._retried is not None and flush.epoch == self._spool.epoch:
-                self._retried[item.reason] += flush.number <= self._retried_until
+            is_retried = flush.epoch == self._spool.epoch and flush.number <= self._retried_until
+            if self._retried is not None and is_retried:
+                self._retried[item.reason] += 1
             if self._complaints.is_new(item.reason):
                 log.warning("a spooled event goes to the quarantine: %s", item.reason)
 
@@ -3966,7 +3970,10 @@ class Writer:
         self._progress = None
         self._quarantined = 0
         self._report_retry()
-        self._spool.shrink()
+        try:
+            self._spool.shrink()
+        except SpoolError as error:  # somebody reads it; another time
+            log.debug("%s", error.reason)
         self._finish_epochs()
 
     def _report_retry(self) -> None:
