@@ -116,7 +116,7 @@ PREFLIGHT_AGE_S = 86_400  # Browsers cap it themselves (Chromium at 2 h).
 CONNECTIONS_MAX = 512  # Default of --max_connections; a thread each, about 50 kB resident.
 TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
 SPARE_FILES = 64  # File descriptors beside the client connections: database, log, libraries.
-SEND_BYTES = 16 << 10  # At once, to the database; a record of TLS.
+TLS_SEND_BYTES = 16 << 10  # At once, to the database: one record.
 RECEIVE_BYTES = 64 << 10  # Read at once: the head and the body of nearly every request.
 LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kernel caps it.
 ACCEPT_PAUSE_S = 0.1  # When file descriptors ran out, instead of spinning.
@@ -2244,7 +2244,8 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
 
     def _send_some(self) -> None:
         # A socket with a time-out takes what fits its buffer; TLS would wait until all of it is sent.
-        self._unsent = self._unsent[self._usock.send(self._unsent[:SEND_BYTES]) :]
+        size = TLS_SEND_BYTES if isinstance(self._usock, ssl.SSLSocket) else len(self._unsent)
+        self._unsent = self._unsent[self._usock.send(self._unsent[:size]) :]
 
     def _read_some(self) -> None:
         data = self._usock.recv(RECEIVE_BYTES)
@@ -2971,7 +2972,10 @@ class Spool:
             self._gone = self._total if first is None else first
         except (sqlite3.Error, OSError) as error:
             os.close(self._descriptor)
-            raise OperatorError(f"cannot use the spool {path}: {one_line(error)}") from None
+            raise OperatorError(
+                f"cannot use the spool {path}: {one_line(error)}; SQLite needs more files beside it, name one"
+                f" in a directory that user {os_user()} may write to with --spool PATH"
+            ) from None
 
     @property
     def events(self) -> int:
