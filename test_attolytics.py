@@ -1803,7 +1803,7 @@ class WriterTest(DatabaseCase):
         )
         time.sleep(0.2)
         writer.store(self.batch(mark(2)))
-        self.assertEqual(self.marks(), [1, 2])
+        wait_until(lambda: self.marks() == [1, 2])
 
     def test_a_backend_that_is_terminated_in_the_middle_costs_nothing(self) -> None:
         writer = self.start_writer()
