@@ -147,6 +147,8 @@ SPOOL_BUSY_S = 2  # How long somebody with the sqlite3 program may hold the spoo
 QUICK_CHECK_BYTES_MAX = 256 << 20  # A spool up to this size is checked at start; that takes a second.
 SHRINK_BYTES = 1 << 20  # Free room in the file that is worth giving back.
 GOODBYE_S = 0.05  # To tell PostgreSQL that a connection ends; it would notice anyway.
+SPOOL_DEPTH_SAFE = 500  # Levels of JSON that Python reads from anywhere; it gives up at about 1,000.
+SPOOL_DEPTH_SLACK = 50  # Levels that must be left when a batch is spooled.
 REPLAY_EVENTS_MAX = 4_000  # In one transaction: about 50 ms.
 REPLAY_POLL_S = 0.002  # Between looks at new batches while the database works on a replay.
 PROGRESS_LOG_S = 5  # Between two lines about a replay.
@@ -2720,11 +2722,13 @@ def spooled_batch(app_id: str, delivery: Delivery, events: str) -> str:
 
 
 def batch_text(batch: Batch) -> str:
-    """Return the JSON of a batch for the spool."""
+    """Return the JSON of a batch for the spool. Raises RecursionError for what it could not read again."""
     text = body_text(batch.body)
-    return spooled_batch(
-        batch.app.id, kept(batch.delivery, batch.headers), text[slice(*events_span(text, 0))]
-    )
+    events = text[slice(*events_span(text, 0))]
+    # How deep Python reads depends on who calls it; in the spool events are nested a little deeper, too.
+    if events.count("[") + events.count("{") > SPOOL_DEPTH_SAFE:
+        SCAN("[" * SPOOL_DEPTH_SLACK + events + "]" * SPOOL_DEPTH_SLACK, 0)
+    return spooled_batch(batch.app.id, kept(batch.delivery, batch.headers), events)
 
 
 @dataclass(frozen=True, slots=True)

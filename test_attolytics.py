@@ -3089,6 +3089,22 @@ class SpoolTextTest(unittest.TestCase):
         self.assertEqual(attolytics.event_texts(attolytics.body_text(text.encode())), events)
         self.assertEqual(attolytics.event_texts('{"events":[]}'), [])
 
+    def test_whatever_is_spooled_can_be_read_again(self) -> None:
+        intake = Intake(schema_of(ALL_TYPES).apps["app"])
+        refused = 0
+        for depth in [*range(0, 900, 100), *range(900, 1_010), 5_000, 50_000]:
+            nested = "[" * depth + "]" * depth
+            body = f'{{"secret_key": "key", "events": [{{"_t": "plain", "deep": [{nested}]}}]}}'.encode()
+            try:
+                text = attolytics.batch_text(intake.batch(body, delivery()))
+            except (InvalidBody, RecursionError):
+                refused += 1
+                continue
+            [spooled] = attolytics.read_spooled(f"[{text}]")
+            self.assertEqual(len(spooled.events), 1)
+            self.assertEqual(len(attolytics.spooled_events(f"[{text}]")[0]), 1)
+        self.assertGreater(refused, 0)
+
     def test_events_are_taken_out_of_a_flush(self) -> None:
         text = '[{"app":"a","events":[1,{"x":[2]},3]},{"app":"b","events":[4]},{"app":"c","events":[5]}]'
         self.assertEqual(attolytics.spooled_events(text), [["1", '{"x":[2]}', "3"], ["4"], ["5"]])
