@@ -457,25 +457,29 @@ class BatchTest(unittest.TestCase):
             body_of(example(time=0, score=7), purchase, example(user_id="me")),
             delivery({"referer": "http://a.example/'"}),
         )
-        self.assertEqual(batch.content.tables, ["events", "purchases", "events"])
+        self.assertEqual(batch.accepted, 3)
         self.assertEqual(
-            batch.content.rows,
+            batch.rows,
             {
-                "events": [
-                    "1970-01-01T00:00:00.000000Z\tlinux\t1\t\\N\tstart\t7\thttp://a.example/'\n",
-                    "\\N\tlinux\t1\tme\tstart\t\\N\thttp://a.example/'\n",
-                ],
+                "events": (
+                    "1970-01-01T00:00:00.000000Z\tlinux\t1\t\\N\tstart\t7\thttp://a.example/'\n"
+                    "\\N\tlinux\t1\tme\tstart\t\\N\thttp://a.example/'\n"
+                ),
                 # It has a unique column.
-                "purchases": [
+                "purchases": (
                     "('123e4567-e89b-12d3-a456-426614174000','hat',NULL,NULL,"
                     "'2019-04-01T14:49:40.250000Z','192.0.2.1','com.example.myapp',NULL)"
-                ],
+                ),
             },
         )
-        self.assertEqual(batch.warnings, [])
+        self.assertEqual(batch.warnings, ())
+        rows = self.intake.rows_in_order(attolytics.decoded_events(batch.body), batch.delivery)
+        self.assertEqual([table for table, _ in rows], ["events", "purchases", "events"])
+        self.assertEqual("".join(row for table, row in rows if table == "events"), batch.rows["events"])
 
     def test_no_events_are_a_batch_too(self) -> None:
-        self.assertEqual(self.intake.batch(body_of(), delivery()).content.tables, [])
+        batch = self.intake.batch(body_of(), delivery())
+        self.assertEqual((batch.accepted, batch.rows), (0, {}))
 
     def test_a_body_of_another_shape_is_refused(self) -> None:
         for body, reason in [
@@ -610,8 +614,8 @@ class BatchTest(unittest.TestCase):
     def test_a_catch_all_column_takes_the_unknown_keys(self) -> None:
         event = {"_t": "purchases", "id": "0" * 32, "product": "x", "color": "red", "n": [1]}
         batch = self.intake.batch(body_of(event), delivery())
-        self.assertIn(""",'{"color":"red","n":[1]}')""", batch.content.rows["purchases"][0])
-        self.assertEqual(batch.warnings, [])
+        self.assertIn(""",'{"color":"red","n":[1]}')""", batch.rows["purchases"])
+        self.assertEqual(batch.warnings, ())
         event["color"] = "\0"
         self.assertEqual(self.problems(event)[0].column, "extra")
 
@@ -648,7 +652,7 @@ class BatchTest(unittest.TestCase):
         )
         for header, literal in [("plain", "plain\n"), ("\xc3\xa9", "é\n"), ("\xe9", "é\n")]:
             batch = intake.batch(body_of({"_t": "t"}, key="k"), delivery({"x-a": header}))
-            self.assertEqual(batch.content.rows["t"], [literal])
+            self.assertEqual(batch.rows["t"], literal)
 
     def test_a_proxy_nearby_is_believed_about_the_client(self) -> None:
         for peer, headers, address in [
@@ -736,20 +740,26 @@ class SqlTest(unittest.TestCase):
             ("\\.", "\\\\."),
             ("a\tb\nc\rd\x01\x7f\u2028", "a\\tb\\nc\\rd\x01\x7f\u2028"),
         ]:
-            self.assertEqual(attolytics.copy_string(text), field)
-        self.assertEqual(attolytics.copy_json({"a": "\t\\"}), '{"a":"\\\\t\\\\\\\\"}')
-        for text in ("a\0", "\ud800"):
+            table = attolytics.TableIntake(Table("t", (Column("s"), Column("h", header="h"))))
+            self.assertEqual(table.rows([{"_t": "t", "s": text}], ["end"]), [f"{field}\tend"])
+            convert = attolytics.field_converter(Type.STRING, table.format)
+            self.assertEqual(convert(text), field)
+        json_field = attolytics.field_converter(Type.JSON, table.format)
+        self.assertEqual(json_field({"a": "\t\\"}), '{"a":"\\\\t\\\\\\\\"}')
+        for bad in ("a\0", "\ud800", 5):
             with self.assertRaises(ValueError):
-                attolytics.copy_string(text)
+                table.rows([{"_t": "t", "s": bad}], ["end"])
 
     def test_a_flush_is_one_transaction_over_all_tables(self) -> None:
         schema = schema_of(ALL_TYPES)
-        parts = [{"plain": ["1\ta\n"], "marks": ["(2,'b')"]}, {"plain": ["3\tc\n"]}]
+        parts = [{"plain": "1\ta\n", "marks": "(2,'b'),(4,'d')"}, {"plain": "3\tc\n", "marks": "(5,'e')"}]
         raising = attolytics.Raise(str(uuid.uuid4()), 6, 7)
         message = attolytics.Inserts(schema).flush(raising, parts)
         self.assertEqual(
             message.sql.removeprefix(attolytics.FLUSH_START + raising.sql()),
-            'INSERT INTO "marks" ("mark","text") VALUES (2,\'b\') ON CONFLICT ("mark") DO NOTHING;\n'
+            'INSERT INTO "marks" ("mark","text") VALUES '
+            "(2,'b'),(4,'d'),(5,'e')"
+            ' ON CONFLICT ("mark") DO NOTHING;\n'
             'COPY "plain" ("mark","text") FROM STDIN;\n'
             "COMMIT",
         )
@@ -1245,7 +1255,7 @@ class PrepareTest(DatabaseCase):
         with self.assertRaisesRegex(OperatorError, "is a view without an INSTEAD OF INSERT trigger"):
             self.open()
         self.query("CREATE TRIGGER pass INSTEAD OF INSERT ON plain FOR EACH ROW EXECUTE FUNCTION pass()")
-        self.start_writer().store(self.batch(mark(1, table="plain")))
+        store(self.start_writer(), self.batch(mark(1, table="plain")))
         self.assertEqual(self.query("SELECT mark FROM base"), [[2]])
         self.query(
             "DROP TABLE marks; CREATE VIEW marks AS SELECT * FROM base;"
@@ -1372,7 +1382,7 @@ class ConnectTest(DatabaseCase):
         self.query(f"ALTER DATABASE {self.database} SET DateStyle = 'German, DMY'")
         self.open()
         writer = self.start_writer()
-        writer.store(self.batch({"_t": "everything", "s": "\\' \U0001f600", "ts": 0}))
+        store(writer, self.batch({"_t": "everything", "s": "\\' \U0001f600", "ts": 0}))
         text = "U&'\\005C\\0027 \\+01F600'"  # the same in escapes
         self.assertEqual(
             self.query(
@@ -1387,7 +1397,7 @@ class ConnectTest(DatabaseCase):
         for configured, ours in [("off", "local"), ("remote_apply", "remote_apply"), ("on", "on")]:
             with self.subTest(configured):
                 database.run(f"SET synchronous_commit = {configured}")
-                database.run(attolytics.FLUSH_START)
+                database.run(f"{attolytics.FLUSH_START}SELECT {attolytics.DURABLY}")
                 self.assertEqual(database.run("SHOW synchronous_commit"), [[ours]])
                 database.run("ROLLBACK")
 
@@ -1532,7 +1542,7 @@ class RoundTripTest(DatabaseCase):
     def insert(self, batch: Batch) -> None:
         raising = attolytics.Raise(self.epoch, self.number, self.number + 1)
         self.number += 1
-        self.connection.start(self.inserts.flush(raising, [batch.content.rows]))
+        self.connection.start(self.inserts.flush(raising, [batch.rows]))
         self.assertIsNotNone(self.connection.finish(10))
 
     def store(self, body: bytes) -> dict[str, Any]:
@@ -1611,17 +1621,27 @@ class RoundTripTest(DatabaseCase):
 DATABASE, SPOOL = attolytics.DATABASE, attolytics.SPOOL
 
 
+def store(writer: Writer, batch: Batch) -> str:
+    """Return where a batch is stored, or raise the error that its verdict is."""
+    verdicts: list[attolytics.RequestError | str] = []
+    writer.submit(batch, lambda _batch, verdict: verdicts.append(verdict)).acquire()
+    [verdict] = verdicts
+    if isinstance(verdict, attolytics.RequestError):
+        raise verdict
+    return verdict
+
+
 def store_all(writer: Writer, batches: Sequence[Batch]) -> list[attolytics.RequestError | str]:
     """Store batches from a thread each, at the same time; return their verdicts."""
 
-    def store(batch: Batch) -> attolytics.RequestError | str:
+    def verdict(batch: Batch) -> attolytics.RequestError | str:
         try:
-            return writer.store(batch)
+            return store(writer, batch)
         except attolytics.RequestError as error:
             return error
 
     with concurrent.futures.ThreadPoolExecutor(len(batches)) as pool:
-        return list(pool.map(store, batches))
+        return list(pool.map(verdict, batches))
 
 
 def mark(number: object, text: str | None = None, table: str = "marks") -> dict[str, object]:
@@ -1650,10 +1670,10 @@ class WriterTest(DatabaseCase):
         writer = self.start_writer()
         _, release = self.hold_flush()
         with concurrent.futures.ThreadPoolExecutor(21) as pool:
-            first = pool.submit(writer.store, self.batch(mark(0)))
+            first = pool.submit(store, writer, self.batch(mark(0)))
             self.wait_for_blocked()
             others = [
-                pool.submit(writer.store, self.batch(mark(i), mark(i, table="plain"))) for i in range(1, 21)
+                pool.submit(store, writer, self.batch(mark(i), mark(i, table="plain"))) for i in range(1, 21)
             ]
             time.sleep(0.3)
             release()
@@ -1669,7 +1689,7 @@ class WriterTest(DatabaseCase):
         _, release = self.hold_flush()
         batches = [self.batch(mark(i), mark(2000 if i % 5 == 0 else 100 + i)) for i in range(20)]
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            blocked = pool.submit(writer.store, self.batch(mark(999)))
+            blocked = pool.submit(store, writer, self.batch(mark(999)))
             self.wait_for_blocked()
             with concurrent.futures.ThreadPoolExecutor(1) as second:
                 verdicts_to_be = second.submit(store_all, writer, batches)
@@ -1772,13 +1792,13 @@ class WriterTest(DatabaseCase):
         writer = self.start_writer()
         batch = self.batch(mark(1, "first"), mark(2), mark(2))
         self.assertEqual(store_all(writer, [batch] * 5), [DATABASE] * 5)
-        writer.store(self.batch(mark(1, "second")))
+        store(writer, self.batch(mark(1, "second")))
         self.assertEqual(self.query("SELECT mark, text FROM marks ORDER BY mark"), [[1, "first"], [2, None]])
 
     def test_a_conflict_with_another_constraint_is_an_error(self) -> None:
         writer = self.start_writer()
         self.query("CREATE UNIQUE INDEX ON marks (text)")
-        writer.store(self.batch(mark(1, "a")))
+        store(writer, self.batch(mark(1, "a")))
         [verdict] = store_all(writer, [self.batch(mark(2, "a"))])
         self.assertIsInstance(verdict, InvalidEvents)
 
@@ -1791,18 +1811,18 @@ class WriterTest(DatabaseCase):
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             for _ in range(10):
                 self.query("TRUNCATE marks")
-                list(pool.map(lambda pair: pair[0].store(pair[1]), zip(writers, batches, strict=True)))
+                list(pool.map(lambda pair: store(*pair), zip(writers, batches, strict=True)))
                 wait_until(lambda: self.marks() == numbers)
 
     def test_a_restart_while_idle_is_not_noticed_by_clients(self) -> None:
         writer = self.start_writer()
-        writer.store(self.batch(mark(1)))
+        store(writer, self.batch(mark(1)))
         self.query(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'attolytics'"
             f" AND datname = '{self.database}'"
         )
         time.sleep(0.2)
-        writer.store(self.batch(mark(2)))
+        store(writer, self.batch(mark(2)))
         wait_until(lambda: self.marks() == [1, 2])
 
     def test_a_backend_that_is_terminated_in_the_middle_costs_nothing(self) -> None:
@@ -1837,9 +1857,9 @@ class WriterTest(DatabaseCase):
         writer = self.start_writer()
         _, release = self.hold_flush("plain")
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            slow = pool.submit(writer.store, self.batch(mark(1, table="plain")))
+            slow = pool.submit(store, writer, self.batch(mark(1, table="plain")))
             self.assertEqual(slow.result(), SPOOL)
-            self.assertEqual(writer.store(self.batch(mark(2, table="plain"))), SPOOL)
+            self.assertEqual(store(writer, self.batch(mark(2, table="plain"))), SPOOL)
         release()
         wait_until(lambda: store_all(writer, [self.batch(mark(3))]) == [DATABASE])
         self.assertEqual(self.marks("plain"), [1, 2])
@@ -1852,7 +1872,7 @@ class WriterTest(DatabaseCase):
             " CREATE TRIGGER slow BEFORE INSERT ON everything FOR EACH ROW EXECUTE FUNCTION slow()"
         )
         texts = [mark(n, "x" * 90_000, "plain") for n in range(90)]
-        self.assertEqual(writer.store(self.batch({"_t": "everything", "id": 1}, *texts)), SPOOL)
+        self.assertEqual(store(writer, self.batch({"_t": "everything", "id": 1}, *texts)), SPOOL)
         wait_until(lambda: self.marks("plain") == list(range(90)))
 
     def test_a_database_that_turns_read_only_and_back(self) -> None:
