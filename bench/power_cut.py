@@ -23,9 +23,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import ingest
+from load import answers, encode, post
+from rig import REPOSITORY, BenchError, free_port, running
+from servers import SAMPLE
 
-sys.path.insert(0, str(ingest.REPOSITORY))
+sys.path.insert(0, str(REPOSITORY))
 
 import attolytics
 
@@ -99,12 +101,12 @@ def check(directory: Path, files: dict[str, bytearray], schema: attolytics.Schem
     try:
         spool = attolytics.Spool(str(directory / SPOOL), 1 << 30, schema, str(uuid.uuid4()))
     except attolytics.OperatorError as error:
-        raise ingest.BenchError(f"after {acknowledged} answers: {error}") from None
+        raise BenchError(f"after {acknowledged} answers: {error}") from None
     flushes = spool.head(10_000_000)
     spool.close()
     scores = [event["score"] for f in flushes for b in attolytics.read_spooled(f.text) for event in b.events]  # type: ignore[index]
     if scores[:acknowledged] != list(range(acknowledged)):
-        raise ingest.BenchError(f"after {acknowledged} answers the spool has {len(scores)} events")
+        raise BenchError(f"after {acknowledged} answers the spool has {len(scores)} events")
 
 
 def play_back(trace: str, home: Path, schema: attolytics.Schema, chance: random.Random) -> tuple[int, int]:
@@ -141,9 +143,9 @@ def play_back(trace: str, home: Path, schema: attolytics.Schema, chance: random.
 
 def record(home: Path, requests: int) -> str:
     """Run a server under strace, send it requests, and return the trace."""
-    port = ingest.free_port()
-    server = [str(ingest.REPOSITORY / "attolytics.py"), "-q", "--host", "127.0.0.1", "--port", str(port)]
-    server += ["--schema", str(ingest.REPOSITORY / "schema-example.conf.yaml")]
+    port = free_port()
+    server = [str(REPOSITORY / "attolytics.py"), "-q", "--host", "127.0.0.1", "--port", str(port)]
+    server += ["--schema", str(REPOSITORY / "schema-example.conf.yaml")]
     server += ["--spool", str(home / SPOOL), "--spool_limit", "4M"]  # checkpoints come often then
     strace = [
         "strace",
@@ -158,12 +160,12 @@ def record(home: Path, requests: int) -> str:
         "-o",
         str(home / "trace"),
     ]
-    with ingest.running([*strace, sys.executable, *server], home / "log", signal.SIGTERM) as child:
-        child.wait_until(lambda: ingest.answers(port), "Attolytics")
+    with running([*strace, sys.executable, *server], home / "log", signal.SIGTERM) as child:
+        child.wait_until(lambda: answers(port), "Attolytics")
         client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         for number in range(requests):
-            event = ingest.SAMPLE | {"score": number, "platform": "x" * (number * 37 % 3000)}
-            status = ingest.post(client, ingest.encode([event]))
+            event = SAMPLE | {"score": number, "platform": "x" * (number * 37 % 3000)}
+            status = post(client, encode([event]))
             if status != 200:
                 raise child.failure(f"answered with {status}:")
         client.close()
@@ -177,14 +179,14 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    schema = attolytics.read_schema(str(ingest.REPOSITORY / "schema-example.conf.yaml"))
+    schema = attolytics.read_schema(str(REPOSITORY / "schema-example.conf.yaml"))
     with tempfile.TemporaryDirectory(prefix="attolytics-bench-") as directory:
         home = Path(directory)
         (home / "cut").mkdir()
         try:
             trace = record(home, options.requests)
             acknowledged, states = play_back(trace, home, schema, random.Random(options.seed))
-        except ingest.BenchError as error:
+        except BenchError as error:
             sys.stderr.write(f"power_cut.py: {error}\n")
             return 1
     sys.stdout.write(

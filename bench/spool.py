@@ -13,14 +13,25 @@ import argparse
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import ingest
+from direct import run_client
+from load import Traffic, answers, check_load, run_wrk, write_script
+from rig import (
+    REPOSITORY,
+    BenchError,
+    Child,
+    Postgres,
+    find_program,
+    free_port,
+    memory_mb,
+    private_postgres,
+    running,
+)
 
 SPOOL_LIMIT = "100G"
 ROUND_S = 5
@@ -28,31 +39,30 @@ DONE = re.compile(r"replayed all (\d+) events in ([0-9.]+) s")
 AWAY = "postgres://bench@/postgres?host=%2Fnonexistent"
 
 
-def serve(home: Path, url: str, spool: str, port: int, *options: str) -> AbstractContextManager[ingest.Child]:
+def serve(home: Path, url: str, spool: str, port: int, *options: str) -> AbstractContextManager[Child]:
     command = [
         sys.executable,
-        str(ingest.REPOSITORY / "attolytics.py"),
+        str(REPOSITORY / "attolytics.py"),
         *("--host", "127.0.0.1", "--port", str(port)),
-        *("--schema", str(ingest.REPOSITORY / "schema-example.conf.yaml")),
+        *("--schema", str(REPOSITORY / "schema-example.conf.yaml")),
         *("--spool", str(home / spool), "--spool_limit", SPOOL_LIMIT, *(["--db_url", url] if url else [])),
         *options,
     ]
-    return ingest.running(command, home / "attolytics.log", signal.SIGTERM)
+    return running(command, home / "attolytics.log", signal.SIGTERM)
 
 
 def requests_per_s(home: Path, url: str, spool: str, seconds: int) -> float:
     """Return the rate of one event per request."""
-    script = home / "one.lua"
-    script.write_text(ingest.lua_script(ingest.make_bodies(1)))
-    port = ingest.free_port()
+    script = write_script(home, Traffic())
+    port = free_port()
     with serve(home, url, spool, port, "-q") as child:
-        child.wait_until(lambda: ingest.answers(port), "Attolytics")
-        load = ingest.run_wrk(port, script, seconds)
-        ingest.check_load("Attolytics", load)
+        child.wait_until(lambda: answers(port), "Attolytics")
+        load = run_wrk(port, script, seconds)
+        check_load("Attolytics", load)
     return load.requests / load.duration_us * 1e6
 
 
-def compare_rates(postgres: ingest.Postgres, home: Path, rounds: int, seconds: int) -> None:
+def compare_rates(postgres: Postgres, home: Path, rounds: int, seconds: int) -> None:
     ratios, rates = [], []
     for number in range(rounds):
         places = [(postgres.url, "there.sqlite3"), (AWAY, f"away{number}.sqlite3")]
@@ -71,33 +81,32 @@ def compare_rates(postgres: ingest.Postgres, home: Path, rounds: int, seconds: i
 
 def fill(home: Path, events: int) -> int:
     """Fill a spool with at least so many events; return how many are acknowledged."""
-    script = home / "hundred.lua"
-    script.write_text(ingest.lua_script(ingest.make_bodies(100)))
-    port = ingest.free_port()
+    script = write_script(home, Traffic(100))
+    port = free_port()
     acknowledged = 0
     with serve(home, "", "full.sqlite3", port, "-q") as child:
-        child.wait_until(lambda: ingest.answers(port), "Attolytics")
+        child.wait_until(lambda: answers(port), "Attolytics")
         while acknowledged < events:
-            load = ingest.run_wrk(port, script, ROUND_S)
-            ingest.check_load("Attolytics", load)
+            load = run_wrk(port, script, ROUND_S)
+            check_load("Attolytics", load)
             acknowledged += load.requests * 100
     return acknowledged
 
 
-def replay(postgres: ingest.Postgres, home: Path, acknowledged: int) -> float:
+def replay(postgres: Postgres, home: Path, acknowledged: int) -> float:
     """Replay the full spool and say how it went; return the events per second."""
     size = (home / "full.sqlite3").stat().st_size
-    port = ingest.free_port()
+    port = free_port()
     with serve(home, postgres.url, "full.sqlite3", port) as child:
         while not (done := DONE.search(child.log.read_text())):
             if child.process.poll() is not None:
                 raise child.failure("Attolytics ended:")
             time.sleep(0.5)
-        peak_mb = ingest.memory_mb(child.process.pid, "VmHWM")
+        peak_mb = memory_mb(child.process.pid, "VmHWM")
     events, seconds = int(done[1]), float(done[2])
     rows = postgres.rows()
     if not rows == events >= acknowledged:
-        raise ingest.BenchError(f"{acknowledged} acknowledged, {events} replayed, {rows} rows")
+        raise BenchError(f"{acknowledged} acknowledged, {events} replayed, {rows} rows")
     left = (home / "full.sqlite3").stat().st_size
     sys.stdout.write(
         f"replay of {events:,} events: {events / seconds:,.0f} per second; peak memory {peak_mb:.0f} MB;"
@@ -106,14 +115,15 @@ def replay(postgres: ingest.Postgres, home: Path, acknowledged: int) -> float:
     return events / seconds
 
 
-def copy(postgres: ingest.Postgres, home: Path) -> float:
+def copy(postgres: Postgres, home: Path) -> float:
     """Copy the table's rows out and in again with psql; return the rows per second of the way in."""
     file, rows = home / "rows.copy", postgres.rows()
-    psql = [str(ingest.find_binaries() / "psql"), "-q", "-v", "ON_ERROR_STOP=1", "-d", postgres.url, "-c"]
-    subprocess.run([*psql, f"\\copy events TO '{file}'"], check=True)
+    program = find_program("psql", "postgresql-client")
+    psql: list[str | Path] = [program, "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", postgres.url, "-c"]
+    run_client([*psql, f"\\copy events TO '{file}'"])
     postgres.clear()
     started = time.monotonic()
-    subprocess.run([*psql, f"\\copy events FROM '{file}'"], check=True)
+    run_client([*psql, f"\\copy events FROM '{file}'"])
     return rows / (time.monotonic() - started)
 
 
@@ -128,7 +138,7 @@ def main() -> int:
     try:
         with (
             tempfile.TemporaryDirectory(prefix="attolytics-bench-") as directory,
-            ingest.private_postgres(Path(directory)) as postgres,
+            private_postgres(Path(directory)) as postgres,
         ):
             home = Path(directory)
             if options.rounds:
@@ -137,7 +147,7 @@ def main() -> int:
                 rate = replay(postgres, home, fill(home, options.events))
                 limit = copy(postgres, home)
                 sys.stdout.write(f"psql \\copy: {limit:,.0f} rows per second; ratio {rate / limit:.2f}\n")
-    except ingest.BenchError as error:
+    except BenchError as error:
         sys.stderr.write(f"spool.py: {error}\n")
         return 1
     return 0
