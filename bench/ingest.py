@@ -36,6 +36,7 @@ from load import MIXED, Load, Traffic, big_bodies, check_load, run_wrk, send_all
 from report import Bound, Figure, Measurement, Result, Round, difference, only, ratio, result_json, tables
 from rig import (
     BENCH,
+    STOP_S,
     BenchError,
     Postgres,
     another_database,
@@ -58,6 +59,8 @@ from servers import (
 )
 
 MEMORY_EVENTS = 1_000_000
+IDLE_LOOK_S = 0.1
+IDLE_SHARE = 0.2  # Of a CPU; a server that used less has nothing to do.
 DEFAULT_ROUNDS = 5
 DEFAULT_SECONDS = 4  # All scenarios together then take about a quarter of an hour.
 DEFAULT_GROWTH_ROWS = 10_000_000
@@ -113,20 +116,33 @@ class Meter:
         self._database_before = cpu_s(postgres.pid)
 
     def read(self, who: str, load: Load, events_per_request: int) -> Measurement:
-        """Return what a load came to."""
+        """Return what a load came to, but for the rows; blocks until the servers have nothing to do."""
+        server_cpu_s = self._server_cpu_s_when_idle()
         pids = [child.process.pid for child in self._running.servers]
         return Measurement(
             who=who,
             events=load.requests * events_per_request,
-            seconds=load.duration_us / 1e6,
+            seconds=load.seconds,
+            rows=0,
             requests=load.requests,
             p50_ms=load.p50_us / 1e3,
             p99_ms=load.p99_us / 1e3,
             max_ms=load.max_us / 1e3,
-            server_cpu_s=cpu_s(*self._running.pids) - self._server_before,
+            server_cpu_s=server_cpu_s - self._server_before,
             database_cpu_s=cpu_s(self._postgres.pid) - self._database_before,
             peak_mb=max(memory_mb(pid, "VmHWM") for pid in pids),
         )
+
+    def _server_cpu_s_when_idle(self) -> float:
+        """Wait for the requests that were under way when the load ended: they cost CPU and become rows."""
+        deadline = time.monotonic() + STOP_S
+        used = cpu_s(*self._running.pids)
+        while time.monotonic() < deadline:
+            time.sleep(IDLE_LOOK_S)
+            before, used = used, cpu_s(*self._running.pids)
+            if used - before < IDLE_LOOK_S * IDLE_SHARE:
+                break
+        return used
 
 
 def measure(
@@ -148,10 +164,10 @@ def measure(
         found = meter.read(who, load, traffic.events_per_request)
     check_load(who, load)
     # The server has ended, so nothing is under way any more.
+    rows = {table: postgres.rows(table) - (before or {}).get(table, 0) for table in traffic.per_table}
     for table, events in traffic.per_table.items():
-        rows = postgres.rows(table) - (before or {}).get(table, 0)
-        check_rows(who, rows, load.requests * events, traffic.clients * events)
-    return say(found)
+        check_rows(who, rows[table], load.requests * events, traffic.clients * events)
+    return say(replace(found, rows=sum(rows.values())))
 
 
 def measure_server(server: Server, traffic: Traffic, bench: Bench) -> Measurement:
@@ -179,7 +195,9 @@ def measure_direct(
     done = insert(bench)
     database_cpu_s = cpu_s(postgres.pid) - database_before
     check_rows(who, postgres.rows() - before, done.rows, 0)
-    found = Measurement(who, done.rows, done.seconds, server_cpu_s=done.cpu_s, database_cpu_s=database_cpu_s)
+    found = Measurement(
+        who, done.rows, done.seconds, done.rows, server_cpu_s=done.cpu_s, database_cpu_s=database_cpu_s
+    )
     if done.latencies_s:
         percentile = [done.latencies_s[len(done.latencies_s) * n // 100] * 1e3 for n in (50, 99)]
         found = replace(found, p50_ms=percentile[0], p99_ms=percentile[1], max_ms=done.latencies_s[-1] * 1e3)
@@ -206,15 +224,14 @@ def measure_beside_big_bodies(who: str, traffic: Traffic, bench: Bench) -> Measu
         meter = Meter(running, postgres)
         with big_bodies(running.port) as acknowledged:
             load = run_wrk(running.port, script, bench.seconds, traffic.clients)
-            found = meter.read(who, load, traffic.events_per_request)
-            big_events = acknowledged()
-        all_big_events = acknowledged()
+        found = meter.read(who, load, traffic.events_per_request)
     check_load(who, load)
+    big_events = acknowledged()
     if not big_events:
         raise BenchError(f"{who}: no large request was answered")
-    check_rows(who, postgres.rows(), load.requests + all_big_events, traffic.clients)
-    # The CPU was used for all events, so it is counted per all of them.
-    return say(replace(found, events=found.events + big_events))
+    rows = postgres.rows()
+    check_rows(who, rows, load.requests + big_events, traffic.clients)
+    return say(replace(found, rows=rows))
 
 
 def measure_memory(bench: Bench) -> Measurement:
@@ -231,7 +248,13 @@ def measure_memory(bench: Bench) -> Measurement:
     check_rows(ATTOLYTICS.name, bench.postgres.rows(), MEMORY_EVENTS, 0)
     return say(
         Measurement(
-            ATTOLYTICS.name, MEMORY_EVENTS, seconds, requests, resident_mb=resident_mb, peak_mb=peak_mb
+            who=ATTOLYTICS.name,
+            events=MEMORY_EVENTS,
+            seconds=seconds,
+            rows=MEMORY_EVENTS,
+            requests=requests,
+            resident_mb=resident_mb,
+            peak_mb=peak_mb,
         )
     )
 

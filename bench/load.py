@@ -29,6 +29,7 @@ BODIES = 50  # Different requests that the clients send in turn.
 BODY_BYTES_MAX = 1 << 20  # Of a request, Attolytics' default, and so of the peer.
 EVENTS_MAX = 10_000  # Of a request, likewise.
 REQUEST_TIMEOUT_S = 10
+TIMED_EVENTS = 100  # Per request; from there on its rate is that between the first answer and the last.
 
 
 # --- Events -------------------------------------------------------------------
@@ -125,6 +126,11 @@ class Traffic:
     mixed: bool = False  # Three tables; then `events_per_request` is the sum of MIX.
 
     @property
+    def timed(self) -> bool:
+        """Whether wrk is to note when it gets answers, which takes it too long if there are many."""
+        return self.events_per_request >= TIMED_EVENTS
+
+    @property
     def per_table(self) -> Mapping[str, int]:
         """The events per request that each table gets."""
         return MIX if self.mixed else {"events": self.events_per_request}
@@ -207,13 +213,36 @@ function request()
   return table.concat(text)
 end
 
+local thread
+
+function setup(the_only_thread)
+  thread = the_only_thread
+end
+
 function done(summary, latency)
   local e = summary.errors
   io.stderr:write(string.format(
     '{"requests": %%d, "duration_us": %%d, "refused": %%d, "broken": %%d, "late": %%d, '
-      .. '"p50_us": %%d, "p99_us": %%d, "max_us": %%d}\\n',
+      .. '"p50_us": %%d, "p99_us": %%d, "max_us": %%d, "timed": %%d, "timed_us": %%d}\\n',
     summary.requests, summary.duration, e.status, e.connect + e.read + e.write, e.timeout,
-    latency:percentile(50), latency:percentile(99), latency.max))
+    latency:percentile(50), latency:percentile(99), latency.max,
+    thread:get("timed") or 0, (thread:get("last_us") or 0) - (thread:get("first_us") or 0)))
+end
+"""
+# done() sees only the global variables of the thread.
+LUA_TIMED = """\
+
+local ffi = require("ffi")
+ffi.cdef("typedef struct { long s; long ns; } moment; int clock_gettime(int clock, moment *now);")
+local MONOTONIC = 1
+local now = ffi.new("moment")
+timed = 0
+
+function response()
+  ffi.C.clock_gettime(MONOTONIC, now)
+  last_us = tonumber(now.s) * 1e6 + tonumber(now.ns) / 1e3
+  first_us = first_us or last_us
+  timed = timed + 1
 end
 """
 
@@ -224,16 +253,14 @@ def write_script(home: Path, traffic: Traffic) -> Path:
     for number, body in enumerate(bodies, 1):
         (home / f"body-{number}").write_bytes(body)
     script = home / "load.lua"
-    script.write_text(
-        LUA
-        % {
-            "bodies": len(bodies),
-            "files": home / "body-",
-            "headers": ", ".join(f'["{name}"] = "{value}"' for name, value in traffic.headers.items()),
-            "placeholder": PLACEHOLDER,
-            "placeholder_length": len(PLACEHOLDER),
-        }
-    )
+    text = LUA % {
+        "bodies": len(bodies),
+        "files": home / "body-",
+        "headers": ", ".join(f'["{name}"] = "{value}"' for name, value in traffic.headers.items()),
+        "placeholder": PLACEHOLDER,
+        "placeholder_length": len(PLACEHOLDER),
+    }
+    script.write_text(text + LUA_TIMED if traffic.timed else text)
     return script
 
 
@@ -242,7 +269,10 @@ def write_script(home: Path, traffic: Traffic) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What wrk counted: answers, of which `refused` were not 2xx, and `late` over REQUEST_TIMEOUT_S."""
+    """What wrk counted: answers, of which `refused` were not 2xx, and `late` over REQUEST_TIMEOUT_S.
+
+    `timed_us` is how long after the first of `timed` answers the last one came, if wrk noted it.
+    """
 
     requests: int
     duration_us: int
@@ -252,6 +282,19 @@ class Load:
     p50_us: int
     p99_us: int
     max_us: int
+    timed: int
+    timed_us: int
+
+    @property
+    def seconds(self) -> float:
+        """In what time the server does as many requests.
+
+        Of large requests a second's worth is under way when wrk ends, all done but not answered, so its
+        own duration would say too much. In the time between two answers one whole request is done.
+        """
+        if self.timed < 2:
+            return self.duration_us / 1e6
+        return self.timed_us / 1e6 / (self.timed - 1) * self.requests
 
 
 def run_wrk(port: int, script: Path, seconds: int, clients: int = CLIENTS) -> Load:

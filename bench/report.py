@@ -9,11 +9,16 @@ from statistics import median
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One contestant under load for a while; `events` were acknowledged. None: does not apply to it."""
+    """One contestant under load for a while. None: does not apply to it.
+
+    In `seconds` it acknowledges `events`; it was seen to store `rows`, some of which were not acknowledged
+    in time. CPU is counted until all of them were stored.
+    """
 
     who: str
     events: int
     seconds: float
+    rows: int
     requests: int | None = None
     p50_ms: float | None = None
     p99_ms: float | None = None
@@ -34,12 +39,12 @@ class Measurement:
     @property
     def server_cpu_per_million(self) -> float | None:
         """CPU seconds of the server per million events."""
-        return None if self.server_cpu_s is None else self.server_cpu_s / self.events * 1e6
+        return None if self.server_cpu_s is None else self.server_cpu_s / self.rows * 1e6
 
     @property
     def database_cpu_per_million(self) -> float | None:
         """CPU seconds of PostgreSQL per million events."""
-        return None if self.database_cpu_s is None else self.database_cpu_s / self.events * 1e6
+        return None if self.database_cpu_s is None else self.database_cpu_s / self.rows * 1e6
 
 
 Round = Mapping[str, Measurement]  # By contestant, one measured directly after the other.
