@@ -372,7 +372,7 @@ def plain_scenarios() -> list[Scenario]:
         ),
         Scenario(
             "mix",
-            "10 events per request for 3 tables, with json and unique columns",
+            "3 tables, json and unique, 10 events per request",
             servers(MIXED),
             (times_peer(), peak_memory(60)),
             {},
@@ -448,7 +448,7 @@ def nginx() -> Scenario:
     one = Traffic()
     return Scenario(
         "nginx",
-        "1 event per request, behind nginx",
+        "behind nginx, 1 event per request (requests/s)",
         {
             OURS: partial(measure_server, ATTOLYTICS, one),
             NGINX_1: partial(measure_nginx, NGINX_1, 1, one),
@@ -456,17 +456,17 @@ def nginx() -> Scenario:
         },
         (
             Figure(
-                "requests/s of 1 instance behind nginx, times without",
+                "1 instance behind nginx, times 1 without",
                 ratio(NGINX_1, OURS, "requests_per_s"),
                 panel=TIMES_DIRECT,
             ),
             Figure(
-                "requests/s of 2 instances behind nginx, times 1 without",
+                "2 instances behind nginx, times 1 without",
                 ratio(NGINX_2, OURS, "requests_per_s"),
                 panel=TIMES_DIRECT,
             ),
             Figure(
-                "requests/s of 2 instances behind nginx, times 1 behind it",
+                "2 instances behind nginx, times 1 behind it",
                 ratio(NGINX_2, NGINX_1, "requests_per_s"),
             ),
         ),

@@ -17,9 +17,12 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-WIDTH_INCHES = 9.0
-BAR_INCHES = 0.42  # For each bar, with the space between it and the next.
-PANEL_INCHES = 0.95  # For the title and the axis of a panel.
+# Everything is placed in inches, so that all bars have the same height.
+WIDTH = 9.0
+LEFT, RIGHT = 2.5, 0.15  # For the labels of the bars, and for nothing.
+BAR = 0.46  # For each bar, with the space between it and the next.
+ABOVE, BELOW = 0.5, 0.32  # The title and the axis of a panel.
+CAPTION = 0.6
 LABEL_CHARS = 34
 BLUE, RED, GREY = "#3b6ea8", "#b8473a", "#5f6368"
 
@@ -72,12 +75,13 @@ def draw_panel(axes: Axes, title: str, bars: Sequence[Bar]) -> None:
             required = {">=": "\N{GREATER-THAN OR EQUAL TO}", "<=": "\N{LESS-THAN OR EQUAL TO}"}[bar.sign]
             text += f"   required {required} {bar.limit:g}{', missed' if bar.missed else ''}"
         edge = max(bar.largest, bar.limit or 0) + right * 0.015
-        axes.text(edge, place, text, va="center", fontsize=8.5, color=RED if bar.missed else "black")
+        colour, box = RED if bar.missed else "black", {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+        axes.text(edge, place, text, va="center", fontsize=8.5, color=colour, bbox=box, zorder=6)
     axes.axvline(1, color=GREY, lw=0.9, ls=(0, (4, 3)), zorder=3)
     axes.set_yticks(range(len(bars)), [fill(bar.label, LABEL_CHARS) for bar in bars], fontsize=8.5)
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlim(0, right * 1.18)  # Room for the text beside the longest bar.
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", x=0)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.tick_params(axis="x", labelsize=8, color=GREY)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e3e5e8", zorder=0)
@@ -100,12 +104,15 @@ def draw(document: Mapping[str, object], path: Path) -> None:
         raise ValueError("none of the scenarios has a ratio to draw")
     mpl.rcParams["svg.fonttype"] = "none"  # Text stays text.
     mpl.rcParams["svg.hashsalt"] = "attolytics"  # The same numbers give the same file.
-    heights = [len(bars) * BAR_INCHES + PANEL_INCHES for bars in panels.values()]
-    figure = Figure(figsize=(WIDTH_INCHES, sum(heights) + 0.6), layout="constrained")
-    all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
-    for axes, (title, bars) in zip(all_axes[:, 0], panels.items(), strict=True):
-        draw_panel(axes, title, bars)
-    figure.supxlabel(caption(document), fontsize=8, color=GREY, x=0.01, ha="left")  # type: ignore[arg-type]
+    height = CAPTION + sum(ABOVE + BAR * len(bars) + BELOW for bars in panels.values())
+    figure = Figure(figsize=(WIDTH, height))
+    top = height
+    for title, bars in panels.items():
+        bottom = top - ABOVE - BAR * len(bars)
+        place = (LEFT / WIDTH, bottom / height, (WIDTH - LEFT - RIGHT) / WIDTH, BAR * len(bars) / height)
+        draw_panel(figure.add_axes(place), title, bars)
+        top = bottom - BELOW
+    figure.text(0.15 / WIDTH, 0.12 / height, caption(document), fontsize=8, color=GREY)  # type: ignore[arg-type]
     figure.savefig(path, dpi=150)
 
 
