@@ -119,6 +119,8 @@ TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
 SPARE_FILES = 64  # File descriptors beside the client connections: database, log, libraries.
 TLS_SEND_BYTES = 16 << 10  # At once, to the database: one record.
 RECEIVE_BYTES = 64 << 10  # Read at once: the head and the body of nearly every request.
+LARGE_BODY_BYTES = 32 << 10  # Larger ones are converted one at a time ...
+LARGE_BATCHES_MAX = 6  # ... and so many are between that and their answer: enough for two flushes.
 LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kernel caps it.
 ACCEPT_PAUSE_S = 0.1  # When file descriptors ran out, instead of spinning.
 
@@ -157,7 +159,9 @@ REASONS_MAX = 20  # Why events stay in the quarantine, in lines of the log.
 CULPRITS_MAX = 100  # Events that the database refuses, looked for in a batch before it is refused.
 
 CLOSE_S = 2  # For the database's last answer, when the process ends.
-DRAIN_POLL_S = 0.01  # Between looks at a connection whose request was cut in two by the drain.
+DRAIN_POLL_S = 0.01  # Between looks at connections while the server drains.
+DRAIN_IDLE_S = 1  # So long a client may still use a connection that it keeps; then it is idle.
+ACCEPT_POLL_S = 0.1  # How late the end may be noticed while no connections come.
 SIGNAL_CHECK_S = 0.5  # How late a signal may be noticed in the worst case.
 DRAIN_S = 9  # Requests in flight are answered; systemd and Docker kill after 90 s and 10 s.
 
@@ -4416,12 +4420,12 @@ class Incoming:
         self._clock = clock
         self._buffer = b""
         self._at = 0  # what is before it has been taken
-        self._waits_s = 0.0  # what limit_wait() was told last
+        self._waits_s: float = HEAD_DEADLINE_S  # what limit_wait() was told last, by Server.server_bind()
 
     def wait(self, seconds: float) -> bool:
         """Return whether the next request has begun; False at the end of input or after `seconds`."""
         try:
-            return self._at < len(self._buffer) or self._receive(seconds)
+            return self._at < len(self._buffer) or self._extend(self._receive(seconds))
         except RequestTooSlow:
             return False
 
@@ -4436,21 +4440,23 @@ class Incoming:
 
     def exactly(self, size: int, deadline: float) -> bytes:
         """Return `size` bytes of the body."""
-        parts = [self._take(size)]
-        missing = size - len(parts[0])
+        taken = self._take(size)
+        missing = size - len(taken)
         if not missing:
-            return parts[0]
+            return taken
+        parts = [taken]
         while missing:
-            if not self._receive_more(deadline):
+            data = self._receive_more(deadline, missing)
+            if not data:
                 raise MalformedRequest(f"the body ended {missing} bytes early")
-            parts.append(self._take(missing))
-            missing -= len(parts[-1])
+            parts.append(data)
+            missing -= len(data)
         return b"".join(parts)
 
     def line(self, limit: int, deadline: float) -> bytes:
         """Return a line without its CRLF."""
         while (end := self._buffer.find(b"\r\n", self._at)) < 0 and len(self._buffer) - self._at <= limit:
-            if not self._receive_more(deadline):
+            if not self._extend(self._receive_more(deadline)):
                 raise MalformedRequest("the connection ended in the middle of a chunked body")
         if not 0 <= end - self._at <= limit:
             raise MalformedRequest(f"a line of more than {limit} bytes in a chunked body")
@@ -4481,7 +4487,7 @@ class Incoming:
         """Read and drop what still comes, until the client stops or the deadline."""
         try:
             while self._receive(deadline - self._clock()):
-                self._at = len(self._buffer)
+                pass
         except (RequestTooSlow, OSError):
             return
 
@@ -4495,7 +4501,7 @@ class Incoming:
             if end > self._at:
                 return end
             check_partial_head(self._buffer[self._at :])
-            if not self._receive_more(deadline):
+            if not self._extend(self._receive_more(deadline)):
                 raise MalformedRequest("the connection ended in the middle of the request's head")
 
     def _take(self, size: int) -> bytes:
@@ -4514,28 +4520,37 @@ class Incoming:
                 break
         parse_fields(trailers)
 
-    def _receive_more(self, deadline: float) -> bool:
-        """Receive in the middle of a request, where Service.drain() may have faked an end of input."""
-        while not self._receive(deadline - self._clock()):
-            if not is_established(self._sock):
-                return False
-            time.sleep(DRAIN_POLL_S)
-        return True
+    def _extend(self, data: bytes) -> bool:
+        """Add what was received to the buffer; return False at the end of input."""
+        self._buffer = self._buffer[self._at :] + data if self._at < len(self._buffer) else data
+        self._at = 0
+        return bool(data)
 
-    def _receive(self, seconds: float) -> bool:
-        """Add what comes to the buffer; return False at the end of input."""
+    def _receive_more(self, deadline: float, size: int = 0) -> bytes:
+        """Receive in the middle of a request, where Service.end_idle() may have faked an end of input."""
+        while not (data := self._receive(deadline - self._clock(), size)):
+            if not is_established(self._sock):
+                break
+            time.sleep(DRAIN_POLL_S)
+        return data
+
+    def _receive(self, seconds: float, size: int = 0) -> bytes:
+        """Return what comes, b"" at the end of input.
+
+        With a `size` waits until that much is there or RECEIVE_BYTES, the input ends or the time is over:
+        not each piece of a large body wakes us.
+        """
         if seconds <= 0:
             raise RequestTooSlow("the request did not arrive in time")
         if seconds != self._waits_s:
             limit_wait(self._sock, socket.SO_RCVTIMEO, seconds)
             self._waits_s = seconds
         try:
-            data = self._sock.recv(RECEIVE_BYTES)
+            return self._sock.recv(
+                min(size or RECEIVE_BYTES, RECEIVE_BYTES), socket.MSG_WAITALL if size else 0
+            )
         except BlockingIOError:
             raise RequestTooSlow("the request did not arrive in time") from None
-        self._buffer = self._buffer[self._at :] + data if self._at < len(self._buffer) else data
-        self._at = 0
-        return bool(data)
 
 
 class Service:
@@ -4551,7 +4566,15 @@ class Service:
         self._cors = {app_id: Cors(intake) for app_id, intake in self._apps.items()}
         # Connections whose thread waits for a request. Set operations are atomic.
         self._idle: set[socket.socket] = set()
+        # Set once, by the main thread: answers close their connections from then on.
         self.draining = False
+        # Held while a large body is converted: their events would fill the memory, and small requests
+        # would wait for all of them in turn to let go of the interpreter.
+        self.converting = threading.Lock()
+        # Counts the large batches that may still be converted and stored: their rows take as much memory
+        # as their bodies once more.
+        self.large_batches = threading.Semaphore(LARGE_BATCHES_MAX)
+        self._ended = False
         self._date = (0, "")
 
     def find(self, target: str) -> tuple[Intake, Cors]:
@@ -4569,14 +4592,18 @@ class Service:
         """Return whether another request comes; False when the connection should be closed."""
         self._idle.add(sock)
         try:
-            # drain() sets the flag before it looks at the set: one of us sees the other.
-            return not self.draining and incoming.wait(seconds)
+            # end_idle() sets the flag before it looks at the set: one of us sees the other.
+            return not self._ended and incoming.wait(seconds)
         finally:
             self._idle.discard(sock)
 
-    def drain(self) -> None:
+    def has_idle(self) -> bool:
+        """Return whether any connection waits for a request."""
+        return bool(self._idle)
+
+    def end_idle(self) -> None:
         """Let no connection wait for another request. What has begun is still answered."""
-        self.draining = True
+        self._ended = True
         for sock in self._idle.copy():
             try:
                 sock.shutdown(socket.SHUT_RD)
@@ -4641,20 +4668,20 @@ class Handler(BaseRequestHandler):
     request: socket.socket
 
     def setup(self) -> None:
-        # Without it an answer can wait 40 ms for the client's delayed acknowledgement.
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        limit_wait(self.request, socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
         self._service = self.server.service
         self._incoming = Incoming(self.request, self._service.clock)
         # The last head that was let in, and what came of it: clients that keep their connection
         # repeat it byte for byte, but for the number in Content-Length.
         self._last: tuple[bytes, bytes, Head, Intake, str] | None = None
-        # About the request that is being served. Another thread has it until _answered can be had.
+        # Whether the connection ends with the answer that the writer's thread sends: it closes it then.
+        self.has_parted = False
+        # About the request that is being served. The writer's thread has it until _answered can be had.
         self._answered: threading.Lock | None = None
         self._head: Head | None = None
         self._cors = ANY_ORIGIN
         self._body_unread = False
         self._started = 0.0
+        self._is_large = False
         self._unsent = b""  # of the answer, because the client does not read
 
     def handle(self) -> None:
@@ -4666,9 +4693,8 @@ class Handler(BaseRequestHandler):
                     break
                 seconds = IDLE_CROWDED_S if self.server.pool.is_crowded() else IDLE_S
             self._await_answer()
-            if self._unsent:
-                self.request.sendall(self._unsent)
-            if self._body_unread:
+            self._send(self._unsent)
+            if self._body_unread and not self.has_parted:
                 self._linger()
         except OSError as error:  # the client is gone: nobody to answer
             log.debug("%s: %s", self.client_address[0], reason_of(error))
@@ -4681,21 +4707,30 @@ class Handler(BaseRequestHandler):
             self._answered.acquire()
             self._answered = None
 
+    def _send(self, data: bytes) -> None:
+        """Send what there is to send. Blocks up to SEND_TIMEOUT_S for a client that does not read."""
+        if data:
+            self.request.sendall(data)
+
     def _exchange(self) -> bool:
-        """Serve one request; return whether the connection may stay open."""
+        """Serve one request; return whether there may be another."""
         self._started = self._service.clock()
         try:
             batch = self._serve()
         except RequestError as error:
             answer, keep = self._answer(status_of(error), error_text(error), error.reason)
-            self.request.sendall(answer)
+            self._send(answer)
             return keep
         if batch is None:
             answer, keep = self._answer(HTTPStatus.NO_CONTENT, "")
-            self.request.sendall(answer)
+            self._send(answer)
             return keep
+        if self._head is None or not self._head.keep_alive:
+            self.has_parted = True  # From here on the writer's thread has everything.
+            self._service.writer.submit(batch, self._tell)
+            return False
         self._answered = self._service.writer.submit(batch, self._tell)
-        return self._head is not None and self._head.keep_alive
+        return True
 
     def _tell(self, batch: Batch, verdict: str | RequestError) -> None:
         """Send the answer to a batch. Called by the writer's thread; does not block."""
@@ -4703,16 +4738,35 @@ class Handler(BaseRequestHandler):
             answer, keep = self._answer(status_of(verdict), error_text(verdict), verdict.reason)
         else:
             answer, keep = self._answer(HTTPStatus.OK, accepted_text(batch, verdict))
+        if self._is_large:
+            self._is_large = False
+            self._service.large_batches.release()
         try:
-            try:
-                sent = self.request.send(answer, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                sent = 0
-            self._unsent = answer[sent:]
-            if self._unsent or not keep:  # our own thread must see to it
-                self.request.shutdown(socket.SHUT_RD)
+            self._unsent = answer[self.request.send(answer, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            self._unsent = answer
         except OSError as error:
             log.debug("%s: %s", self.client_address[0], reason_of(error))
+        if not self.has_parted and (self._unsent or not keep):
+            self._wake()
+        elif self.has_parted and self._unsent:
+            self.server.pool.go_on(self._send_rest)
+        elif self.has_parted:
+            self.server.close_connection(self.request)
+
+    def _wake(self) -> None:
+        """Let the connection's own thread see that no other request will be served."""
+        with contextlib.suppress(OSError):
+            self.request.shutdown(socket.SHUT_RD)
+
+    def _send_rest(self) -> None:
+        """Send what the writer's thread could not, and close the connection."""
+        try:
+            self._send(self._unsent)
+        except OSError as error:
+            log.debug("%s: %s", self.client_address[0], reason_of(error))
+        finally:
+            self.server.close_connection(self.request)
 
     def _answer(self, status: HTTPStatus, text: str, reason: str = "") -> tuple[bytes, bool]:
         """Return an answer and whether the connection stays open after it; log it."""
@@ -4746,7 +4800,18 @@ class Handler(BaseRequestHandler):
         body = self._read_body(length)
         if coding := content_coding(head.headers):
             body = inflate(body, coding, self._service.body_bytes_max)
-        return intake.batch(body, Delivery(head.headers, self.client_address[0], time.time()))
+        delivery = Delivery(head.headers, self.client_address[0], time.time())
+        if len(body) <= LARGE_BODY_BYTES:
+            return intake.batch(body, delivery)
+        self._service.large_batches.acquire()
+        try:
+            with self._service.converting:
+                batch = intake.batch(body, delivery)
+        except RequestError:
+            self._service.large_batches.release()
+            raise
+        self._is_large = True
+        return batch
 
     def _let_in(self) -> tuple[Head, int | None, Intake]:
         """Read a request's head; return it, the length of its body and its app.
@@ -4817,39 +4882,64 @@ class Handler(BaseRequestHandler):
 
 
 class Pool:
-    """Runs jobs in at most `limit` threads, which are reused."""
+    """Serves at most `limit` connections at once, in threads that are reused.
+
+    A connection holds its place until release(), which may be later than the end of its job: the
+    writer's thread may still have to answer it.
+    """
 
     def __init__(self, limit: int, name: str) -> None:
         self._limit = limit
         self._name = name
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        # Guards _busy and _threads.
+        # Guards _places, _busy and _threads.
         self._lock = threading.Lock()
-        # Notified when _busy becomes 0.
+        # Notified when _places becomes 0.
         self._quiet = threading.Condition(self._lock)
+        self._places = 0  # taken by connections
         self._busy = 0  # jobs that run or wait for their thread
         self._threads = 0
 
     def run(self, job: Callable[[], object]) -> bool:
-        """Run a job in a thread soon; return False if all threads are busy or none can be made."""
+        """Give a connection a place and run its job in a thread soon.
+
+        Returns False if all places are taken or no thread can be made.
+        """
         with self._lock:
-            if self._busy >= self._limit:
+            if self._places >= self._limit or not self._find_thread():
                 return False
-            self._busy += 1
-            if self._busy > self._threads and not self._add_thread():
-                self._busy -= 1
-                return False
+            self._places += 1
         self._jobs.put(job)
         return True
 
+    def go_on(self, job: Callable[[], object]) -> None:
+        """Run another job of a connection that has a place."""
+        with self._lock:
+            self._find_thread()  # if none can be made, one of the others will come to it
+        self._jobs.put(job)
+
+    def release(self) -> None:
+        """Give the place of a connection back."""
+        with self._lock:
+            self._places -= 1
+            if not self._places:
+                self._quiet.notify_all()
+
     def is_crowded(self) -> bool:
-        """Return whether threads are scarce. Not exact, as it takes no lock."""
-        return self._busy * 4 > self._limit * 3
+        """Return whether places are scarce. Not exact, as it takes no lock."""
+        return self._places * 4 > self._limit * 3
 
     def wait_until_quiet(self, seconds: float) -> bool:
-        """Return whether all jobs have ended. Blocks at most `seconds`."""
+        """Return whether all connections are gone. Blocks at most `seconds`."""
         with self._lock:
-            return self._quiet.wait_for(lambda: not self._busy, seconds)
+            return self._quiet.wait_for(lambda: not self._places, seconds)
+
+    def _find_thread(self) -> bool:
+        """Count a job in; return False if there is no thread for it."""
+        if self._busy >= self._threads and not self._add_thread():
+            return False
+        self._busy += 1
+        return True
 
     def _add_thread(self) -> bool:
         try:
@@ -4867,8 +4957,6 @@ class Pool:
             del job  # it holds the connection
             with self._lock:
                 self._busy -= 1
-                if not self._busy:
-                    self._quiet.notify_all()
 
 
 def describe_bug(error: BaseException | None) -> str:
@@ -4901,11 +4989,35 @@ class Server(ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self.dual_stack)
         # HTTPServer's own would look the name up in DNS.
         TCPServer.server_bind(self)
+        self._set_options()
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def _set_options(self) -> None:
+        """Set what the connections that are accepted inherit (on Linux, all but O_NONBLOCK)."""
+        # Without it an answer can wait 40 ms for the client's delayed acknowledgement.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        limit_wait(self.socket, socket.SO_RCVTIMEO, HEAD_DEADLINE_S)
+        limit_wait(self.socket, socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
+        self.socket.setblocking(False)
+
+    def _handle_request_noblock(self) -> None:
+        """Accept the connections that wait, all of them: one per look at the socket takes longer."""
+        with contextlib.suppress(OSError):
+            for _ in range(LISTEN_BACKLOG):
+                self.process_request(*self.get_request())
+
+    def stop_accepting(self) -> None:
+        """Accept what has connected already, and close the listening socket."""
+        self.shutdown()
+        # Closing would reset connections that the kernel has accepted for us.
+        self._handle_request_noblock()
+        self.server_close()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
             return super().get_request()
+        except BlockingIOError:
+            raise
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 log.error("cannot accept connections: %s", reason_of(error))
@@ -4914,13 +5026,28 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in the pool; beyond its limit give the client a quick 503."""
-        if self.pool.run(partial(self.process_request_thread, request, client_address)):
+        if self.pool.run(partial(self._serve, request, client_address)):
             return
         if not self._turning_away.run(partial(self._turn_away, request)):
             # So many that not even this can be done with patience.
             with contextlib.suppress(OSError):
                 request.send(self._too_many(), socket.MSG_DONTWAIT)
             self.shutdown_request(request)
+
+    def _serve(self, request: Any, client_address: Any) -> None:
+        """Serve a connection, and close it unless the writer's thread will."""
+        has_parted = False
+        try:
+            has_parted = Handler(request, client_address, self).has_parted
+        except Exception:  # noqa: BLE001  # as socketserver does: a bug in one connection is not the others'
+            self.handle_error(request, client_address)
+        if not has_parted:
+            self.close_connection(request)
+
+    def close_connection(self, request: socket.socket) -> None:
+        """Close a client's connection, and give its place to another. Does not block."""
+        self.shutdown_request(request)
+        self.pool.release()
 
     def _too_many(self) -> bytes:
         error = TooManyConnections("too many connections, try again later")
@@ -4930,7 +5057,6 @@ class Server(ThreadingHTTPServer):
 
     def _turn_away(self, sock: socket.socket) -> None:
         try:
-            limit_wait(sock, socket.SO_SNDTIMEO, LINGER_S)
             sock.sendall(self._too_many())
             sock.shutdown(socket.SHUT_WR)
             Incoming(sock, self.service.clock).drain(self.service.clock() + LINGER_S)
@@ -4938,6 +5064,7 @@ class Server(ThreadingHTTPServer):
             log.debug("a client that was turned away is gone: %s", reason_of(error))
         finally:
             self.shutdown_request(sock)
+            self._turning_away.release()
 
     def handle_error(self, _request: Any, client_address: Any) -> None:
         """Log a bug of ours in one line; BaseServer would print a traceback."""
@@ -5349,10 +5476,15 @@ def drain(
 ) -> None:
     """Accept nothing new, answer what is in flight, store it. Blocks at most DRAIN_S."""
     deadline = time.monotonic() + DRAIN_S
+    service.draining = True
     for server in servers:
-        server.shutdown()
-        server.server_close()
-    service.drain()
+        server.stop_accepting()
+    # A client that keeps its connection learns from its next answer that it ends. Closing the connection
+    # now could meet a request on its way, and clients do not repeat a POST.
+    idle_deadline = time.monotonic() + DRAIN_IDLE_S
+    while service.has_idle() and time.monotonic() < idle_deadline:
+        time.sleep(DRAIN_POLL_S)
+    service.end_idle()
     if not pool.wait_until_quiet(deadline - time.monotonic()):
         log.warning("some requests were not complete after %d s and were cut", DRAIN_S)
     writer.stop()
@@ -5392,7 +5524,9 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Not
     writing = writer.start(session)
     listen(servers)
     for server in servers:
-        threading.Thread(target=server.serve_forever, name="acceptor", daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, args=(ACCEPT_POLL_S,), name="acceptor", daemon=True
+        ).start()
     listening = " and ".join(f"http://{shown_address(*server.server_address[:2])}" for server in servers)  # type: ignore[arg-type]
     place = opener.target if opener else f"the spool {spool.path}"
     log.info("attolytics %s listens on %s, writes to %s", __version__, listening, place)

@@ -2092,7 +2092,7 @@ class IncomingTest(unittest.TestCase):
     def trickle(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                self.client.sendall(b"x")
+                self.client.sendall(b"x" * 64)
 
     def test_a_head_that_trickles_in_ends_at_its_deadline(self) -> None:
         self.client.sendall(b"POST / HTT")
