@@ -25,6 +25,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
@@ -36,6 +37,7 @@ import tomllib
 import unittest
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
@@ -3770,6 +3772,227 @@ class StormTest(DatabaseCase):
         self.assertGreater(len(storm.accepted), 100)
         self.assertEqual(storm.accepted - set(stored), set())
         self.assertEqual(len(stored), len(set(stored)))
+
+
+# --- The examples -------------------------------------------------------------
+
+
+def program(name: str) -> str:
+    """Return the path of a program that not everybody has; skip the test without it."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if not path:
+        raise unittest.SkipTest(f"{name} is not installed")
+    return path
+
+
+def replaced(text: str, changes: Mapping[str, object]) -> str:
+    """Return a text with all of `changes` made, each of which must have something to change."""
+    for old, new in changes.items():
+        if old not in text:
+            raise AssertionError(f"{old!r} is not there any more")
+        text = text.replace(old, str(new))
+    return text
+
+
+class Nginx:
+    """An nginx with the configuration of the examples, for instances on the given ports."""
+
+    FRAME = """
+    daemon off; pid {0}/pid; error_log {0}/error.log notice; {user}
+    events {{ worker_connections 1024; }}
+    http {{
+        access_log off;
+        client_body_temp_path {0}/body; proxy_temp_path {0}/proxy; fastcgi_temp_path {0}/fastcgi;
+        uwsgi_temp_path {0}/uwsgi; scgi_temp_path {0}/scgi;
+        include {0}/attolytics.conf;
+    }}
+    """
+
+    def __init__(self, directory: Path, ports: Sequence[int], rate: str = "20r/s") -> None:
+        self._directory = directory
+        self.port = free_port()
+        self._command = [program("nginx"), "-p", str(directory), "-c", str(directory / "nginx.conf")]
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(str(directory / "ca.pem"))
+        certificate = authority.issue_cert("events.example.com", "localhost")
+        certificate.private_key_pem.write_to_path(str(directory / "privkey.pem"))
+        certificate.cert_chain_pems[0].write_to_path(str(directory / "fullchain.pem"))
+        user = "" if os.geteuid() else "user root;"
+        (directory / "nginx.conf").write_text(self.FRAME.format(directory, user=user))
+        (directory / "attolytics.conf").write_text(
+            replaced(
+                (HERE / "examples" / "nginx.conf").read_text(),
+                {
+                    "/etc/letsencrypt/live/events.example.com": directory,
+                    "listen 80;": f"listen 127.0.0.1:{free_port()};",
+                    "listen [::]:80;": "",
+                    "listen 443 ssl http2;": f"listen 127.0.0.1:{self.port} ssl http2;",
+                    "listen [::]:443 ssl http2;": "",
+                    "127.0.0.1:8005": f"127.0.0.1:{ports[0]}",
+                    "127.0.0.1:8006": f"127.0.0.1:{ports[1]}",
+                    "rate=20r/s": f"rate={rate}",
+                },
+            )
+        )
+        self.context = ssl.create_default_context(cafile=str(directory / "ca.pem"))
+
+    def check(self) -> str:
+        """Return what `nginx -t` says."""
+        return subprocess.run([*self._command, "-t"], capture_output=True, text=True, check=False).stderr
+
+    def start(self) -> None:
+        with (self._directory / "output").open("wb") as output:
+            self._process = subprocess.Popen(self._command, stdout=output, stderr=output)
+        wait_until(self._answers)
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(20)
+
+    def connect(self) -> http.client.HTTPSConnection:
+        return http.client.HTTPSConnection("localhost", self.port, timeout=30, context=self.context)
+
+    def post(self, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+        """Send one request on a connection of its own."""
+        with contextlib.closing(self.connect()) as connection:
+            connection.request("POST", "/apps/app/events", body, dict(headers or {}))
+            return Answer(connection.getresponse())
+
+    def log(self, level: str) -> list[str]:
+        """Return the lines of the error log of one level."""
+        lines = (self._directory / "error.log").read_text().splitlines()
+        return [line for line in lines if f"[{level}]" in line]
+
+    def _answers(self) -> bool:
+        if self._process.poll() is not None:
+            raise AssertionError(f"nginx ended: {(self._directory / 'output').read_text()}")
+        try:
+            socket.create_connection(("127.0.0.1", self.port)).close()
+        except OSError:
+            return False
+        return True
+
+
+class NginxTest(ProcessCase):
+    """Two instances behind the nginx of the examples."""
+
+    CLIENTS = 64
+    RESTARTS = 4
+
+    def setUp(self) -> None:
+        program("nginx")
+        super().setUp()
+        self.ports = [free_port(), free_port()]
+
+    def start_nginx(self, rate: str = "20r/s") -> Nginx:
+        directory = self.directory / "nginx"
+        directory.mkdir()
+        nginx = Nginx(directory, self.ports, rate)
+        self.assertIn("test is successful", nginx.check())
+        nginx.start()
+        self.addCleanup(nginx.stop)
+        return nginx
+
+    def start_instance(self, number: int) -> Attolytics:
+        options = ("-s", self.schema_file, "-d", self.url, "-p", self.ports[number])
+        server = Attolytics(*options, "--spool", self.directory / f"{number}.sqlite3")
+        self.addCleanup(self.kill, server)
+        return server
+
+    def curl(self, nginx: Nginx, *arguments: str) -> str:
+        command = [program("curl"), "-sS", "--cacert", str(self.directory / "nginx" / "ca.pem"), *arguments]
+        url = f"https://localhost:{nginx.port}/apps/app/events"
+        return subprocess.run([*command, url], capture_output=True, text=True, check=True).stdout
+
+    def test_requests_of_every_kind_come_through(self) -> None:
+        self.start_instance(0)
+        self.start_instance(1)
+        nginx = self.start_nginx()
+        body = body_of(mark(1), key="key")
+        self.assertEqual(nginx.post(body).json, {"accepted": 1, "stored": "database"})
+        self.assertEqual(nginx.post(gzip.compress(body), {"Content-Encoding": "gzip"}).status, 200)
+        version = self.curl(
+            nginx, "--http2", "-d", body.decode(), "-o", "/dev/null", "-w", "%{http_code} %{http_version}"
+        )
+        self.assertIn(version, ("200 2", "200 1.1"))  # not every curl knows HTTP/2
+        for size, status in [(attolytics.BODY_BYTES_MAX, 400), (attolytics.BODY_BYTES_MAX + 1, 413)]:
+            answer = nginx.post(b" " * size)
+            self.assertEqual((answer.status, list(answer.json)), (status, ["error"]))
+        self.assertEqual(self.query("SELECT mark FROM marks"), [[1]])
+
+    def test_a_client_that_sends_too_much_is_told_when_to_come_back(self) -> None:
+        self.start_instance(0)
+        self.start_instance(1)
+        nginx = self.start_nginx()
+        statuses = []
+        with contextlib.closing(nginx.connect()) as connection:
+            while 429 not in statuses and len(statuses) < 2_000:
+                connection.request("POST", "/apps/app/events", body_of(mark(1), key="key"))
+                answer = Answer(connection.getresponse())
+                statuses.append(answer.status)
+        self.assertEqual(set(statuses), {200, 429})
+        self.assertGreater(len(statuses), 200)
+        self.assertEqual(answer.headers["Retry-After"], "5")
+        self.assertEqual(answer.headers["Content-Type"], "application/json")
+        self.assertIn("too many requests", answer.json["error"])
+
+    def test_without_any_instance_clients_are_told_to_come_back(self) -> None:
+        nginx = self.start_nginx()
+        answer = nginx.post(body_of(mark(1), key="key"))
+        self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "5"))
+        self.assertIn("cannot store", answer.json["error"])
+        self.start_instance(1)
+        self.assertEqual(nginx.post(body_of(mark(1), key="key")).status, 200)
+
+    def test_instances_are_restarted_under_load_and_no_request_fails(self) -> None:
+        instances = [self.start_instance(0), self.start_instance(1)]
+        nginx = self.start_nginx(rate="1000000r/s")
+        stop = threading.Event()
+        accepted: list[int] = []
+        failed: list[str] = []
+        threads = [
+            threading.Thread(target=self.send, args=(nginx, stop, accepted, failed, client))
+            for client in range(self.CLIENTS)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for restart in range(self.RESTARTS):
+                wait_for_more(accepted, 500)
+                number = restart % 2
+                self.assertEqual(instances[number].stop(), 0)
+                wait_for_more(accepted, 200)
+                instances[number] = self.start_instance(number)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(60)
+        lines = [line.partition(", client: ")[0] for line in nginx.log("error")]
+        self.assertFalse(failed, f"{Counter(failed)} of {len(accepted)}; {lines[:20]}")
+        self.check_exactly_once(accepted)
+
+    def send(
+        self, nginx: Nginx, stop: threading.Event, accepted: list[int], failed: list[str], client: int
+    ) -> None:
+        """Send events on one connection until told to stop; note what became of each."""
+        number = client * 1_000_000
+        connection = nginx.connect()
+        while not stop.is_set():
+            number += 1
+            try:
+                connection.request(
+                    "POST", "/apps/app/events", body_of(mark(number, table="plain"), key="key")
+                )
+                answer = Answer(connection.getresponse())
+            except (OSError, http.client.HTTPException) as error:
+                failed.append(repr(error))
+                connection.close()
+                continue
+            if answer.status == 200:
+                accepted.append(number)
+            else:
+                failed.append(f"{answer.status} {answer.text.strip()}")
+        connection.close()
 
 
 # --- The repository -----------------------------------------------------------
