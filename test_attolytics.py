@@ -2699,7 +2699,7 @@ class ProcessCase(DatabaseCase):
         if server.process.poll() is None:
             server.stop(signal.SIGKILL)
 
-    def fail(self, *options: object, env: Mapping[str, str] | None = None) -> tuple[int, list[str]]:  # type: ignore[override]
+    def fail_to_start(self, *options: object, env: Mapping[str, str] | None = None) -> tuple[int, list[str]]:
         """Run a server that does not start; return its exit code and what it said."""
         server = Attolytics(*options, env=env, wait=False)
         code = server.end()
@@ -2804,7 +2804,7 @@ class ProcessTest(ProcessCase):
         port = free_port()
         first = Attolytics("-s", self.schema_file, "-d", self.url, "-p", port)
         self.addCleanup(self.kill, first)
-        code, lines = self.fail("-s", self.schema_file, "-d", self.url, "-p", port)
+        code, lines = self.fail_to_start("-s", self.schema_file, "-d", self.url, "-p", port)
         self.assertEqual((code, len(lines)), (1, 1))
         self.assertIn("the port is in use", lines[0])
         # Linux lets both bind while neither listens.
@@ -2850,7 +2850,7 @@ class ProcessTest(ProcessCase):
         command = [sys.executable, str(HERE / "attolytics.py"), "-s", "/nope"]
         result = subprocess.run(f"{shlex.join(command)} 2>&-", shell=True, check=False, cwd=self.directory)
         self.assertEqual(result.returncode, 1)
-        code, lines = self.fail(
+        code, lines = self.fail_to_start(
             "-s", self.schema_file, "-d", b"postgres://\xff".decode(errors="surrogateescape")
         )
         self.assertEqual((code, lines), (1, ["attolytics: database URL: not UTF-8"]))
@@ -2923,7 +2923,7 @@ class ProcessTest(ProcessCase):
                 with self.subTest(options):
                     if "open files" in text and resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 90_000:
                         continue
-                    got, lines = self.fail(*options, env=env)
+                    got, lines = self.fail_to_start(*options, env=env)
                     self.assertEqual(got, code, lines)
                     self.assertEqual(len(lines), 1, lines)
                     self.assertTrue(lines[0].startswith("attolytics: "))
@@ -2939,7 +2939,7 @@ class ProcessTest(ProcessCase):
             (["--sch", "x"], "unrecognized arguments"),
         ]:
             with self.subTest(options):
-                code, lines = self.fail(*options)
+                code, lines = self.fail_to_start(*options)
                 self.assertEqual(code, 2)
                 self.assertIn(text, lines[-1])
 
@@ -2949,7 +2949,7 @@ class ProcessTest(ProcessCase):
         self.addCleanup(admin.close)
         self.addCleanup(admin.run, "DROP ROLE with_scram")
         url = self.url.replace("postgres@", "with_scram:sesame@")
-        code, lines = self.fail("-s", self.schema_file, "-d", url)
+        code, lines = self.fail_to_start("-s", self.schema_file, "-d", url)
         self.assertEqual((code, len(lines)), (1, 1))
         self.assertIn('password authentication failed for user "with_scram"', lines[0])
         self.assertNotIn("sesame", lines[0])
@@ -2957,7 +2957,7 @@ class ProcessTest(ProcessCase):
         passfile.write_text(f"127.0.0.1:{self.postgres.port}:*:with_scram:right\n")
         passfile.chmod(0o644)
         url = self.url.replace("postgres@", "with_scram@")
-        code, lines = self.fail("-s", self.schema_file, "-d", url, env={"PGPASSFILE": str(passfile)})
+        code, lines = self.fail_to_start("-s", self.schema_file, "-d", url, env={"PGPASSFILE": str(passfile)})
         self.assertIn("is ignored: others may read it; run chmod 600", lines[0])
         self.assertIn("no password was given", lines[1])
         passfile.chmod(0o600)
@@ -2969,14 +2969,14 @@ class ProcessTest(ProcessCase):
 
     def test_all_mistakes_of_a_schema_file_are_printed(self) -> None:
         self.schema_file.write_text("tables: {t: {columns: [{name: a, type: int}, {nam: b}]}}\napps: {}\n")
-        code, lines = self.fail("-s", self.schema_file, "-d", self.url)
+        code, lines = self.fail_to_start("-s", self.schema_file, "-d", self.url)
         self.assertEqual(code, 1)
         self.assertEqual(lines[0], "attolytics: the schema file has 4 mistakes:")
         self.assertIn('tables.t.columns[0].type: unknown type "int", did you mean "i32"?', lines[1])
 
     def test_tables_that_do_not_fit_stop_the_start(self) -> None:
         self.query("CREATE TABLE marks (mark text, text text)")
-        code, lines = self.fail("-s", self.schema_file, "-d", self.url)
+        code, lines = self.fail_to_start("-s", self.schema_file, "-d", self.url)
         self.assertEqual(code, 1)
         self.assertIn('  table "marks", column "mark": the type is text, expected bigint', lines)
 
@@ -3460,7 +3460,7 @@ class SpoolTest(ProcessCase):
         for number in range(200):
             self.post(server, mark(number, "x" * 1000, "plain"))
         second = ["-s", str(self.schema_file), "-p", "0", "--spool", str(self.spool)]
-        code, lines = self.fail(*second)
+        code, lines = self.fail_to_start(*second)
         self.assertEqual((code, len(lines)), (1, 1))
         self.assertIn("another server uses the spool", lines[0])
         server.stop()
@@ -3480,13 +3480,13 @@ class SpoolTest(ProcessCase):
         ]:
             with self.subTest(text):
                 self.spool.write_bytes(content)
-                code, lines = self.fail(*second)
+                code, lines = self.fail_to_start(*second)
                 self.assertEqual((code, len(lines)), (1, 1), lines)
                 self.assertIn(text, lines[0])
                 self.assertIn("--spool", lines[0])
                 self.assertEqual(self.spool.read_bytes(), content)
         self.spool.write_bytes(good)
-        code, lines = self.fail("-s", str(self.schema_file), "-p", "0", "--spool", "/proc/nope/x")
+        code, lines = self.fail_to_start("-s", str(self.schema_file), "-p", "0", "--spool", "/proc/nope/x")
         self.assertEqual(code, 1)
         self.assertIn("with --spool PATH", lines[0])
         self.replayed(self.serve())
