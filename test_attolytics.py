@@ -3397,12 +3397,12 @@ class SpoolTest(ProcessCase):
             " CREATE TRIGGER route BEFORE INSERT ON plain FOR EACH ROW EXECUTE FUNCTION route()"
         )
         with self.under_load(server, 4) as accepted:
-            answer = self.post(server, mark(7, "no_such_table", "plain"))
+            answer = self.post(server, mark(-7, "no_such_table", "plain"))
             self.assertEqual(answer.json["stored"], "spool")
             wait_for_more(accepted, 50)
         wait_until(lambda: self.post(server, mark(1)).json["stored"] == "database")
         self.check_exactly_once(accepted)
-        self.assertNotIn(7, self.stored())
+        self.assertNotIn(-7, self.stored())
         self.assertEqual(len(self.read("SELECT * FROM quarantine")), 1)
 
     def test_the_spool_is_bounded_and_shrinks_after_the_replay(self) -> None:
