@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import hypothesis
 import pg8000.native
@@ -69,6 +69,8 @@ from attolytics import (
     Type,
     Writer,
 )
+
+_Test = TypeVar("_Test", bound=Callable[..., None] | type)
 
 HERE = Path(__file__).parent
 KEY = "qD3eRda0709mD/3kGp4DlJtEQy5aMY0m"
@@ -916,6 +918,67 @@ def wait_for_more(growing: Sequence[object], count: int) -> None:
     wait_until(lambda: len(growing) >= enough)
 
 
+def program(name: str) -> str:
+    """Return the path of a program that not everybody has; skip the test without it."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if not path:
+        raise unittest.SkipTest(f"{name} is not installed")
+    return path
+
+
+# With it the servers under test reach PostgreSQL through PgBouncer; what the tests do by themselves does not.
+POOLED = os.environ.get("ATTOLYTICS_TEST_PGBOUNCER") == "1"
+
+
+def not_pooled(reason: str) -> Callable[[_Test], _Test]:
+    """Mark a test, or a class of them, that makes no sense through PgBouncer."""
+    return unittest.skipIf(POOLED, f"not through PgBouncer: {reason}")
+
+
+class PgBouncer:
+    """A PgBouncer in transaction mode, with the defaults but for what short tests need."""
+
+    def __init__(self, directory: Path, server_port: int, user: str | None) -> None:
+        self.port = free_port()
+        directory.mkdir()
+        (directory / "users.txt").write_text('"postgres" ""\n')
+        settings = {
+            "listen_addr": "127.0.0.1",
+            "listen_port": self.port,
+            "unix_socket_dir": directory,
+            "pool_mode": "transaction",
+            "auth_type": "trust",
+            "auth_file": directory / "users.txt",
+            "server_idle_timeout": 2,  # every test has a database, and with it a pool, of its own
+            "server_login_retry": 1,  # after PostgreSQL was away, s
+        }
+        lines = [f"{key} = {value}" for key, value in settings.items()]
+        databases = f"* = host=127.0.0.1 port={server_port} auth_user=postgres"
+        (directory / "pgbouncer.ini").write_text(
+            "\n".join(["[databases]", databases, "[pgbouncer]", *lines]) + "\n"
+        )
+        if user:
+            shutil.chown(directory, user)
+        with (directory / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [program("pgbouncer"), str(directory / "pgbouncer.ini")], user=user, stdout=log, stderr=log
+            )
+        wait_until(self._answers)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait(20)
+
+    def _answers(self) -> bool:
+        if self._process.poll() is not None:
+            raise AssertionError("PgBouncer ended")
+        try:
+            socket.create_connection(("127.0.0.1", self.port)).close()
+        except OSError:
+            return False
+        return True
+
+
 class Postgres:
     """A private PostgreSQL in a temporary directory, over TCP and a Unix socket."""
 
@@ -944,6 +1007,7 @@ class Postgres:
         )
         self._configure()
         self.start()
+        self.pooler = PgBouncer(self.directory / "pooler", self.port, self.user) if POOLED else None
 
     def _other_user(self) -> str:
         import pwd  # noqa: PLC0415
@@ -1038,17 +1102,24 @@ class Postgres:
             time.sleep(0.3)
 
     def remove(self) -> None:
+        if self.pooler:
+            self.pooler.stop()
         self.stop(signal.SIGQUIT)
         shutil.rmtree(self.directory)
+
+    @property
+    def front_port(self) -> int:
+        """The port for servers under test."""
+        return self.pooler.port if self.pooler else self.port
 
     def connect(self, database: str, user: str = "postgres") -> pg8000.native.Connection:
         return pg8000.native.Connection(user, host="127.0.0.1", port=self.port, database=database)
 
     def url(self, database: str, user: str = "postgres") -> str:
-        return f"postgres://{user}@127.0.0.1:{self.port}/{database}"
+        return f"postgres://{user}@127.0.0.1:{self.front_port}/{database}"
 
     def target(self, database: str, **changes: Any) -> Target:
-        target = Target("postgres", database, "localhost", self.port, None)
+        target = Target("postgres", database, "localhost", self.front_port, None)
         return dataclasses.replace(target, **changes)
 
 
@@ -1318,6 +1389,7 @@ class ConnectTest(DatabaseCase):
             attolytics.connect(self.postgres.target(self.database, **changes))
         return caught.exception
 
+    @not_pooled("it checks the passwords itself")
     def test_passwords(self) -> None:
         self.role("with_scram", "PASSWORD 'se''cret: ü'")
         self.role("with_plain", "PASSWORD 'plain'")
@@ -1336,6 +1408,7 @@ class ConnectTest(DatabaseCase):
         path = f"{self.postgres.directory}/.s.PGSQL.{self.postgres.port}"
         self.open(host=None, socket=path, sslmode="verify-full")  # as in libpq ignored there
 
+    @not_pooled("it says neither's SQLSTATE")
     def test_an_unknown_database_or_user_is_the_operators_fault(self) -> None:
         for changes, reason in [({"dbname": "nope"}, "nope"), ({"user": "nope"}, "nope")]:
             error = self.refused(**changes)
@@ -1421,6 +1494,7 @@ class ConnectTest(DatabaseCase):
         finally:
             database.close()
 
+    @not_pooled("it does TLS itself")
     def test_tls_by_sslmode(self) -> None:
         if not self.postgres.has_tls:
             self.skipTest("this PostgreSQL was built without TLS")
@@ -1469,6 +1543,7 @@ class ConnectTest(DatabaseCase):
             self.assertIsInstance(error, attolytics.DatabaseAway)
             thread.join()
 
+    @not_pooled("it checks the passwords itself")
     def test_a_password_that_scram_does_not_allow_is_refused(self) -> None:
         self.role("with_scram", "PASSWORD 'right'")
         error = self.refused(user="with_scram", password="a\x01b")
@@ -1839,7 +1914,8 @@ class WriterTest(DatabaseCase):
                 )
                 self.assertEqual(future.result(), [SPOOL])
         release()
-        self.assertIn("terminating connection due to administrator command", logged.output[0])
+        reason = "server conn crashed" if POOLED else "terminating connection due to administrator command"
+        self.assertIn(reason, logged.output[0])
         wait_until(lambda: store_all(writer, [self.batch(mark(2))]) == [DATABASE])
         self.assertEqual(self.marks(), [1, 2])
 
@@ -3587,7 +3663,7 @@ class Storm:
     def __init__(self, postgres: Postgres, database: str, directory: Path, seed: int) -> None:
         self.postgres = postgres
         self.random = random.Random(seed)
-        self.proxy = Proxy(postgres.port)
+        self.proxy = Proxy(postgres.front_port)
         (directory / "schema.yaml").write_text(ALL_TYPES)
         self._url = f"postgres://postgres@127.0.0.1:{self.proxy.port}/{database}?connect_timeout=2"
         self._database = database
@@ -3775,14 +3851,6 @@ class StormTest(DatabaseCase):
 
 
 # --- The examples -------------------------------------------------------------
-
-
-def program(name: str) -> str:
-    """Return the path of a program that not everybody has; skip the test without it."""
-    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if not path:
-        raise unittest.SkipTest(f"{name} is not installed")
-    return path
 
 
 def replaced(text: str, changes: Mapping[str, object]) -> str:
