@@ -2977,13 +2977,14 @@ class ProcessTest(ProcessCase):
     def test_what_is_wrong_at_start_is_said_in_one_line(self) -> None:
         s = ["-s", str(self.schema_file)]
         good = [*s, "-d", self.url, "-p", "0"]
+        nowhere = f"postgres://postgres@127.0.0.1:{self.postgres.port}/nope"
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             for options, env, code, text in [
                 ([], {}, 1, "cannot read the schema file schema.conf.yaml: No such file or directory"),
                 ([*s, "-d", "mysql://x"], {}, 1, "expected postgres://"),
-                ([*s, "-d", f"{self.url}nope"], {}, 1, "does not exist"),
-                (s, {"ATTOLYTICS_DB_URL": f"{self.url}nope"}, 1, "does not exist"),
+                ([*s, "-d", nowhere], {}, 1, "does not exist"),
+                (s, {"ATTOLYTICS_DB_URL": nowhere}, 1, "does not exist"),
                 ([*good, "-H", "127.0.0.1", "-p", str(port)], {}, 1, "the port is in use; stop the other"),
                 ([*good, "-H", "localhost", "-p", str(port)], {}, 1, f"cannot listen on 127.0.0.1:{port}"),
                 ([*good, "-H", "no.such.host.invalid"], {}, 1, "cannot listen on"),
@@ -3019,6 +3020,7 @@ class ProcessTest(ProcessCase):
                 self.assertEqual(code, 2)
                 self.assertIn(text, lines[-1])
 
+    @not_pooled("it checks the passwords itself")
     def test_a_wrong_password_is_refused_at_start_and_never_shown(self) -> None:
         admin = self.postgres.connect("postgres")
         admin.run("CREATE ROLE with_scram LOGIN PASSWORD 'right'")
@@ -3116,7 +3118,8 @@ class FaultTest(ProcessCase):
             wait_for_more(accepted, 100)
         self.check_exactly_once(accepted)
         self.assertEqual(server.stop(), 0)
-        self.assertRegex("\n".join(server.lines), r"the database is there again, after [0-9.]+ s")
+        if not POOLED:  # PgBouncer keeps the connection of its client, and is only slow
+            self.assertRegex("\n".join(server.lines), r"the database is there again, after [0-9.]+ s")
         self.assertLess(len(server.lines), 30)  # not one per request
 
     def test_backends_that_are_killed_in_the_middle_of_load(self) -> None:
@@ -3162,6 +3165,7 @@ class FaultTest(ProcessCase):
             lambda: server.post("/apps/app/events", body_of(mark(1), key="key")).json["stored"] == "database"
         )
 
+    @not_pooled("it chooses the backend")
     def test_draining_while_the_database_hangs_ends_in_time(self) -> None:
         server = self.run_server()
         [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
@@ -4062,6 +4066,30 @@ class NginxTest(ProcessCase):
             else:
                 failed.append(f"{answer.status} {answer.text.strip()}")
         connection.close()
+
+
+class PgBouncerTest(unittest.TestCase):
+    """Some of the tests above through PgBouncer; ATTOLYTICS_TEST_PGBOUNCER=1 lets all of them do so."""
+
+    TESTS = (
+        "ConnectTest.test_settings_of_the_database_do_not_harm_quoting",
+        "ConnectTest.test_nothing_of_a_flush_stays_in_the_session",
+        "RoundTripTest",
+        "HttpTest",
+        "WriterTest.test_a_bad_batch_does_not_harm_those_that_share_its_flush",
+        "WriterTest.test_the_event_that_a_trigger_refuses_is_named",
+        "WriterTest.test_a_deadlock_between_instances_is_tried_again",
+        "WriterTest.test_a_backend_that_is_terminated_in_the_middle_costs_nothing",
+        "SpoolTest.test_poison_in_the_spool_is_narrowed_down_to_the_single_event",
+    )
+
+    @not_pooled("once is enough")
+    def test_the_database_may_be_behind_it(self) -> None:
+        program("pgbouncer")
+        command = [sys.executable, "-m", "unittest", *(f"test_attolytics.{name}" for name in self.TESTS)]
+        environ = {**os.environ, "ATTOLYTICS_TEST_PGBOUNCER": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE, env=environ)
+        self.assertEqual(result.returncode, 0, result.stderr)
 
 
 # --- The repository -----------------------------------------------------------
