@@ -47,6 +47,7 @@ from typing import Any, ClassVar, TypeVar
 import hypothesis
 import pg8000.native
 import trustme
+import yaml
 from hypothesis import strategies as st
 
 import attolytics
@@ -3998,7 +3999,7 @@ class NginxTest(ProcessCase):
         self.start_instance(0)
         self.start_instance(1)
         nginx = self.start_nginx()
-        statuses = []
+        statuses: list[int] = []
         with contextlib.closing(nginx.connect()) as connection:
             while 429 not in statuses and len(statuses) < 2_000:
                 connection.request("POST", "/apps/app/events", body_of(mark(1), key="key"))
@@ -4068,13 +4069,221 @@ class NginxTest(ProcessCase):
         connection.close()
 
 
+# What the server tells Prometheus; a histogram h is h_bucket, h_sum and h_count.
+COUNTERS_AND_GAUGES = [
+    "attolytics_events_accepted_total",
+    "attolytics_events_refused_total",
+    "attolytics_events_spooled_total",
+    "attolytics_events_replayed_total",
+    "attolytics_events_quarantined_total",
+    "attolytics_events_duplicate_total",
+    "attolytics_http_requests_total",
+    "attolytics_database_reconnects_total",
+    "attolytics_spool_bytes",
+    "attolytics_spool_events",
+    "attolytics_spool_limit_bytes",
+    "attolytics_spool_oldest_event_age_seconds",
+    "attolytics_quarantine_events",
+    "attolytics_database_up",
+    "attolytics_http_connections",
+    "attolytics_build_info",
+    "process_start_time_seconds",
+    "process_cpu_seconds_total",
+    "process_resident_memory_bytes",
+    "process_open_fds",
+    "process_max_fds",
+]
+HISTOGRAMS = [
+    "attolytics_http_request_duration_seconds",
+    "attolytics_flush_duration_seconds",
+    "attolytics_flush_events",
+]
+METRICS = {
+    *COUNTERS_AND_GAUGES,
+    *(f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")),
+}
+
+ALERT_TEST = """
+rule_files: [{alerts}]
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - {{ series: 'attolytics_database_up{{instance="a"}}', values: '1x5 0x20' }}
+      - {{ series: 'attolytics_events_refused_total{{app="x", reason="r"}}', values: '0+60x40' }}
+      - {{ series: 'attolytics_events_accepted_total{{app="x", table="t"}}', values: '0+540x40' }}
+      - {{ series: 'attolytics_events_refused_total{{app="y", reason="r"}}', values: '0+1x40' }}
+      - {{ series: 'attolytics_events_accepted_total{{app="y", table="t"}}', values: '0+540x40' }}
+    alert_rule_test:
+      - {{ eval_time: 9m, alertname: AttolyticsDatabaseDown }}
+      - eval_time: 12m
+        alertname: AttolyticsDatabaseDown
+        exp_alerts:
+          - exp_labels: {{ severity: page, instance: a }}
+            exp_annotations:
+              summary: "a has no database for 5 minutes; events go to its spool"
+      - eval_time: 30m
+        alertname: AttolyticsRefusesEvents
+        exp_alerts:
+          - exp_labels: {{ severity: ticket, app: x }}
+            exp_annotations:
+              summary: "10% of the events of x are refused"
+"""
+
+
+class DashboardTest(DatabaseCase):
+    """The dashboards for Grafana, the alerts for Prometheus and the model for Cube."""
+
+    EXAMPLES = HERE / "examples"
+    FILL = (
+        "INSERT INTO events SELECT now() - n * interval '1 minute', NULL, (ARRAY['linux', 'ios'])[n % 2 + 1],"
+        " (ARRAY['1.0', '2.0'])[n % 2 + 1], 'user ' || n % 10, (ARRAY['game_start', 'level_up'])[n % 2 + 1],"
+        " CASE WHEN n % 2 = 1 THEN n END FROM generate_series(0, 200) n;"
+        "INSERT INTO purchases SELECT gen_random_uuid(), now() - n * interval '1 minute', NULL, 'app', 'hat',"
+        ' 1.5, n % 2 = 0, \'{"currency": "EUR"}\' FROM generate_series(1, 100) n'
+    )
+    # What Grafana's PostgreSQL data source makes of its macros and variables.
+    MACROS = (
+        (r"\$__timeFilter\((\w+)\)", r"\1 BETWEEN now() - interval '1 day' AND now()"),
+        (
+            r"\$__timeGroupAlias\((\w+), \$__interval\)",
+            r'floor(extract(epoch from \1)/60)*60 AS "time"',
+        ),
+        (r"\$__interval_ms", "60000"),
+        (r"\$\{platform:sqlstring\}", "'linux','ios'"),
+        (r"\$\{version:sqlstring\}", "'1.0','2.0'"),
+    )
+
+    def fill_tables(self) -> None:
+        self.open(attolytics.read_schema(str(HERE / "schema-example.conf.yaml")))
+        self.query(self.FILL)
+
+    def dashboard(self, name: str) -> Any:
+        return json.loads((self.EXAMPLES / name).read_text())
+
+    def targets(self, dashboard: Any) -> list[Any]:
+        return [target for panel in dashboard["panels"] for target in panel["targets"]]
+
+    def promtool(self, *arguments: object) -> None:
+        command = [program("promtool"), *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+
+    def check_metrics(self, expression: str) -> None:
+        """Check that an expression of PromQL names only metrics that there are."""
+        bare = re.sub(r"\{[^}]*\}", "", expression)
+        names = set(re.findall(r"\b(?:attolytics|process)_\w+", bare))
+        self.assertEqual(names - METRICS, set(), expression)
+        self.assertTrue(names or bare.startswith("up "), expression)
+
+    def test_an_import_asks_for_the_data_source(self) -> None:
+        for name in ("grafana-dashboard.json", "grafana-dashboard-events.json"):
+            dashboard = self.dashboard(name)
+            [source] = dashboard["__inputs"]
+            expected = {"type": source["pluginId"], "uid": f"${{{source['name']}}}"}
+            for user in [*dashboard["panels"], *self.targets(dashboard), *dashboard["templating"]["list"]]:
+                self.assertEqual(user["datasource"], expected)
+            numbers = [panel["id"] for panel in dashboard["panels"]]
+            self.assertEqual(len(numbers), len(set(numbers)))
+
+    def test_every_query_of_the_events_dashboard_brings_rows(self) -> None:
+        self.fill_tables()
+        dashboard = self.dashboard("grafana-dashboard-events.json")
+        queries = [target["rawSql"] for target in self.targets(dashboard)]
+        queries += [variable["query"] for variable in dashboard["templating"]["list"]]
+        self.assertGreater(len(queries), 10)
+        for sql in queries:
+            with self.subTest(sql):
+                for macro, meaning in self.MACROS:
+                    sql = re.sub(macro, meaning, sql)  # noqa: PLW2901
+                self.assertNotIn("$", sql)
+                rows = self.query(sql)
+                self.assertTrue(rows)
+                self.assertNotIn(None, rows[0][:2])
+
+    def test_every_expression_of_the_metrics_dashboard_is_promql(self) -> None:
+        dashboard = self.dashboard("grafana-dashboard.json")
+        expressions = [target["expr"] for target in self.targets(dashboard)]
+        for expression in expressions:
+            self.check_metrics(expression)
+        used = " ".join(expressions)
+        for name in [*COUNTERS_AND_GAUGES, *HISTOGRAMS]:
+            self.assertIn(name, used)
+        rules = [
+            {
+                "record": f"r{number}",
+                "expr": text.replace("$__rate_interval", "5m").replace("$instance", ".*"),
+            }
+            for number, text in enumerate(expressions)
+        ]
+        with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
+            yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}, file)
+            file.flush()
+            self.promtool("check", "rules", file.name)
+
+    def test_the_configuration_of_prometheus_is_valid(self) -> None:
+        self.promtool("check", "config", self.EXAMPLES / "prometheus.yml")
+
+    def test_alerts_fire_when_they_should(self) -> None:
+        alerts = self.EXAMPLES / "alerts.yml"
+        for group in yaml.safe_load(alerts.read_text())["groups"]:
+            for rule in group["rules"]:
+                self.check_metrics(rule["expr"])
+        with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
+            file.write(ALERT_TEST.format(alerts=alerts))
+            file.flush()
+            self.promtool("test", "rules", file.name)
+
+    def test_the_cube_model_fits_the_example_schema(self) -> None:
+        schema = attolytics.read_schema(str(HERE / "schema-example.conf.yaml"))
+        for path in (self.EXAMPLES / "cube" / "model" / "cubes").iterdir():
+            [cube] = yaml.safe_load(path.read_text())["cubes"]
+            columns = {column.name for column in schema.tables[cube["sql_table"]].columns}
+            used = set(re.findall(r"\{CUBE\}\.(\w+)", path.read_text()))
+            self.assertTrue(used)
+            self.assertEqual(used - columns, set())
+
+    def test_the_sql_that_cube_makes_brings_rows(self) -> None:
+        directory = self.EXAMPLES / "cube"
+        if not (directory / "node_modules").exists():
+            self.skipTest("Cube's compiler is not installed, see examples/cube/README.md")
+        command = [program("node"), "check.mjs"]
+        output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=directory).stdout
+        self.fill_tables()
+        made = json.loads(output)
+        year = {"'2019-01-01T": "'2000-01-01T", "'2019-12-31T": "'2999-12-31T"}
+        first = replaced(made["queries"][0], year)
+        partition = {"__FROM_PARTITION_RANGE": "2000-01-01", "__TO_PARTITION_RANGE": "2999-12-31"}
+        rollups = [replaced(rollup["sql"], partition) for rollup in made["rollups"]]
+        for sql in [first, *made["queries"][1:], *rollups]:
+            with self.subTest(sql):
+                self.assertTrue(self.query(sql))
+
+    def test_the_socket_unit_is_valid(self) -> None:
+        analyze = program("systemd-analyze")
+        directory = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, directory)
+        shutil.copy(self.EXAMPLES / "attolytics.socket", directory)
+        # The program need not be installed where the service expects it.
+        service = replaced(
+            (HERE / "attolytics.service").read_text(), {"/opt/attolytics/bin/python": "/bin/true"}
+        )
+        (directory / "attolytics.service").write_text(service)
+        units = [directory / name for name in ("attolytics.socket", "attolytics.service")]
+        command = [analyze, "verify", "--man=no", *map(str, units)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        complaints = [line for line in result.stderr.splitlines() if "attolytics" in line]
+        self.assertEqual((result.returncode, complaints), (0, []))
+
+
 class PgBouncerTest(unittest.TestCase):
     """Some of the tests above through PgBouncer; ATTOLYTICS_TEST_PGBOUNCER=1 lets all of them do so."""
 
     TESTS = (
         "ConnectTest.test_settings_of_the_database_do_not_harm_quoting",
         "ConnectTest.test_nothing_of_a_flush_stays_in_the_session",
-        "RoundTripTest",
+        "RoundTripTest.test_hostile_texts_come_back_as_they_were",
+        "RoundTripTest.test_numbers_keep_their_digits",
         "HttpTest",
         "WriterTest.test_a_bad_batch_does_not_harm_those_that_share_its_flush",
         "WriterTest.test_the_event_that_a_trigger_refuses_is_named",
