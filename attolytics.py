@@ -136,6 +136,14 @@ KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_COUNT = 3  # ... that the network has lost us.
 PREPARE_LOCK_TIMEOUT_MS = 2_000  # Other instances could not insert behind us if we waited longer.
 PREPARE_TIMEOUT_S = 3_600  # An index on a table of 100 million rows takes some minutes.
+CHANGE_LOCK_TIMEOUT_MS = 200  # Inserts queue up behind a change that waits for its lock ...
+CHANGE_TIMEOUT_MS = 400  # ... and while it runs: together less than half a second.
+CHANGE_PAUSE_S = 1  # Between two tries, so that inserts get through.
+CHANGE_PATIENCE_S = 60  # So long tries go on; a report that reads the table may take that.
+BUILD_LOCK_TIMEOUT_MS = (
+    10_000  # Nobody queues up behind this lock; PostgreSQL stops autovacuum for it after 1 s.
+)
+INDEX_NAMES_MAX = 100  # Of one column, taken by other indexes.
 CONNECT_TIMEOUT_S = 5  # Default of connect_timeout in the URL.
 CONFLICT_TRIES = 5  # For deadlocks and serialisation failures in a row.
 BACKOFF_FIRST_S = 0.1  # Between attempts to connect, doubled each time ...
@@ -1735,8 +1743,9 @@ def inflate(body: bytes, coding: str, limit: int) -> bytes:
 
 
 # --- SQL ----------------------------------------------------------------------
-# Statement texts, and what an existing database lacks. Pure: a Catalog (what the
-# database has) and a Schema (what it should have) in, SQL out.
+# Statement texts, and what an existing database lacks. Pure: a catalog (what the
+# database has) and a Schema (what it should have) in, SQL out: everything that is
+# missing, or a Plan of what --migrate does about it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -1771,6 +1780,54 @@ class ExistingColumn:
     primary_key: str = ""  # the name of the constraint if the column is part of it
 
 
+def identifier(name: str) -> str:
+    """Return a quoted identifier (PostgreSQL manual, 4.1.1)."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """An index on one column."""
+
+    table: str
+    column: str
+    unique: bool = False
+    method: str = "btree"
+
+    def sql(self, *how: str) -> str:
+        """Return the statement that creates it; `how` may be CONCURRENTLY and a quoted name.
+
+        Without a name PostgreSQL finds a free one.
+        """
+        words = ["CREATE", *(["UNIQUE"] if self.unique else []), "INDEX", *how, "ON", identifier(self.table)]
+        method = [] if self.method == "btree" else ["USING", self.method]
+        return " ".join([*words, *method, f"({identifier(self.column)})"])
+
+    def name(self, number: int) -> str:
+        """Return the name that PostgreSQL gives it when `number` others are taken (its makeObjectName())."""
+        parts = [self.table.encode(), self.column.encode()]
+        label = f"idx{number or ''}"
+        while len(parts[0]) + len(parts[1]) + len(label) + 2 > NAME_BYTES_MAX:
+            longer = int(len(parts[0]) <= len(parts[1]))
+            parts[longer] = parts[longer][:-1]
+        return "_".join([*(part.decode(errors="ignore") for part in parts), label])
+
+    def may_have_name(self, name: str) -> bool:
+        """Return whether we or PostgreSQL may have given it this name."""
+        found = re.search(r"idx(\d{0,6})$", name)
+        return found is not None and self.name(int(found[1] or 0)) == name
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidIndex:
+    """An index in the database that is being built, or whose build was interrupted."""
+
+    index: Index
+    name: str
+    qualified: str  # the name with its schema, quoted
+    busy: bool  # somebody holds the lock of a build on the table
+
+
 @dataclass(frozen=True, slots=True)
 class ExistingTable:
     """A table in the database. `indexed` and `unique` are the columns that a usable index leads with."""
@@ -1782,6 +1839,9 @@ class ExistingTable:
     can_insert: bool = True
     can_select: bool = True
     row_security: bool = False  # applies to our user
+    partitioned: bool = False
+    invalid: tuple[InvalidIndex, ...] = ()
+    empty: bool = False  # known only where empty_tables_matter() says so
 
     @property
     def can_index(self) -> bool:
@@ -1791,29 +1851,37 @@ class ExistingTable:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Something about a table that only the operator may change, and the SQL that does ("" for none)."""
+    """Where a table does not fit, and the SQL that mends it ("" for none).
+
+    What --migrate runs by itself has it as an `action` of ALTER TABLE too. `later` is SQL that may be worth
+    running some day after it.
+    """
 
     reason: str
     sql: str
+    action: str = ""
+    later: str = ""
 
 
-def identifier(name: str) -> str:
-    """Return a quoted identifier (PostgreSQL manual, 4.1.1)."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def create_indexes(table: Table, indexed: frozenset[str], unique: frozenset[str]) -> list[str]:
-    """Return the statements that create the indexes which a table lacks. PostgreSQL finds free names."""
-    statements = []
+def wanted_indexes(table: Table) -> Iterator[Index]:
+    """Return the indexes that a table should have."""
     for column in table.columns:
-        place = f"INDEX ON {identifier(table.name)}"
-        if column.unique and column.name not in unique:
-            statements.append(f"CREATE UNIQUE {place} ({identifier(column.name)})")
-        elif column.indexed and not column.unique and column.name not in indexed:
+        if column.unique:
+            yield Index(table.name, column.name, unique=True)
+        elif column.indexed:
             # A b-tree on jsonb only helps to compare whole values; GIN finds keys and values in them.
-            method = " USING gin" if column.type is Type.JSON else ""
-            statements.append(f"CREATE {place}{method} ({identifier(column.name)})")
-    return statements
+            yield Index(table.name, column.name, method="gin" if column.type is Type.JSON else "btree")
+
+
+def missing_indexes(table: Table, existing: ExistingTable) -> list[Index]:
+    """Return the indexes that an existing table lacks."""
+    if not existing.can_index:
+        return []
+    return [
+        index
+        for index in wanted_indexes(table)
+        if index.column not in (existing.unique if index.unique else existing.indexed)
+    ]
 
 
 def create_table(table: Table) -> list[str]:
@@ -1823,19 +1891,39 @@ def create_table(table: Table) -> list[str]:
         for c in table.columns
     )
     created = f"CREATE TABLE {identifier(table.name)} ({columns})"
-    return [created, *create_indexes(table, frozenset(), frozenset())]
+    return [created, *(index.sql() for index in wanted_indexes(table))]
+
+
+CREATE_LEDGER = (
+    f"CREATE TABLE {LEDGER} (epoch uuid PRIMARY KEY, flush bigint NOT NULL,"
+    " updated_at timestamp with time zone NOT NULL DEFAULT now())"
+)
 
 
 def missing_sql(schema: Schema, catalog: Mapping[str, ExistingTable]) -> list[str]:
     """Return the statements that create the tables and indexes which a database lacks."""
-    statements = []
+    statements = [] if LEDGER in catalog else [CREATE_LEDGER]
     for table in schema.tables.values():
         existing = catalog.get(table.name)
         if existing is None:
             statements += create_table(table)
-        elif existing.can_index:
-            statements += create_indexes(table, existing.indexed, existing.unique)
+        else:
+            statements += [index.sql() for index in missing_indexes(table, existing)]
     return statements
+
+
+def missing_column(place: str, alter: str, column: Column, existing: ExistingTable) -> Difference:
+    name = identifier(column.name)
+    add = f"ADD COLUMN {name} {SQL_TYPES[column.type].name}"
+    later = ""
+    if column.required and existing.empty:
+        add += " NOT NULL"
+    elif column.required:  # the rows that are there have no value; the server refuses events without one
+        later = f"{alter} ALTER COLUMN {name} SET NOT NULL"
+    reason = f'{place} has no column "{column.name}"'
+    if existing.kind == "view":
+        return Difference(reason, "")
+    return Difference(reason, f"{alter} {add}", add if existing.kind == "table" else "", later)
 
 
 def column_differences(
@@ -1845,7 +1933,7 @@ def column_differences(
     wanted = SQL_TYPES[column.type]
     found = existing.columns.get(column.name)
     if found is None:
-        yield Difference(f'{place} has no column "{column.name}"', f"{alter} ADD COLUMN {name} {wanted.name}")
+        yield missing_column(place, alter, column, existing)
         return
     if found.generated:
         action = "SET GENERATED BY DEFAULT" if found.generated == "identity" else "DROP EXPRESSION"
@@ -1896,16 +1984,29 @@ def table_differences(table: Table, existing: ExistingTable, user: str) -> Itera
     if existing.row_security and not unique:  # COPY cannot do it, INSERT can
         reason = f'{place}: row-level security applies to user "{user}"'
         yield Difference(reason, f"ALTER ROLE {identifier(user)} BYPASSRLS")
+    alter = f"ALTER TABLE {name}"
     for column in table.columns:
-        yield from column_differences(place, f"ALTER TABLE {name}", column, existing)
+        yield from column_differences(place, alter, column, existing)
     required = {column.name for column in table.columns if column.required}
     for column_name, found in existing.columns.items():
         if found.not_null and not found.has_default and column_name not in required:
-            key = f"DROP CONSTRAINT {identifier(found.primary_key)}, " if found.primary_key else ""
-            yield Difference(
-                f'{place}, column "{column_name}": NOT NULL without a default, not required in the schema',
-                f"ALTER TABLE {name} {key}ALTER COLUMN {identifier(column_name)} DROP NOT NULL",
+            reason = (
+                f'{place}, column "{column_name}": NOT NULL without a default, not required in the schema'
             )
+            drop = f"ALTER COLUMN {identifier(column_name)} DROP NOT NULL"
+            if found.primary_key:
+                drop_key = f"DROP CONSTRAINT {identifier(found.primary_key)}"
+                yield Difference(reason, f"{alter} {drop_key}, {drop}")
+            else:
+                yield Difference(reason, f"{alter} {drop}", drop if existing.kind == "table" else "")
+
+
+def ledger_differences(catalog: Mapping[str, ExistingTable], user: str) -> list[Difference]:
+    ledger = catalog.get(LEDGER)
+    if not ledger or (ledger.can_insert and ledger.can_select):
+        return []
+    grant = f"GRANT SELECT, INSERT, UPDATE, DELETE ON {LEDGER} TO {identifier(user)}"
+    return [Difference(f'table "{LEDGER}": no permission to use it', grant)]
 
 
 def differences(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -> list[Difference]:
@@ -1915,7 +2016,186 @@ def differences(schema: Schema, catalog: Mapping[str, ExistingTable], user: str)
         for table in schema.tables.values()
         if table.name in catalog
         for difference in table_differences(table, catalog[table.name], user)
+    ] + ledger_differences(catalog, user)
+
+
+def differences_text(found: Sequence[Difference], what: str, ways: str) -> str:
+    """Return a message that lists differences and the SQL that mends them."""
+    count = "a difference" if len(found) == 1 else f"{len(found)} differences"
+    return "\n".join(
+        [
+            f"the database does not fit the schema file, {count}{what}:",
+            *(f"  {difference.reason}" for difference in found),
+            f"{ways} mend the tables with:",
+            *(f"  {difference.sql};" for difference in found if difference.sql),
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What --migrate does in one go: the statements of a transaction, or the build of an `index`.
+
+    `table` is the one that they change, "" for new tables.
+    """
+
+    table: str
+    reasons: tuple[str, ...] = field(compare=False)
+    statements: tuple[str, ...]
+    index: Index | None = None
+    shown: tuple[str, ...] | None = field(default=None, compare=False)  # by --check, if in another way
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What --migrate does about a database, what it leaves to the operator, and SQL for some day after it."""
+
+    steps: tuple[Step, ...]
+    by_hand: tuple[Difference, ...]
+    later: tuple[str, ...]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Return everything that does not fit, a line each."""
+        return [reason for step in self.steps for reason in step.reasons] + [
+            difference.reason for difference in self.by_hand
+        ]
+
+
+def plan_new_tables(schema: Schema, catalog: Mapping[str, ExistingTable]) -> list[Step]:
+    new = [table for table in schema.tables.values() if table.name not in catalog]
+    names = [table.name for table in new]
+    statements = [statement for table in new for statement in create_table(table)]
+    if LEDGER not in catalog:
+        names.append(LEDGER)
+        statements.append(CREATE_LEDGER)
+    reasons = tuple(f'there is no table "{name}"' for name in names)
+    return [Step("", reasons, tuple(statements))] if statements else []
+
+
+def plan_columns(table: str, found: Iterable[Difference]) -> list[Step]:
+    changes = [difference for difference in found if difference.action]
+    if not changes:
+        return []
+    alter = f"ALTER TABLE {identifier(table)} {', '.join(change.action for change in changes)}"
+    return [Step(table, tuple(change.reason for change in changes), (alter,))]
+
+
+def plan_invalid_indexes(table: Table, existing: ExistingTable) -> Iterator[Step]:
+    """Return the steps that drop what interrupted builds of ours left behind: it only slows down inserts.
+
+    An index of another kind or name is not ours to drop.
+    """
+    wanted = set(wanted_indexes(table))
+    for invalid in existing.invalid:
+        if invalid.index not in wanted or not invalid.index.may_have_name(invalid.name):
+            continue
+        place = f'table "{table.name}", index "{invalid.name}"'
+        drop = f"DROP INDEX {invalid.qualified}"
+        # What may be under construction is dropped only by who can look again with a lock.
+        shown = () if invalid.busy else (f"DROP INDEX CONCURRENTLY {invalid.qualified}",)
+        state = "is being built by somebody" if invalid.busy else "was left behind by an interrupted build"
+        yield Step(table.name, (f"{place} {state}",), (drop,), shown=shown)
+
+
+def plan_indexes(table: Table, existing: ExistingTable) -> tuple[list[Step], list[Difference]]:
+    """Return the steps that build indexes, and what cannot be built without blocking inserts."""
+    busy = {invalid.index for invalid in existing.invalid if invalid.busy}
+    steps, by_hand = [], []
+    for index in missing_indexes(table, existing):
+        kind = "unique index" if index.unique else "index"
+        reason = f'table "{table.name}", column "{index.column}": there is no {kind}'
+        if not existing.partitioned:
+            shown = () if index in busy else None
+            steps.append(Step(table.name, (reason,), (index.sql("CONCURRENTLY"),), index, shown))
+        elif existing.empty:
+            steps.append(Step(table.name, (reason,), (index.sql(),)))
+        else:  # PostgreSQL has no CONCURRENTLY here
+            reason += "; building it on a partitioned table blocks inserts"
+            by_hand.append(Difference(reason, index.sql()))
+    return steps, by_hand
+
+
+def plan_migration(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -> Plan:
+    """Return what is to be done about a database, quick things first."""
+    columns: list[Step] = []
+    invalid: list[Step] = []
+    indexes: list[Step] = []
+    by_hand: list[Difference] = []
+    later: list[str] = []
+    for table in schema.tables.values():
+        existing = catalog.get(table.name)
+        if not existing:
+            continue
+        found = list(table_differences(table, existing, user))
+        columns += plan_columns(table.name, found)
+        by_hand += [difference for difference in found if not difference.action]
+        later += [difference.later for difference in found if difference.later]
+        invalid += plan_invalid_indexes(table, existing)
+        built, blocking = plan_indexes(table, existing)
+        indexes += built
+        by_hand += blocking
+    by_hand += ledger_differences(catalog, user)
+    steps = [*plan_new_tables(schema, catalog), *columns, *invalid, *indexes]
+    return Plan(tuple(steps), tuple(by_hand), tuple(later))
+
+
+def comment(text: str) -> str:
+    """Return a text as comments of SQL."""
+    return "\n".join(f"-- {line}".rstrip() for line in text.splitlines())
+
+
+def script(plan: Plan) -> str:
+    """Return what a plan says, for people and for psql alike.
+
+    What --migrate would not run by itself psql does not run either: it stands in comments.
+    """
+    lines = [comment(f"  {reason}") for reason in plan.reasons]
+    statements = [
+        statement
+        for step in plan.steps
+        for statement in (step.statements if step.shown is None else step.shown)
     ]
+    if statements:
+        lines += [comment("What --migrate would run, short locks and waiting for others aside:")]
+        lines += [f"{statement};" for statement in statements]
+    by_hand = [difference.sql for difference in plan.by_hand if difference.sql]
+    if by_hand:
+        lines += [
+            comment("What --migrate leaves to you, because it blocks, rewrites, drops or grants something:")
+        ]
+        lines += [comment(f"  {statement};") for statement in by_hand]
+    if plan.later:
+        lines += [comment("Some day, when the rows that are there now have values in them:")]
+        lines += [comment(f"  {statement};") for statement in plan.later]
+    return "\n".join(lines)
+
+
+def empty_tables_matter(schema: Schema, catalog: Mapping[str, ExistingTable]) -> list[str]:
+    """Return the tables for which the plan depends on whether they have rows."""
+    return [
+        table.name
+        for table in schema.tables.values()
+        if (existing := catalog.get(table.name)) and existing.kind == "table" and existing.can_select
+        if (existing.partitioned and missing_indexes(table, existing))
+        or any(column.required and column.name not in existing.columns for column in table.columns)
+    ]
+
+
+def is_empty_sql(table: str) -> str:
+    """Return a query whether a table has no rows."""
+    return f"SELECT NOT EXISTS (SELECT FROM {identifier(table)})"
+
+
+def free_name_sql(index: Index) -> str:
+    """Return a query for the name that PostgreSQL would choose for an index."""
+    names = ",".join(quote(index.name(number)) for number in range(INDEX_NAMES_MAX))
+    return (
+        f"SELECT w.name FROM unnest(ARRAY[{names}]::text[]) WITH ORDINALITY AS w(name, number)"
+        f" JOIN pg_class t ON t.oid = to_regclass({quote(identifier(index.table))}) WHERE NOT EXISTS"
+        " (SELECT FROM pg_class c WHERE c.relname = w.name AND c.relnamespace = t.relnamespace)"
+        " ORDER BY w.number LIMIT 1"
+    )
 
 
 def catalog_sql(tables: Iterable[str]) -> str:
@@ -1940,31 +2220,53 @@ def catalog_sql(tables: Iterable[str]) -> str:
     SELECT 'index', wanted.name, i.indisunique AND i.indimmediate AND i.indpred IS NULL AND i.indnkeyatts = 1,
         NULL, NULL, a.attname::text, NULL, NULL
     {wanted} JOIN pg_index i ON i.indrelid = {found}
-    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] WHERE i.indisvalid"""
+    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] WHERE i.indisvalid
+    UNION ALL
+    SELECT 'invalid', wanted.name, i.indisunique, EXISTS (SELECT FROM pg_locks l WHERE l.relation = i.indrelid
+        AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+        AND l.mode = 'ShareUpdateExclusiveLock' AND l.granted AND l.pid <> pg_backend_pid()),
+        quote_ident(n.nspname) || '.' || quote_ident(c.relname), a.attname::text, m.amname::text,
+        c.relname::text
+    {wanted} JOIN pg_index i ON i.indrelid = {found}
+    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+    JOIN pg_class c ON c.oid = i.indexrelid AND c.relkind = 'i'
+    JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_am m ON m.oid = c.relam
+    WHERE NOT i.indisvalid AND i.indnatts = 1 AND i.indpred IS NULL"""
 
 
 def read_catalog(rows: Iterable[Sequence[Any]]) -> dict[str, ExistingTable]:
     """Return the tables that the rows of catalog_sql describe."""
-    tables: dict[str, tuple[str, bool, bool, bool]] = {}
+    tables: dict[str, ExistingTable] = {}
     columns: dict[str, dict[str, ExistingColumn]] = {}
     indexed: dict[str, set[str]] = {}
     unique: dict[str, set[str]] = {}
-    for what, table, first, second, third, name, kind, primary_key in rows:
+    invalid: dict[str, list[InvalidIndex]] = {}
+    for what, table, first, second, third, name, kind, last in rows:
         if what == "table":
-            tables[table] = (KINDS.get(kind, "table"), first, second, bool(third))
+            tables[table] = ExistingTable(
+                {},
+                kind=KINDS.get(kind, "table"),
+                can_insert=first,
+                can_select=second,
+                row_security=bool(third),
+                partitioned=kind == "p",
+            )
         elif what == "column":
-            column = ExistingColumn(kind, first, second, third, primary_key)
-            columns.setdefault(table, {})[name] = column
+            columns.setdefault(table, {})[name] = ExistingColumn(kind, first, second, third, last)
+        elif what == "invalid":
+            found = InvalidIndex(Index(table, name, first, kind), last, third, second)
+            invalid.setdefault(table, []).append(found)
         else:
             (unique if first else indexed).setdefault(table, set()).add(name)
     return {
-        table: ExistingTable(
-            columns.get(table, {}),
-            frozenset(indexed.get(table, set()) | unique.get(table, set())),
-            frozenset(unique.get(table, set())),
-            *about,
+        name: replace(
+            table,
+            columns=columns.get(name, {}),
+            indexed=frozenset(indexed.get(name, set()) | unique.get(name, set())),
+            unique=frozenset(unique.get(name, set())),
+            invalid=tuple(invalid.get(name, ())),
         )
-        for table, about in tables.items()
+        for name, table in tables.items()
     }
 
 
@@ -2015,12 +2317,6 @@ DURABLY = (
 )
 FLUSH_START = flush_start(STATEMENT_TIMEOUT_S)
 PATIENT_FLUSH_START = flush_start(LONG_STATEMENT_TIMEOUT_S)
-
-
-CREATE_LEDGER = (
-    f"CREATE TABLE {LEDGER} (epoch uuid PRIMARY KEY, flush bigint NOT NULL,"
-    " updated_at timestamp with time zone NOT NULL DEFAULT now())"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2303,7 +2599,16 @@ AWAY_STATES = ("08", "25006", "53", "55P03", "57014", "57P")
 CONFLICT_STATES = ("40",)
 OPERATOR_STATES = ("0A", "0L", "0P", "25", "26", "28", "3D", "3F", "42", "55", "57", "58", "F0", "HV", "XX")
 
+# A table is in use: a lock that was not to be had in time, or a deadlock.
+BUSY_STATES = ("55P03", "57014", "40P01")
+
 ADVISORY_LOCK = 7_039_262_163_317  # Any number; held while tables are created.
+# Two sessions that create one table at once can fail with 23505, IF NOT EXISTS or not. A lock on a table
+# that cannot be had soon is not waited for: other instances could not insert behind us.
+BEGIN_PREPARING = (
+    "BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0;"
+    f" SELECT pg_advisory_xact_lock({ADVISORY_LOCK}); SET LOCAL lock_timeout = {PREPARE_LOCK_TIMEOUT_MS}"
+)
 
 
 def server_error(fields: Mapping[str, str]) -> DatabaseError:
@@ -2478,6 +2783,14 @@ class Database:
     def limit_sending(self, seconds: float) -> None:
         """Bound the time that a server may take no data."""
         self._connection._usock.settimeout(seconds)
+
+    def is_direct(self) -> bool:
+        """Return whether no pooler is between us and PostgreSQL, so that the session's settings are ours.
+
+        A pooler greets with a process number of its own making. Raises what run() does.
+        """
+        key = self._connection._backend_key_data
+        return key is not None and self.run("SELECT pg_backend_pid()") == [[int.from_bytes(key[:4])]]
 
     def is_stale(self) -> bool:
         """Return whether the server closed the idle connection, or says something unasked for.
@@ -2719,22 +3032,20 @@ def missing_after_check(database: Database, schema: Schema, user: str) -> list[s
     """Return the SQL for what is missing; raise OperatorError for what does not fit."""
     catalog = read_catalog(database.run(catalog_sql([*schema.tables, LEDGER])))
     found = differences(schema, catalog, user)
-    if LEDGER in catalog and not (catalog[LEDGER].can_insert and catalog[LEDGER].can_select):
-        grant = f"GRANT SELECT, INSERT, UPDATE, DELETE ON {LEDGER} TO {identifier(user)}"
-        found.append(Difference(f'table "{LEDGER}": no permission to use it', grant))
     if not found:
-        ledger = [] if LEDGER in catalog else [CREATE_LEDGER]
-        return ledger + missing_sql(schema, catalog)
-    count = "a difference" if len(found) == 1 else f"{len(found)} differences"
-    raise OperatorError(
-        "\n".join(
-            [
-                f"the database does not fit the schema file, {count}:",
-                *(f"  {difference.reason}" for difference in found),
-                "Change the schema file, or mend the tables with:",
-                *(f"  {difference.sql};" for difference in found if difference.sql),
-            ]
-        )
+        return missing_sql(schema, catalog)
+    additive = all(difference.action for difference in found)
+    ways = "Change the schema file, start with --migrate, or" if additive else "Change the schema file, or"
+    raise OperatorError(differences_text(found, "", ways))
+
+
+def refused_by_database(error: DatabaseError, statements: Iterable[str], user: str) -> OperatorError:
+    """Return the error for statements that PostgreSQL refuses for good."""
+    detail = f" ({error.detail})" if error.detail else ""
+    return OperatorError(
+        f"cannot create what the schema needs: {error.reason}{detail}\n"
+        f"Let the owner of the database run this, or allow user {identifier(user)} to:\n"
+        + "\n".join(f"  {statement};" for statement in statements)
     )
 
 
@@ -2748,12 +3059,7 @@ def prepare_tables(database: Database, schema: Schema, user: str) -> None:
     if not missing_after_check(database, schema, user):
         return
     database.set_timeout(PREPARE_TIMEOUT_S)
-    # Two sessions that create one table at once can fail with 23505, IF NOT EXISTS or not. A lock that
-    # cannot be had soon is not waited for: other instances could not insert behind us.
-    database.run(
-        "BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0;"
-        f" SELECT pg_advisory_xact_lock({ADVISORY_LOCK}); SET LOCAL lock_timeout = {PREPARE_LOCK_TIMEOUT_MS}"
-    )
+    database.run(BEGIN_PREPARING)
     statements = missing_after_check(database, schema, user)
     try:
         for statement in statements:
@@ -2764,12 +3070,225 @@ def prepare_tables(database: Database, schema: Schema, user: str) -> None:
         raise DatabaseAway(f"cannot create what the schema needs: {error.reason}", error.sqlstate) from None
     except (DataRefused, DatabaseConflict, DatabaseMisconfigured) as error:
         database.run("ROLLBACK")
-        detail = f" ({error.detail})" if error.detail else ""
-        raise OperatorError(
-            f"cannot create what the schema needs: {error.reason}{detail}\n"
-            f"Let the owner of the database run this, or allow user {identifier(user)} to:\n"
-            + "\n".join(f"  {statement};" for statement in statements)
-        ) from None
+        raise refused_by_database(error, statements, user) from None
+
+
+def survey(database: Database, schema: Schema, user: str) -> Plan:
+    """Return what is to be done about the tables. Changes nothing. Raises DatabaseError."""
+    catalog = read_catalog(database.run(catalog_sql([*schema.tables, LEDGER])))
+    for name in empty_tables_matter(schema, catalog):
+        [[empty]] = database.run(is_empty_sql(name))
+        catalog[name] = replace(catalog[name], empty=empty)
+    return plan_migration(schema, catalog, user)
+
+
+def check_database(database: Database, schema: Schema, user: str) -> Plan:
+    """Return what is to be done about the tables, found out in a transaction that cannot write.
+
+    Raises DatabaseError.
+    """
+    database.run("BEGIN READ ONLY")
+    plan = survey(database, schema, user)
+    database.run("ROLLBACK")
+    return plan
+
+
+class Migration:
+    """Brings the tables of a database to a schema, one step at a time.
+
+    Other instances may do the same, and operators build indexes by hand. So every step is planned anew
+    with a lock that keeps others from doing the same. That lock is a transaction's, since one of the session
+    would not hold through PgBouncer. The build of an index cannot be in a transaction: it is started right
+    after one in which nobody else was building, under a name that an other instance would choose as well,
+    so that the second of two is refused.
+    """
+
+    def __init__(self, database: Database, schema: Schema, user: str) -> None:
+        self._database = database
+        self._schema = schema
+        self._user = user
+        self._repeated: dict[Index, DataRefused] = {}  # unique indexes that the data does not allow
+
+    def run(self) -> None:
+        """Take all steps. Raises what migrate() does."""
+        plan = self._survey()
+        if plan.by_hand:
+            what = " that --migrate leaves to you (nothing was changed)"
+            raise OperatorError(differences_text(plan.by_hand, what, "Change the schema file, or"))
+        later = plan.later
+        taken = Counter[Step]()
+        while steps := [
+            step for step in plan.steps if step.index is None or step.index not in self._repeated
+        ]:
+            step = steps[0]
+            taken[step] += 1
+            if taken[step] > CONFLICT_TRIES:
+                raise OperatorError(
+                    f"run {CONFLICT_TRIES} times without effect: {'; '.join(step.statements)}"
+                )
+            try:
+                self._take(step)
+            except (DataRefused, DatabaseConflict, DatabaseMisconfigured) as error:
+                self._roll_back()
+                # A row came between the look and NOT NULL; a deadlock: the next plan knows more.
+                passing = error.sqlstate == "23502" or isinstance(error, DatabaseConflict)
+                if not passing:
+                    left = [statement for step in steps for statement in step.statements]
+                    raise refused_by_database(error, left, self._user) from None
+            plan = self._survey()
+        for statement in later:
+            log.info("database: when the rows from before have values in them, you may run: %s", statement)
+        if self._repeated:
+            raise OperatorError("\n".join(self._repeated_values()))
+
+    def _survey(self) -> Plan:
+        return survey(self._database, self._schema, self._user)
+
+    def _take(self, step: Step) -> None:
+        if step.index:
+            self._build(step, step.index)
+        elif step.table:
+            self._patiently(step, CHANGE_PATIENCE_S, self._change)
+        else:
+            self._create(step)
+
+    def _is_needed(self, step: Step) -> bool:
+        """Return whether a step is still to be taken, now that a lock keeps others from taking it."""
+        return step in self._survey().steps
+
+    def _roll_back(self) -> None:
+        with contextlib.suppress(DatabaseAway):
+            self._database.run("ROLLBACK")
+
+    def _create(self, step: Step) -> None:
+        self._database.run(BEGIN_PREPARING)
+        if self._is_needed(step):
+            for statement in step.statements:
+                log.info("database: %s", statement)
+                self._database.run(statement)
+        self._database.run("COMMIT")
+
+    def _patiently(self, step: Step, patience_s: float, attempt: Callable[[Step], None]) -> None:
+        """Try until it gets its lock. Raises DatabaseAway after `patience_s`."""
+        deadline = time.monotonic() + patience_s
+        waited = False
+        while True:
+            try:
+                return attempt(step)
+            except (DatabaseAway, DatabaseConflict) as error:
+                self._roll_back()
+                if error.sqlstate not in BUSY_STATES:
+                    raise
+                if time.monotonic() > deadline:
+                    raise DatabaseAway(
+                        f'table "{step.table}" is still in use after {patience_s} s ({error.reason});'
+                        f" not run: {'; '.join(step.statements)}",
+                        error.sqlstate,
+                    ) from None
+                if not waited:
+                    log.info('database: table "%s" is in use, waiting for it: %s', step.table, error.reason)
+                waited = True
+                time.sleep(CHANGE_PAUSE_S)
+
+    def _begin(self, step: Step) -> bool:
+        """Begin a transaction in which nobody else changes the table; return whether the step is needed.
+
+        Waits for the builds of others, and blocks no insert. LOCK has no snapshot while it waits, which a
+        build of an index would wait for in turn.
+        """
+        self._database.run(
+            f"BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {BUILD_LOCK_TIMEOUT_MS};"
+            f" LOCK TABLE {identifier(step.table)} IN SHARE UPDATE EXCLUSIVE MODE"
+        )
+        return self._is_needed(step)
+
+    def _change(self, step: Step) -> None:
+        if not self._begin(step):
+            self._roll_back()
+            return
+        for statement in step.statements:
+            log.info("database: %s", statement)
+        self._database.run(
+            f"SET LOCAL lock_timeout = {CHANGE_LOCK_TIMEOUT_MS};"
+            f" SET LOCAL statement_timeout = {CHANGE_TIMEOUT_MS}; {'; '.join(step.statements)}; COMMIT"
+        )
+
+    def _build(self, step: Step, index: Index) -> None:
+        needed = False
+
+        def look(step: Step) -> None:
+            nonlocal needed
+            needed = self._begin(step)
+            self._roll_back()
+
+        self._patiently(step, PREPARE_TIMEOUT_S, look)
+        if not needed:
+            return
+        [[name]] = self._database.run(free_name_sql(index))
+        statement = index.sql("CONCURRENTLY", identifier(name))
+        log.info("database: %s", statement)
+        try:
+            with self._without_timeouts():
+                self._database.run(statement)
+        except DataRefused as error:
+            if error.sqlstate != "23505":
+                raise
+            self._repeated[index] = error  # the next plan drops what is left of the index
+        except DatabaseMisconfigured as error:
+            if error.sqlstate != "42P07":  # another instance was quicker
+                raise
+        except DatabaseAway as error:
+            if error.sqlstate not in BUSY_STATES:
+                raise
+            raise OperatorError(
+                f"PostgreSQL gave up building an index: {error.reason}; run this without a time-out,"
+                " or let the URL say ?options=-c%20statement_timeout%3D0%20-c%20lock_timeout%3D0\n"
+                f"  {index.sql('CONCURRENTLY')};"
+            ) from None
+
+    @contextlib.contextmanager
+    def _without_timeouts(self) -> Iterator[None]:
+        """Keep the time-outs of a role or a database from ending a build.
+
+        A pooler would give the settings to other clients; there the time-outs stay.
+        """
+        direct = self._database.is_direct()
+        if direct:
+            self._database.run("SET statement_timeout = 0; SET lock_timeout = 0")
+        try:
+            yield
+        finally:
+            if direct:
+                with contextlib.suppress(DatabaseAway):
+                    self._database.run("RESET statement_timeout; RESET lock_timeout")
+
+    def _repeated_values(self) -> Iterator[str]:
+        yield "columns cannot become unique, because values are repeated in them:"
+        for index, error in self._repeated.items():
+            yield f'  table "{index.table}", column "{index.column}": {error.detail or error.reason}'
+        yield "Find them all with the SELECT, remove them, and start again or run the rest:"
+        for index in self._repeated:
+            column = identifier(index.column)
+            yield (
+                f"  SELECT {column}, count(*) FROM {identifier(index.table)}"
+                f" GROUP BY {column} HAVING count(*) > 1;"
+            )
+            yield f"  {index.sql('CONCURRENTLY')};"
+
+
+def migrate(database: Database, schema: Schema, user: str) -> None:
+    """Create the tables, columns and indexes that are missing, and drop NOT NULL where nothing requires it.
+
+    For any thread with a connection of its own; changes the connection's time-out. Logs what it runs.
+    Blocks as long as PostgreSQL needs to build indexes. Inserts of others go on: no lock that stops them is
+    held or waited for longer than half a second. Does nothing if there is something that it must not do.
+
+    Raises OperatorError with everything that does not fit then and the SQL for it; DatabaseAway when the
+    database went away or a table stayed in use too long: what was done until then stays, and trying again
+    goes on from there.
+    """
+    database.set_timeout(PREPARE_TIMEOUT_S)
+    Migration(database, schema, user).run()
 
 
 def check_tables(database: Database, schema: Schema, user: str) -> None:
@@ -2819,11 +3338,12 @@ def enlist(database: Database, schema: Schema, user: str, epochs: Sequence[str])
 
 
 class Opener:
-    """Opens sessions. The first one prepares the tables, later ones check them."""
+    """Opens sessions. The first one prepares or migrates the tables, later ones check them."""
 
-    def __init__(self, target: Target, schema: Schema) -> None:
+    def __init__(self, target: Target, schema: Schema, migrates: bool = False) -> None:
         self.target = target
         self._schema = schema
+        self._prepare = migrate if migrates else prepare_tables
         self._prepared = False
 
     def open(self, epochs: Sequence[str]) -> Session:
@@ -2836,7 +3356,7 @@ class Opener:
             if self._prepared:
                 check_tables(database, self._schema, self.target.user)
             else:
-                prepare_tables(database, self._schema, self.target.user)
+                self._prepare(database, self._schema, self.target.user)
                 self._prepared = True
             database.set_timeout(STATEMENT_TIMEOUT_S + ANSWER_GRACE_S)
             database.limit_sending(PATIENCE_S)
@@ -5189,9 +5709,13 @@ database URL:
   command line with ps: prefer ATTOLYTICS_DB_URL or .pgpass.
 
 exit codes:
-  0  stopped by SIGTERM or SIGINT, every request in flight answered
+  0  stopped by SIGTERM or SIGINT, every request in flight answered; --check: everything fits
   1  something is wrong with the schema file, the database, the spool or the address; the message says what
   2  wrong options
+
+changing the schema:
+  attolytics --check --schema schema.conf.yaml --db_url ...          # what is wrong or missing?
+  attolytics --check --schema schema.conf.yaml --db_url ... | psql   # create it, as --migrate does
 
 example:
   attolytics --schema schema.conf.yaml --db_url postgres://attolytics@%2Frun%2Fpostgresql
@@ -5278,6 +5802,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--retry_quarantine",
         action="store_true",
         help="at start, try the events in quarantine again, and say what came of it",
+    )
+    add(
+        "--migrate",
+        action="store_true",
+        help="at start and on reload, also add columns, build indexes without blocking inserts, and drop"
+        " NOT NULL where the schema no longer requires it; it never drops or rewrites data",
+    )
+    add(
+        "--check",
+        action="store_true",
+        help="compare the schema file with the database, print what is wrong and the SQL that is missing,"
+        " and exit; changes nothing",
     )
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument(
@@ -5497,11 +6033,64 @@ def show_query(path: str, schema: Schema) -> str:
     return f"sqlite3 {shlex.quote(path)} {shlex.quote(f'SELECT * FROM {identifier(table)}')}"
 
 
+def database_url(options: argparse.Namespace, environ: Mapping[str, str], schema: Schema) -> str | None:
+    """Return where the database is, if there is one."""
+    return options.db_url or environ.get("ATTOLYTICS_DB_URL") or schema.database_url
+
+
+def write_report(text: str) -> None:
+    """Write to standard output. Raises OperatorError."""
+    if not sys.stdout:  # it was closed before we started
+        return
+    try:
+        sys.stdout.buffer.write(f"{text}\n".encode())  # SQL is UTF-8, whatever the locale says
+        sys.stdout.flush()
+    except OSError as error:
+        # What could not be written would fail once more when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OperatorError(f"cannot write the report: {reason_of(error)}") from None
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and a noun, in the plural where it needs one."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Report what is wrong with the schema file and the database; return the exit code.
+
+    The report is a script for psql. Raises OperatorError when something cannot be checked.
+    """
+    try:
+        schema = read_schema(options.schema)
+    except SchemaError as error:
+        write_report(comment(str(error)))
+        return 1
+    size = f"{counted(len(schema.tables), 'table')}, {counted(len(schema.apps), 'app')}"
+    report = [comment(f"{options.schema}: {size}: no mistakes")]
+    url = database_url(options, environ, schema)
+    if not url:
+        write_report("\n".join([*report, comment("no database URL: no database was compared")]))
+        return 0
+    target = read_target(url, environ)
+    try:
+        with contextlib.closing(connect(target)) as database:
+            plan = check_database(database, schema, target.user)
+    except DatabaseError as error:
+        raise OperatorError(f"cannot use {target}: {error.reason}") from None
+    if not plan.reasons:
+        write_report("\n".join([*report, comment(f"{target}: fits")]))
+        return 0
+    report.append(comment(f"{target}: {counted(len(plan.reasons), 'difference')}"))
+    write_report("\n".join([*report, script(plan)]))
+    return 1
+
+
 def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Notifier) -> None:
     """Run the server until SIGTERM or SIGINT. Raises OperatorError when it cannot start or go on."""
     schema = read_schema(options.schema)
-    url = options.db_url or environ.get("ATTOLYTICS_DB_URL") or schema.database_url
-    opener = Opener(read_target(url, environ), schema) if url else None
+    url = database_url(options, environ, schema)
+    opener = Opener(read_target(url, environ), schema, options.migrate) if url else None
     raise_file_limit(options.max_connections)
     spool = Spool(options.spool, options.spool_limit, schema, str(uuid.uuid4()))
     writer = Writer(schema, spool, opener.open if opener else None)
@@ -5551,6 +6140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Until there are requests to answer, SIGTERM ends the start as Ctrl-C does, PID 1 included.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if options.check:
+            return check(options, os.environ)
         serve(options, os.environ, Notifier(os.environ.get("NOTIFY_SOCKET")))
     except (OperatorError, SpoolError) as error:
         text = f"attolytics: {error}"
