@@ -3103,10 +3103,13 @@ class Migration:
     so that the second of two is refused.
     """
 
-    def __init__(self, database: Database, schema: Schema, user: str) -> None:
+    def __init__(
+        self, database: Database, schema: Schema, user: str, patience_s: float = CHANGE_PATIENCE_S
+    ) -> None:
         self._database = database
         self._schema = schema
         self._user = user
+        self._patience_s = patience_s  # for a table that is in use
         self._repeated: dict[Index, DataRefused] = {}  # unique indexes that the data does not allow
 
     def run(self) -> None:
@@ -3148,7 +3151,7 @@ class Migration:
         if step.index:
             self._build(step, step.index)
         elif step.table:
-            self._patiently(step, CHANGE_PATIENCE_S, self._change)
+            self._patiently(step, self._patience_s, self._change)
         else:
             self._create(step)
 

@@ -138,6 +138,20 @@ apps:
     access_control_allow_origin: ["https://a.example", "http://b.example:8080"]
 """
 
+# What became of a table with only the columns `a` and `b`, say.
+GROWN_SCHEMA = """
+tables:
+  t:
+    columns:
+      - { name: a, type: i64, indexed: true }
+      - { name: b, indexed: true }
+      - { name: c, type: uuid, unique: true }
+      - { name: d, required: true }
+      - { name: j, type: json, indexed: true }
+apps:
+  app: { secret_key: key, tables: [t] }
+"""
+
 
 def schema_of(text: str) -> Schema:
     return attolytics.parse_schema(textwrap.dedent(text))
@@ -713,12 +727,115 @@ class SqlTest(unittest.TestCase):
         self.assertEqual(
             attolytics.missing_sql(schema, {}),
             [
+                attolytics.CREATE_LEDGER,
                 'CREATE TABLE "t" ("a" varchar NOT NULL, "b" bigint, "c" varchar, "j" jsonb)',
                 'CREATE INDEX ON "t" ("b")',
                 'CREATE UNIQUE INDEX ON "t" ("c")',
                 'CREATE INDEX ON "t" USING gin ("j")',
             ],
         )
+
+    def plan(self, **existing: attolytics.ExistingTable) -> attolytics.Plan:
+        catalog = {attolytics.LEDGER: attolytics.ExistingTable({}), **existing}
+        return attolytics.plan_migration(schema_of(GROWN_SCHEMA), catalog, "me")
+
+    def test_a_plan_for_an_empty_database_creates_everything_in_one_step(self) -> None:
+        plan = attolytics.plan_migration(schema_of(GROWN_SCHEMA), {}, "me")
+        [step] = plan.steps
+        self.assertEqual(step.reasons, ('there is no table "t"', 'there is no table "attolytics_ledger"'))
+        self.assertEqual(list(step.statements[-1:]), [attolytics.CREATE_LEDGER])
+        self.assertEqual((plan.by_hand, plan.later), ((), ()))
+
+    def test_a_plan_changes_a_table_at_once_and_then_builds_its_indexes(self) -> None:
+        old = {
+            "a": attolytics.ExistingColumn("int8", not_null=True, has_default=False),
+            "gone": attolytics.ExistingColumn("text", not_null=True, has_default=False),
+        }
+        plan = self.plan(t=attolytics.ExistingTable(old, indexed=frozenset("a")))
+        self.assertEqual(
+            [statement for step in plan.steps for statement in step.statements],
+            [
+                'ALTER TABLE "t" ADD COLUMN "b" varchar, ADD COLUMN "c" uuid, ADD COLUMN "d" varchar,'
+                ' ADD COLUMN "j" jsonb, ALTER COLUMN "a" DROP NOT NULL, ALTER COLUMN "gone" DROP NOT NULL',
+                'CREATE INDEX CONCURRENTLY ON "t" ("b")',
+                'CREATE UNIQUE INDEX CONCURRENTLY ON "t" ("c")',
+                'CREATE INDEX CONCURRENTLY ON "t" USING gin ("j")',
+            ],
+        )
+        self.assertEqual(plan.by_hand, ())
+        self.assertEqual(plan.later, ('ALTER TABLE "t" ALTER COLUMN "d" SET NOT NULL',))
+
+    def test_a_required_column_is_not_null_only_in_a_table_without_rows(self) -> None:
+        for empty, column in [(True, 'ADD COLUMN "d" varchar NOT NULL'), (False, 'ADD COLUMN "d" varchar,')]:
+            plan = self.plan(t=attolytics.ExistingTable({}, empty=empty))
+            self.assertIn(column, plan.steps[0].statements[0])
+            self.assertEqual(bool(plan.later), not empty)
+
+    def test_what_rewrites_drops_or_grants_is_left_to_the_operator(self) -> None:
+        columns = {
+            "a": attolytics.ExistingColumn("int4", not_null=True, has_default=False, primary_key="t_pkey"),
+            "b": attolytics.ExistingColumn("text", not_null=False, has_default=False, generated="stored"),
+            "c": attolytics.ExistingColumn("uuid", not_null=False, has_default=False),
+            "d": attolytics.ExistingColumn("text", not_null=False, has_default=False),
+            "j": attolytics.ExistingColumn("jsonb", not_null=False, has_default=False),
+        }
+        indexed = frozenset("abcj")
+        table = attolytics.ExistingTable(columns, indexed, frozenset("c"), can_insert=False)
+        plan = self.plan(t=table)
+        self.assertEqual(plan.steps, ())
+        self.assertEqual(
+            [difference.sql for difference in plan.by_hand],
+            [
+                'GRANT SELECT, INSERT ON "t" TO "me"',
+                'ALTER TABLE "t" ALTER COLUMN "a" TYPE bigint USING "a"::text::bigint',
+                'ALTER TABLE "t" ALTER COLUMN "b" DROP EXPRESSION',
+                'ALTER TABLE "t" DROP CONSTRAINT "t_pkey", ALTER COLUMN "a" DROP NOT NULL',
+            ],
+        )
+        for kind in ("view", "foreign table"):
+            plan = self.plan(t=attolytics.ExistingTable({}, kind=kind))
+            self.assertEqual(plan.steps, ())
+            self.assertGreater(len(plan.by_hand), 5)
+
+    def test_only_invalid_indexes_of_our_kind_and_name_are_dropped(self) -> None:
+        for name, column, unique, method, busy, shown in [
+            ("t_b_idx", "b", False, "btree", False, ['DROP INDEX CONCURRENTLY s."x"']),
+            ("t_b_idx12", "b", False, "btree", False, ['DROP INDEX CONCURRENTLY s."x"']),
+            ("t_b_idx", "b", False, "btree", True, []),
+            ("t_b_idx0", "b", False, "btree", False, None),
+            ("mine", "b", False, "btree", False, None),
+            ("t_b_idx_ccnew", "b", False, "btree", False, None),
+            ("t_b_idx", "b", True, "btree", False, None),
+            ("t_b_idx", "b", False, "hash", False, None),
+            ("t_more_idx", "more", False, "btree", False, None),
+        ]:
+            with self.subTest(name=name, column=column, unique=unique, method=method, busy=busy):
+                index = attolytics.Index("t", column, unique, method)
+                invalid = attolytics.InvalidIndex(index, name, 's."x"', busy)
+                plan = self.plan(t=attolytics.ExistingTable({}, invalid=(invalid,)))
+                drops = [step for step in plan.steps if step.statements == ('DROP INDEX s."x"',)]
+                self.assertEqual([list(step.shown or ()) for step in drops], [] if shown is None else [shown])
+                # What somebody builds already is not offered to psql for a second time.
+                report = attolytics.script(plan)
+                self.assertEqual('\nCREATE INDEX CONCURRENTLY ON "t" ("b");' in report, not busy)
+
+    def test_indexes_of_a_partitioned_table_are_built_only_while_it_is_empty(self) -> None:
+        for empty in (True, False):
+            plan = self.plan(t=attolytics.ExistingTable({}, partitioned=True, empty=empty))
+            built = [step for step in plan.steps if "INDEX" in step.statements[0]]
+            self.assertEqual([step.index for step in built], [None] * 4 if empty else [])
+            self.assertEqual(len(plan.by_hand), 0 if empty else 4)
+
+    def test_a_report_is_a_script_whatever_names_there_are(self) -> None:
+        name = "x\n; DROP TABLE y; --"
+        table = Table(name, (Column(name),))
+        existing = attolytics.ExistingTable(
+            {name: attolytics.ExistingColumn("int4", not_null=False, has_default=False)}
+        )
+        catalog = {name: existing, attolytics.LEDGER: attolytics.ExistingTable({})}
+        plan = attolytics.plan_migration(Schema({name: table}, {}), catalog, "me")
+        for line in attolytics.script(plan).splitlines():
+            self.assertTrue(line.startswith("--"), line)
 
     def test_repeated_values_of_unique_columns_are_skipped(self) -> None:
         for columns, statement in [
@@ -1369,6 +1486,290 @@ class PrepareTest(DatabaseCase):
         self.query("INSERT INTO marks VALUES (7), (7)")
         with self.assertRaisesRegex(OperatorError, r"Key \(mark\)=\(7\) is duplicated"):
             self.open()
+
+
+class MigrateTest(DatabaseCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.schema = schema_of(GROWN_SCHEMA)
+        self.target = self.postgres.target(self.database)
+
+    def migrate(self, **changes: Any) -> None:
+        target = dataclasses.replace(self.target, **changes)
+        with contextlib.closing(attolytics.connect(target)) as database:
+            attolytics.migrate(database, self.schema, target.user)
+
+    def in_thread(self) -> concurrent.futures.Future[None]:
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.addCleanup(pool.shutdown)
+        return pool.submit(self.migrate)
+
+    def check_fits(self) -> None:
+        with contextlib.closing(attolytics.connect(self.target)) as database:
+            plan = attolytics.check_database(database, self.schema, self.target.user)
+        self.assertEqual(plan.reasons, [])
+        self.assertEqual(attolytics.script(plan), "")
+
+    def session(self) -> pg8000.native.Connection:
+        session = self.postgres.connect(self.database)
+        self.addCleanup(session.close)
+        return session
+
+    def indexes(self) -> list[tuple[str, bool]]:
+        rows = self.query(
+            "SELECT c.relname, i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+            " WHERE i.indrelid = 't'::regclass ORDER BY 1"
+        )
+        return [(name, valid) for name, valid in rows]
+
+    ALL_INDEXES: ClassVar = [(f"t_{column}_idx", True) for column in "abcj"]
+
+    def test_an_empty_database_gets_everything(self) -> None:
+        self.migrate()
+        self.check_fits()
+        self.assertEqual(self.indexes(), self.ALL_INDEXES)
+        self.migrate()
+
+    def test_a_table_with_rows_gets_columns_and_indexes_and_loses_not_null(self) -> None:
+        self.query("CREATE TABLE t (a int8 NOT NULL, b text NOT NULL, old text NOT NULL)")
+        self.query("INSERT INTO t VALUES (1, 'x', 'y')")
+        with self.assertLogs("attolytics", "INFO") as logs:
+            self.migrate()
+        self.check_fits()
+        self.assertEqual(self.indexes(), self.ALL_INDEXES)
+        self.assertEqual(
+            [record.getMessage().removeprefix("database: ") for record in logs.records],
+            [
+                attolytics.CREATE_LEDGER,
+                'ALTER TABLE "t" ADD COLUMN "c" uuid, ADD COLUMN "d" varchar, ADD COLUMN "j" jsonb,'
+                ' ALTER COLUMN "a" DROP NOT NULL, ALTER COLUMN "b" DROP NOT NULL,'
+                ' ALTER COLUMN "old" DROP NOT NULL',
+                'CREATE INDEX CONCURRENTLY "t_a_idx" ON "t" ("a")',
+                'CREATE INDEX CONCURRENTLY "t_b_idx" ON "t" ("b")',
+                'CREATE UNIQUE INDEX CONCURRENTLY "t_c_idx" ON "t" ("c")',
+                'CREATE INDEX CONCURRENTLY "t_j_idx" ON "t" USING gin ("j")',
+                "when the rows from before have values in them, you may run:"
+                ' ALTER TABLE "t" ALTER COLUMN "d" SET NOT NULL',
+            ],
+        )
+        self.query("UPDATE t SET d = ''")
+        self.query('ALTER TABLE "t" ALTER COLUMN "d" SET NOT NULL')
+        self.check_fits()
+        self.assertEqual(self.query("SELECT a, b, old FROM t"), [[1, "x", "y"]])
+
+    def test_a_required_column_is_not_null_in_a_table_without_rows(self) -> None:
+        self.query("CREATE TABLE t (a int8)")
+        self.migrate()
+        self.check_fits()
+        nullable = "SELECT is_nullable FROM information_schema.columns WHERE table_name = 't'"
+        self.assertEqual(self.query(f"{nullable} AND column_name = 'd'"), [["NO"]])
+
+    def test_nothing_is_done_when_something_is_left_to_the_operator(self) -> None:
+        self.query("CREATE TABLE t (a int4, b text, old int PRIMARY KEY)")
+        with self.assertRaises(OperatorError) as caught:
+            self.migrate()
+        message = str(caught.exception)
+        self.assertIn("2 differences that --migrate leaves to you (nothing was changed):", message)
+        self.assertIn('column "a": the type is int4, expected bigint', message)
+        self.assertIn('DROP CONSTRAINT "t_pkey"', message)
+        self.assertEqual(
+            self.query("SELECT count(*) FROM pg_attribute WHERE attrelid = 't'::regclass AND attnum > 0"),
+            [[3]],
+        )
+        for sql in re.findall(r"^  (ALTER .*);$", message, re.MULTILINE):
+            self.query(sql)
+        self.migrate()
+        self.check_fits()
+
+    def test_repeated_values_keep_a_column_from_becoming_unique(self) -> None:
+        self.query("CREATE TABLE t (a int8, b text, c uuid, d text, j jsonb)")
+        self.query(
+            "INSERT INTO t (c) SELECT '00000000-0000-0000-0000-000000000007' FROM generate_series(1, 3)"
+        )
+        with self.assertRaises(OperatorError) as caught:
+            self.migrate()
+        message = str(caught.exception)
+        self.assertIn('column "c": Key (c)=(00000000-0000-0000-0000-000000000007) is duplicated.', message)
+        # The others are there, and what is left of the unique one does not refuse new rows.
+        self.assertEqual(self.indexes(), [index for index in self.ALL_INDEXES if index[0] != "t_c_idx"])
+        [find] = re.findall(r"^  (SELECT .*);$", message, re.MULTILINE)
+        [[value, count]] = self.query(find)
+        self.assertEqual(count, 3)
+        self.query(f"DELETE FROM t WHERE c = '{value}'")
+        [create] = re.findall(r"^  (CREATE .*);$", message, re.MULTILINE)
+        self.query(create)
+        self.check_fits()
+
+    def test_what_interrupted_builds_left_behind_is_built_anew(self) -> None:
+        self.query("CREATE TABLE t (a int8, b text, c uuid, d text, j jsonb)")
+        self.query(
+            "INSERT INTO t (c) SELECT '00000000-0000-0000-0000-000000000007' FROM generate_series(1, 2)"
+        )
+        for name in ("", "mine"):
+            with self.assertRaises(pg8000.exceptions.DatabaseError):
+                self.query(f"CREATE UNIQUE INDEX CONCURRENTLY {name} ON t (c)")
+        self.cancelled_build("CREATE INDEX CONCURRENTLY ON t (b)")
+        self.query("DELETE FROM t")
+        self.assertEqual(self.indexes(), [("mine", False), ("t_b_idx", False), ("t_c_idx", False)])
+        self.migrate()
+        # An index under another name is the operator's.
+        self.assertEqual(self.indexes(), [("mine", False), *self.ALL_INDEXES])
+        self.check_fits()
+
+    def cancelled_build(self, sql: str) -> None:
+        blocker, builder = self.session(), self.session()
+        blocker.run("BEGIN; INSERT INTO t (a) VALUES (0)")
+        [[pid]] = builder.run("SELECT pg_backend_pid()")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            building = pool.submit(builder.run, sql)
+            wait_until(lambda: any(not valid and name == "t_b_idx" for name, valid in self.indexes()))
+            self.query(f"SELECT pg_cancel_backend({pid})")
+            with self.assertRaises(pg8000.exceptions.DatabaseError):
+                building.result(20)
+        blocker.run("ROLLBACK")
+
+    def test_an_index_that_somebody_else_builds_is_waited_for(self) -> None:
+        self.query("CREATE TABLE t (a int8, b text, c uuid, d text, j jsonb)")
+        blocker, builder = self.session(), self.session()
+        blocker.run("BEGIN; INSERT INTO t (a) VALUES (0)")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            building = pool.submit(builder.run, "CREATE INDEX CONCURRENTLY ON t (b)")
+            wait_until(lambda: ("t_b_idx", False) in self.indexes())
+            [[number]] = self.query("SELECT 't_b_idx'::regclass::oid")
+            with contextlib.closing(attolytics.connect(self.target)) as database:
+                plan = attolytics.check_database(database, self.schema, "postgres")
+            report = attolytics.script(plan)
+            self.assertIn('--   table "t", index "t_b_idx" is being built by somebody', report)
+            self.assertNotIn("DROP INDEX", report)
+            self.assertNotIn('ON "t" ("b")', report)
+            migrating = self.in_thread()
+            time.sleep(1)
+            self.assertFalse(migrating.done())
+            self.assertIn(("t_b_idx", False), self.indexes())
+            blocker.run("COMMIT")
+            building.result(20)
+            migrating.result(20)
+        self.assertEqual(self.query("SELECT 't_b_idx'::regclass::oid"), [[number]])
+        self.assertEqual(self.indexes(), self.ALL_INDEXES)
+
+    def test_a_long_transaction_is_waited_for_while_inserts_go_on(self) -> None:
+        self.query("CREATE TABLE t (a int8, b text NOT NULL)")
+        reader, inserter = self.session(), self.session()
+        reader.run("BEGIN; SELECT count(*) FROM t")
+        longest = 0.0
+        with self.assertLogs("attolytics", "INFO") as logs:
+            migrating = self.in_thread()
+            end = time.monotonic() + 4
+            while not migrating.done():
+                started = time.monotonic()
+                inserter.run("INSERT INTO t VALUES (1, 'x')")
+                longest = max(longest, time.monotonic() - started)
+                if started > end:
+                    reader.run("COMMIT")
+                    end += 100
+                time.sleep(0.005)
+            migrating.result()
+        self.assertLess(longest, 0.5)
+        self.assertGreater(longest, 0.1)  # it did try in the meantime
+        waits = [line for line in logs.output if "is in use, waiting for it" in line]
+        self.assertEqual(len(waits), 1, logs.output)
+        self.check_fits()
+
+    def test_a_table_that_stays_in_use_is_given_up(self) -> None:
+        self.query("CREATE TABLE t (a int8)")
+        self.session().run("BEGIN; SELECT count(*) FROM t")
+        with (
+            contextlib.closing(attolytics.connect(self.target)) as database,
+            self.assertRaisesRegex(
+                attolytics.DatabaseAway, 'table "t" is still in use after 1 s .*ALTER TABLE'
+            ),
+        ):
+            migration = attolytics.Migration(database, self.schema, "postgres", patience_s=1)
+            migration.run()
+
+    def test_several_may_migrate_at_once(self) -> None:
+        self.query("CREATE TABLE t (a int8 NOT NULL, c uuid)")
+        self.query("INSERT INTO t (a) SELECT generate_series(1, 50000)")
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for migrating in [pool.submit(self.migrate) for _ in range(4)]:
+                migrating.result(60)
+        self.assertEqual(self.indexes(), self.ALL_INDEXES)
+        self.check_fits()
+
+    def test_names_are_those_that_postgresql_chooses(self) -> None:
+        for table, column in [
+            ("t", "b"),
+            ("ä" * 31, "b"),
+            ("b", "ö" * 31),
+            ("é" * 20, "xü" * 20),
+            ("x" * 63, "y" * 63),
+        ]:
+            with self.subTest(table=table, column=column):
+                index = attolytics.Index(table, column)
+                self.query(f'CREATE TABLE "{table}" ("{column}" int)')
+                for _ in range(11):
+                    self.query(index.sql())
+                rows = self.query(
+                    "SELECT relname FROM pg_class JOIN pg_index i ON oid = indexrelid"
+                    f" WHERE indrelid = '\"{table}\"'::regclass ORDER BY oid"
+                )
+                names = [name for [name] in rows]
+                self.assertEqual(names, [index.name(number) for number in range(11)])
+                self.assertTrue(all(index.may_have_name(name) for name in names))
+                self.query(f'DROP TABLE "{table}"')
+
+    def test_a_name_that_is_taken_is_avoided(self) -> None:
+        self.query("CREATE TABLE t (a int8, b text, c uuid, d text, j jsonb)")
+        self.query("CREATE INDEX t_b_idx ON t (lower(b)); CREATE TABLE t_c_idx (x int)")
+        self.migrate()
+        names = [name for name, _ in self.indexes()]
+        self.assertEqual(names, ["t_a_idx", "t_b_idx", "t_b_idx1", "t_c_idx1", "t_j_idx"])
+
+    def test_indexes_of_a_partitioned_table_are_built_only_while_it_is_empty(self) -> None:
+        self.query("CREATE TABLE t (a int8, b text, c uuid, d text, j jsonb) PARTITION BY HASH (c)")
+        self.query("CREATE TABLE t0 PARTITION OF t FOR VALUES WITH (MODULUS 1, REMAINDER 0)")
+        self.migrate()
+        self.check_fits()
+        self.query("DROP INDEX t_b_idx; INSERT INTO t (a) VALUES (1)")
+        with self.assertRaisesRegex(OperatorError, "building it on a partitioned table blocks") as caught:
+            self.migrate()
+        self.assertIn('  CREATE INDEX ON "t" ("b");', str(caught.exception))
+        self.query('CREATE INDEX ON "t" ("b")')
+        self.check_fits()
+
+    def test_who_does_not_own_a_table_is_told_what_to_run(self) -> None:
+        self.query("CREATE TABLE t (a int8); CREATE ROLE no_owner LOGIN")
+        self.addCleanup(self.query, "DROP OWNED BY no_owner; DROP ROLE no_owner")
+        self.query(f"GRANT SELECT, INSERT ON t TO no_owner; {attolytics.CREATE_LEDGER}")
+        self.query("GRANT SELECT, INSERT, UPDATE, DELETE ON attolytics_ledger TO no_owner")
+        with self.assertRaises(OperatorError) as caught:
+            self.migrate(user="no_owner")
+        message = str(caught.exception)
+        self.assertRegex(message, 'permission denied for table t|must be owner of table "?t')
+        for sql in re.findall(r"^  ((?:ALTER|CREATE) .*);$", message, re.MULTILINE):
+            self.query(sql)
+        self.migrate(user="no_owner")
+        self.check_fits()
+
+    def test_a_statement_timeout_does_not_end_a_build(self) -> None:
+        self.query("CREATE TABLE t (a int8, b text, c uuid, d text, j jsonb)")
+        self.query("INSERT INTO t (a) SELECT generate_series(1, 200000)")
+        admin = self.session()
+        admin.run(f"ALTER DATABASE {self.database} SET statement_timeout = '30ms'")
+        with contextlib.closing(attolytics.connect(self.target)) as database:
+            attolytics.migrate(database, self.schema, "postgres")
+            self.assertEqual(database.run("SHOW statement_timeout"), [["30ms"]])
+        admin.run(f"ALTER DATABASE {self.database} RESET statement_timeout")
+        self.check_fits()
+
+    def test_the_first_session_migrates_and_later_ones_only_check(self) -> None:
+        self.query("CREATE TABLE t (a int8)")
+        opener = attolytics.Opener(self.target, self.schema, migrates=True)
+        opener.open([str(uuid.uuid4())]).database.close()
+        self.check_fits()
+        self.query("ALTER TABLE t DROP COLUMN b")
+        with self.assertRaisesRegex(OperatorError, 'has no column "b"'):
+            opener.open([str(uuid.uuid4())])
 
 
 class ConnectTest(DatabaseCase):
@@ -3095,6 +3496,122 @@ class ProcessTest(ProcessCase):
             [*command[:2], "--version"], capture_output=True, text=True, check=True
         ).stdout
         self.assertEqual(version, f"attolytics {attolytics.__version__}\n")
+
+
+class CheckTest(ProcessCase):
+    def check(self, *options: object, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+        """Run --check; return its exit code and what it wrote to standard output and standard error."""
+        command = [sys.executable, str(HERE / "attolytics.py"), "--check", *map(str, options)]
+        environ = {key: text for key, text in os.environ.items() if not key.startswith(("PG", "ATTOLYTICS"))}
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**environ, **(env or {})},
+            cwd=self.directory,
+            check=False,
+        )
+        self.assertNotIn("Traceback", result.stderr)
+        return result.returncode, result.stdout, result.stderr
+
+    def psql(self, script: str) -> None:
+        psql = self.postgres.programs / "psql"
+        program = str(psql) if psql.exists() else shutil.which("psql")
+        if not program:
+            self.skipTest("psql is not installed")
+        command = [program, "-X", "-q", "-v", "ON_ERROR_STOP=1", self.url]
+        subprocess.run(command, input=script, text=True, check=True)
+
+    def contents(self) -> list[Any]:
+        return [
+            self.query("SELECT oid, relname, relfilenode, relnatts FROM pg_class ORDER BY oid"),
+            self.query("SELECT attrelid, attname, attnotnull, atttypid FROM pg_attribute ORDER BY 1, attnum"),
+        ]
+
+    def test_mistakes_of_the_schema_file_are_reported(self) -> None:
+        self.schema_file.write_text("{tables: {t: {columns: [{name: a, type: int}]}}, apps: {}}")
+        code, out, error = self.check("-s", self.schema_file, "-d", self.url)
+        self.assertEqual((code, error), (1, ""))
+        self.assertIn('unknown type "int", did you mean "i32"?', out)
+
+    def test_without_a_database_url_only_the_file_is_checked(self) -> None:
+        code, out, error = self.check("-s", self.schema_file)
+        self.assertEqual((code, error), (0, ""))
+        self.assertEqual(
+            out,
+            f"-- {self.schema_file}: 4 tables, 3 apps: no mistakes\n"
+            "-- no database URL: no database was compared\n",
+        )
+
+    def test_files_and_databases_that_cannot_be_reached(self) -> None:
+        for options, message in [
+            (["-s", self.directory / "none.yaml"], "cannot read the schema file"),
+            (["-s", self.schema_file, "-d", f"postgres://127.0.0.1:{free_port()}/x"], "Connection refused"),
+            (["-s", self.schema_file, "-d", self.url + "x"], "does not exist"),
+            (["-s", self.schema_file, "-d", "mysql://x"], "attolytics: "),
+        ]:
+            with self.subTest(message):
+                code, out, error = self.check(*options)
+                self.assertEqual((code, out), (1, ""))
+                self.assertIn(message, error)
+        self.assertEqual(self.check("--chekc")[0], 2)
+
+    def test_what_is_missing_is_a_script_that_makes_it_fit(self) -> None:
+        self.query("CREATE TABLE marks (mark int8, gone text NOT NULL)")
+        self.query("INSERT INTO marks VALUES (1, 'x')")
+        before = self.contents()
+        code, out, error = self.check("-s", self.schema_file, env={"ATTOLYTICS_DB_URL": self.url})
+        self.assertEqual((code, error), (1, ""))
+        self.assertIn(
+            '\nALTER TABLE "marks" ADD COLUMN "text" varchar, ALTER COLUMN "gone" DROP NOT NULL;', out
+        )
+        self.assertIn('\nCREATE UNIQUE INDEX CONCURRENTLY ON "marks" ("mark");', out)
+        self.assertIn(f"\n{attolytics.CREATE_LEDGER};", out)
+        self.assertEqual(self.contents(), before)
+        self.assertEqual(os.listdir(self.directory), [self.schema_file.name])  # no spool either
+        self.psql(out)
+        code, out, error = self.check("-s", self.schema_file, "-d", self.url)
+        self.assertEqual((code, error), (0, ""))
+        self.assertRegex(out, r"\A-- .*: no mistakes\n-- database .*: fits\n\Z")
+        # Fits means that the server has nothing to do.
+        server = self.run_server("--migrate")
+        self.assertEqual([line for line in server.lines if "database: " in line], [])
+
+    def test_what_migrate_leaves_to_the_operator_psql_does_not_run_either(self) -> None:
+        self.query("CREATE TABLE marks (mark int4 PRIMARY KEY, text text)")
+        self.query("CREATE TABLE plain (mark int8, text text, key int PRIMARY KEY)")
+        code, out, _ = self.check("-s", self.schema_file, "-d", self.url, "--migrate")
+        self.assertEqual(code, 1)
+        self.psql(out)
+        code, out, _ = self.check("-s", self.schema_file, "-d", self.url)
+        self.assertEqual(code, 1)
+        self.assertEqual([line for line in out.splitlines() if not line.startswith("--")], [])
+        self.psql("\n".join(re.findall(r"^--   (ALTER .*;)$", out, re.MULTILINE)))
+        self.assertEqual(self.check("-s", self.schema_file, "-d", self.url)[0], 0)
+
+    def test_a_reader_that_went_away_is_no_traceback(self) -> None:
+        command = [sys.executable, str(HERE / "attolytics.py"), "--check", "-s", str(self.schema_file)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout and process.stderr
+            process.stdout.close()
+            self.assertEqual(process.stderr.read(), "attolytics: cannot write the report: Broken pipe\n")
+        self.assertEqual(process.returncode, 1)
+
+    def test_two_servers_migrate_at_once(self) -> None:
+        self.query("CREATE TABLE marks (mark int8 NOT NULL)")
+        self.query("INSERT INTO marks SELECT generate_series(1, 50000)")
+        servers = [
+            Attolytics("-s", self.schema_file, "-d", self.url, "-p", "0", "--migrate", wait=False)
+            for _ in "ab"
+        ]
+        for server in servers:
+            self.addCleanup(self.kill, server)
+        for server in servers:
+            wait_until(server.listening)
+            self.assertEqual(server.post("/apps/app/events", body_of(mark(0, "x"), key="key")).status, 200)
+        self.assertEqual(self.query("SELECT text FROM marks WHERE mark = 0"), [["x"]])
+        self.assertEqual(self.query("SELECT count(*) FROM pg_indexes WHERE tablename = 'marks'"), [[1]])
+        self.assertEqual(self.check("-s", self.schema_file, "-d", self.url)[0], 0)
 
 
 class FaultTest(ProcessCase):
