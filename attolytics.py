@@ -2603,6 +2603,7 @@ OPERATOR_STATES = ("0A", "0L", "0P", "25", "26", "28", "3D", "3F", "42", "55", "
 BUSY_STATES = ("55P03", "57014", "40P01")
 
 ADVISORY_LOCK = 7_039_262_163_317  # Any number; held while tables are created.
+BUILD_LOCK = ADVISORY_LOCK + 1  # Held by the session that builds indexes.
 # Two sessions that create one table at once can fail with 23505, IF NOT EXISTS or not. A lock on a table
 # that cannot be had soon is not waited for: other instances could not insert behind us.
 BEGIN_PREPARING = (
@@ -3097,10 +3098,11 @@ class Migration:
     """Brings the tables of a database to a schema, one step at a time.
 
     Other instances may do the same, and operators build indexes by hand. So every step is planned anew
-    with a lock that keeps others from doing the same. That lock is a transaction's, since one of the session
-    would not hold through PgBouncer. The build of an index cannot be in a transaction: it is started right
-    after one in which nobody else was building, under a name that an other instance would choose as well,
-    so that the second of two is refused.
+    with a lock that keeps others from taking it. That lock is a transaction's. The build of an index cannot
+    be in one: it is started right after a transaction in which nobody else was building, under a name that
+    another instance would choose as well, so that the second of two is refused. PostgreSQL takes two builds
+    of one table for a deadlock and ends one of them after a second; the next plan clears up behind it. Only
+    behind PgBouncer does that happen: otherwise a lock of the session keeps instances from it.
     """
 
     def __init__(
@@ -3134,10 +3136,10 @@ class Migration:
             except (DataRefused, DatabaseConflict, DatabaseMisconfigured) as error:
                 self._roll_back()
                 # A row came between the look and NOT NULL; a deadlock: the next plan knows more.
-                passing = error.sqlstate == "23502" or isinstance(error, DatabaseConflict)
-                if not passing:
+                if error.sqlstate != "23502" and not isinstance(error, DatabaseConflict):
                     left = [statement for step in steps for statement in step.statements]
                     raise refused_by_database(error, left, self._user) from None
+                time.sleep(random.uniform(0, CHANGE_PAUSE_S))  # so that two do not meet again
             plan = self._survey()
         for statement in later:
             log.info("database: when the rows from before have values in them, you may run: %s", statement)
@@ -3217,53 +3219,67 @@ class Migration:
         )
 
     def _build(self, step: Step, index: Index) -> None:
-        needed = False
+        with self._alone(step):
+            name = self._free_name(step, index)
+            if name is None:
+                return
+            statement = index.sql("CONCURRENTLY", identifier(name))
+            log.info("database: %s", statement)
+            try:
+                self._database.run(statement)
+            except DataRefused as error:
+                if error.sqlstate != "23505":
+                    raise
+                self._repeated[index] = error  # the next plan drops what is left of the index
+            except DatabaseMisconfigured as error:
+                if error.sqlstate != "42P07":  # another instance was quicker
+                    raise
+            except DatabaseAway as error:
+                if error.sqlstate not in BUSY_STATES:
+                    raise
+                raise OperatorError(
+                    f"PostgreSQL gave up building an index: {error.reason}; run this without a time-out,"
+                    " or let the URL say ?options=-c%20statement_timeout%3D0%20-c%20lock_timeout%3D0\n"
+                    f"  {index.sql('CONCURRENTLY')};"
+                ) from None
+
+    def _free_name(self, step: Step, index: Index) -> str | None:
+        """Wait until nobody builds an index of the table; return the name for ours, None if it is there."""
+        name: str | None = None
 
         def look(step: Step) -> None:
-            nonlocal needed
-            needed = self._begin(step)
+            nonlocal name
+            if self._begin(step):
+                [[name]] = self._database.run(free_name_sql(index))
             self._roll_back()
 
         self._patiently(step, PREPARE_TIMEOUT_S, look)
-        if not needed:
-            return
-        [[name]] = self._database.run(free_name_sql(index))
-        statement = index.sql("CONCURRENTLY", identifier(name))
-        log.info("database: %s", statement)
-        try:
-            with self._without_timeouts():
-                self._database.run(statement)
-        except DataRefused as error:
-            if error.sqlstate != "23505":
-                raise
-            self._repeated[index] = error  # the next plan drops what is left of the index
-        except DatabaseMisconfigured as error:
-            if error.sqlstate != "42P07":  # another instance was quicker
-                raise
-        except DatabaseAway as error:
-            if error.sqlstate not in BUSY_STATES:
-                raise
-            raise OperatorError(
-                f"PostgreSQL gave up building an index: {error.reason}; run this without a time-out,"
-                " or let the URL say ?options=-c%20statement_timeout%3D0%20-c%20lock_timeout%3D0\n"
-                f"  {index.sql('CONCURRENTLY')};"
-            ) from None
+        return name
 
     @contextlib.contextmanager
-    def _without_timeouts(self) -> Iterator[None]:
-        """Keep the time-outs of a role or a database from ending a build.
+    def _alone(self, step: Step) -> Iterator[None]:
+        """Keep other instances from building, and the time-outs of a role or a database from ending it.
 
-        A pooler would give the settings to other clients; there the time-outs stay.
+        That is up to the session. A pooler would give it to other clients, so nothing is done there.
         """
-        direct = self._database.is_direct()
-        if direct:
-            self._database.run("SET statement_timeout = 0; SET lock_timeout = 0")
+        if not self._database.is_direct():
+            yield
+            return
+        self._patiently(step, PREPARE_TIMEOUT_S, self._lock_building)
         try:
+            self._database.run("SET statement_timeout = 0; SET lock_timeout = 0")
             yield
         finally:
-            if direct:
-                with contextlib.suppress(DatabaseAway):
-                    self._database.run("RESET statement_timeout; RESET lock_timeout")
+            self._roll_back()
+            with contextlib.suppress(DatabaseAway):
+                self._database.run(
+                    f"SELECT pg_advisory_unlock({BUILD_LOCK}); RESET statement_timeout; RESET lock_timeout"
+                )
+
+    def _lock_building(self, _step: Step) -> None:
+        # Not waiting in PostgreSQL, because a build waits for everybody who does that with a snapshot.
+        if self._database.run(f"SELECT pg_try_advisory_lock({BUILD_LOCK})") != [[True]]:
+            raise DatabaseAway("another instance builds indexes", "55P03")
 
     def _repeated_values(self) -> Iterator[str]:
         yield "columns cannot become unique, because values are repeated in them:"
