@@ -2094,7 +2094,9 @@ def plan_invalid_indexes(table: Table, existing: ExistingTable) -> Iterator[Step
         drop = f"DROP INDEX {invalid.qualified}"
         # What may be under construction is dropped only by who can look again with a lock.
         shown = () if invalid.busy else (f"DROP INDEX CONCURRENTLY {invalid.qualified}",)
-        state = "is being built by somebody" if invalid.busy else "was left behind by an interrupted build"
+        state = "was left behind by an interrupted build"
+        if invalid.busy:
+            state = "is not complete, and somebody builds it or vacuums the table: look again later"
         yield Step(table.name, (f"{place} {state}",), (drop,), shown=shown)
 
 
@@ -2157,7 +2159,7 @@ def script(plan: Plan) -> str:
         for statement in (step.statements if step.shown is None else step.shown)
     ]
     if statements:
-        lines += [comment("What --migrate would run, short locks and waiting for others aside:")]
+        lines += [comment("What --migrate would run (it also waits for others, and lets nobody wait):")]
         lines += [f"{statement};" for statement in statements]
     by_hand = [difference.sql for difference in plan.by_hand if difference.sql]
     if by_hand:
@@ -2204,7 +2206,9 @@ def catalog_sql(tables: Iterable[str]) -> str:
     wanted = f"FROM unnest(ARRAY[{names}]::text[]) AS wanted(name)"
     found = "to_regclass(quote_ident(wanted.name))"
     return f"""
-    SELECT 'table', wanted.name, has_table_privilege(c.oid, 'INSERT'), has_table_privilege(c.oid, 'SELECT'),
+    SELECT 'table', wanted.name, has_table_privilege(c.oid, 'INSERT') AND (wanted.name <> {quote(LEDGER)}
+        OR has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE')),
+        has_table_privilege(c.oid, 'SELECT'),
         CASE WHEN row_security_active(c.oid) THEN 'yes' ELSE '' END, NULL,
         c.relkind::text || CASE WHEN c.relkind = 'v' AND NOT EXISTS (SELECT FROM pg_trigger t
         WHERE t.tgrelid = c.oid AND t.tgtype & 64 <> 0) THEN '-' ELSE '' END, NULL

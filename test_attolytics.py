@@ -1639,7 +1639,7 @@ class MigrateTest(DatabaseCase):
             with contextlib.closing(attolytics.connect(self.target)) as database:
                 plan = attolytics.check_database(database, self.schema, "postgres")
             report = attolytics.script(plan)
-            self.assertIn('--   table "t", index "t_b_idx" is being built by somebody', report)
+            self.assertIn('--   table "t", index "t_b_idx" is not complete, and somebody builds it', report)
             self.assertNotIn("DROP INDEX", report)
             self.assertNotIn('ON "t" ("b")', report)
             migrating = self.in_thread()
@@ -1707,8 +1707,7 @@ class MigrateTest(DatabaseCase):
             with self.subTest(table=table, column=column):
                 index = attolytics.Index(table, column)
                 self.query(f'CREATE TABLE "{table}" ("{column}" int)')
-                for _ in range(11):
-                    self.query(index.sql())
+                self.query("; ".join([index.sql()] * 11))
                 rows = self.query(
                     "SELECT relname FROM pg_class JOIN pg_index i ON oid = indexrelid"
                     f" WHERE indrelid = '\"{table}\"'::regclass ORDER BY oid"
@@ -1760,6 +1759,46 @@ class MigrateTest(DatabaseCase):
             attolytics.migrate(database, self.schema, "postgres")
             self.assertEqual(database.run("SHOW statement_timeout"), [["30ms"]])
         admin.run(f"ALTER DATABASE {self.database} RESET statement_timeout")
+        self.check_fits()
+
+    def is_pooled(self) -> bool:
+        """Return whether the target is a pooler that listens."""
+        try:
+            database = attolytics.connect(self.target)
+        except attolytics.DatabaseAway:
+            return False
+        with contextlib.closing(database):
+            self.assertFalse(database.is_direct())
+        return True
+
+    def test_pgbouncer_in_transaction_mode_is_no_obstacle(self) -> None:
+        program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+        if not program:
+            self.skipTest("pgbouncer is not installed")
+        port = free_port()
+        directory = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, directory)
+        directory.chmod(0o755)
+        (directory / "users").write_text('"postgres" ""\n')
+        (directory / "ini").write_text(
+            f"[databases]\n* = host=127.0.0.1 port={self.postgres.port}\n"
+            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {directory}/users\n"
+            "pool_mode = transaction\n"
+        )
+        user = None if os.geteuid() else "nobody"
+        pooler = subprocess.Popen(
+            [program, "-q", str(directory / "ini")], user=user, stderr=subprocess.DEVNULL
+        )
+        self.addCleanup(pooler.wait, 20)
+        self.addCleanup(pooler.kill)
+        self.target = dataclasses.replace(self.target, port=port)
+        wait_until(self.is_pooled)
+        self.query("CREATE TABLE t (a int8 NOT NULL)")
+        self.query("INSERT INTO t (a) SELECT generate_series(1, 50000)")
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            for migrating in [pool.submit(self.migrate) for _ in range(3)]:
+                migrating.result(60)
+        self.assertEqual(self.indexes(), self.ALL_INDEXES)
         self.check_fits()
 
     def test_the_first_session_migrates_and_later_ones_only_check(self) -> None:
@@ -3588,6 +3627,18 @@ class CheckTest(ProcessCase):
         self.assertEqual([line for line in out.splitlines() if not line.startswith("--")], [])
         self.psql("\n".join(re.findall(r"^--   (ALTER .*;)$", out, re.MULTILINE)))
         self.assertEqual(self.check("-s", self.schema_file, "-d", self.url)[0], 0)
+
+    def test_what_only_the_owner_of_the_ledger_may_do_is_checked(self) -> None:
+        self.open()
+        self.query("CREATE ROLE half LOGIN; GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO half")
+        self.addCleanup(self.query, "DROP OWNED BY half; DROP ROLE half")
+        url = self.postgres.url(self.database, "half")
+        code, out, _ = self.check("-s", self.schema_file, "-d", url)
+        self.assertEqual(code, 1)
+        for sql in re.findall(r"^--   (GRANT .*;)$", out, re.MULTILINE):
+            self.query(sql)
+        self.assertEqual(self.check("-s", self.schema_file, "-d", url)[0], 0)
+        self.run_server("--migrate", url=url)
 
     def test_a_reader_that_went_away_is_no_traceback(self) -> None:
         command = [sys.executable, str(HERE / "attolytics.py"), "--check", "-s", str(self.schema_file)]
