@@ -1643,7 +1643,12 @@ class MigrateTest(DatabaseCase):
             self.assertNotIn("DROP INDEX", report)
             self.assertNotIn('ON "t" ("b")', report)
             migrating = self.in_thread()
-            time.sleep(1)
+            inserter = self.session()
+            for _ in range(100):
+                started = time.monotonic()
+                inserter.run("INSERT INTO t (a) VALUES (1)")
+                self.assertLess(time.monotonic() - started, 0.15)  # nobody queues up behind a wait
+                time.sleep(0.02)
             self.assertFalse(migrating.done())
             self.assertIn(("t_b_idx", False), self.indexes())
             blocker.run("COMMIT")
@@ -1782,7 +1787,8 @@ class MigrateTest(DatabaseCase):
         (directory / "users").write_text('"postgres" ""\n')
         (directory / "ini").write_text(
             f"[databases]\n* = host=127.0.0.1 port={self.postgres.port}\n"
-            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {directory}/users\n"
+            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+            f"auth_type = trust\nauth_file = {directory}/users\n"
             "pool_mode = transaction\n"
         )
         user = None if os.geteuid() else "nobody"
