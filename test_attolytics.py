@@ -1630,9 +1630,9 @@ class MigrateTest(DatabaseCase):
 
     def test_an_index_that_somebody_else_builds_is_waited_for(self) -> None:
         self.query("CREATE TABLE t (a int8, b text, c uuid, d text, j jsonb)")
-        blocker, builder = self.session(), self.session()
+        builder, blocker = self.session(), self.postgres.connect(self.database)
         blocker.run("BEGIN; INSERT INTO t (a) VALUES (0)")
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.closing(blocker):
             building = pool.submit(builder.run, "CREATE INDEX CONCURRENTLY ON t (b)")
             wait_until(lambda: ("t_b_idx", False) in self.indexes())
             [[number]] = self.query("SELECT 't_b_idx'::regclass::oid")
