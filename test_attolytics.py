@@ -1643,12 +1643,13 @@ class MigrateTest(DatabaseCase):
             self.assertNotIn("DROP INDEX", report)
             self.assertNotIn('ON "t" ("b")', report)
             migrating = self.in_thread()
-            inserter = self.session()
+            watcher = self.session()
             for _ in range(100):
-                started = time.monotonic()
-                inserter.run("INSERT INTO t (a) VALUES (1)")
-                self.assertLess(time.monotonic() - started, 0.15)  # nobody queues up behind a wait
+                # Inserts would queue up behind somebody who waits for more.
+                waiting = watcher.run("SELECT DISTINCT mode FROM pg_locks WHERE NOT granted AND relation > 0")
+                self.assertIn(waiting, [[], [["ShareUpdateExclusiveLock"]]])
                 time.sleep(0.02)
+            self.assertEqual(len(waiting), 1)
             self.assertFalse(migrating.done())
             self.assertIn(("t_b_idx", False), self.indexes())
             blocker.run("COMMIT")
