@@ -2338,10 +2338,12 @@ class Raise:
         not just update no row. The reason names the epoch, which no client knows.
         """
         return (
-            f"WITH raised AS (UPDATE {LEDGER} SET flush = {self.end}, updated_at = now()"
+            # A setting is made on the way: that costs less than another statement or column.
+            f"WITH raised AS (UPDATE {LEDGER} SET flush = {self.end},"
+            f" updated_at = CASE WHEN {DURABLY} IS NOT NULL THEN now() END"
             f" WHERE epoch = '{self.epoch}' AND flush = {self.start} RETURNING 1)"
             " SELECT CASE count(*) WHEN 1 THEN 1"
-            f" ELSE (count(*)::text || ' {LEDGER_MOVED} {self.epoch}')::integer END, {DURABLY} FROM raised;\n"
+            f" ELSE (count(*)::text || ' {LEDGER_MOVED} {self.epoch}')::integer END FROM raised;\n"
         )
 
 
@@ -2635,6 +2637,17 @@ def frame(kind: bytes, data: bytes) -> bytes:
     return kind + (len(data) + 4).to_bytes(4) + data
 
 
+def limit_wait(sock: socket.socket, option: int, seconds: float) -> None:
+    """Bound how long the kernel waits in recv (SO_RCVTIMEO) or send (SO_SNDTIMEO), as socket(7) says.
+
+    Half the system calls of settimeout(), with which Python polls before each recv and send; past the
+    time they raise BlockingIOError.
+    """
+    # At least a microsecond: zero would mean for ever.
+    whole, fraction = divmod(max(seconds, 1e-6), 1)
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(whole), int(fraction * 1e6)))
+
+
 class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no type hints
     """A pg8000 connection that remembers the last error the server sent.
 
@@ -2646,6 +2659,7 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
     _unsent = memoryview(b"")  # of the message that it works on
     _context: Any = None
     _answered = True
+    _waits_s = 0.0  # what limit_wait() was told last
 
     def send(self, message: Message) -> None:
         """Send a message and its COPY data in one go.
@@ -2669,14 +2683,9 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
         """
         deadline = time.monotonic() + seconds
         while not self._handle_unread():
-            wanted = select.POLLIN | (select.POLLOUT if self._unsent else 0)
-            ready = self._poll(wanted, deadline - time.monotonic())
-            if not ready:
+            left = deadline - time.monotonic()
+            if not (self._send_and_read(left) if self._unsent or self._is_encrypted else self._read(left)):
                 return False
-            if ready & select.POLLOUT:
-                self._send_some()
-            if ready & ~select.POLLOUT:
-                self._read_some()
         return True
 
     def result(self) -> list[list[Any]]:
@@ -2685,9 +2694,43 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
             raise self._context.error
         return self._context.rows or []
 
+    def limit_sending(self, seconds: float) -> None:
+        """Bound the time that the server may take no data."""
+        if self._is_encrypted:
+            self._usock.settimeout(seconds)
+        else:
+            self._usock.settimeout(None)
+            limit_wait(self._usock, socket.SO_SNDTIMEO, seconds)
+
     def is_readable(self) -> bool:
         """Return whether the server says something, or has closed the connection. Does not block."""
         return bool(self._poll(select.POLLIN, 0))
+
+    @property
+    def _is_encrypted(self) -> bool:
+        return isinstance(self._usock, ssl.SSLSocket)
+
+    def _send_and_read(self, seconds: float) -> bool:
+        """Send or read what can be; return False if there is nothing for so long."""
+        ready = self._poll(select.POLLIN | (select.POLLOUT if self._unsent else 0), seconds)
+        if ready & select.POLLOUT:
+            self._send_some()
+        if ready & ~select.POLLOUT:
+            self._take_in(self._usock.recv(RECEIVE_BYTES))
+        return bool(ready)
+
+    def _read(self, seconds: float) -> bool:
+        """Read what comes; return False if there is nothing for so long. One system call, mostly."""
+        # In steps of a tenth the time-out is mostly the one that is set already.
+        waits_s = math.ceil(seconds * 10) / 10 if seconds > 0.1 else seconds
+        if waits_s != self._waits_s:
+            limit_wait(self._usock, socket.SO_RCVTIMEO, waits_s)
+            self._waits_s = waits_s
+        try:
+            self._take_in(self._usock.recv(RECEIVE_BYTES))
+        except BlockingIOError:
+            return False
+        return True
 
     def _poll(self, wanted: int, seconds: float) -> int:
         """Return what the socket is ready for, 0 for nothing after `seconds`."""
@@ -2698,12 +2741,17 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
         return next((ready for _, ready in poll.poll(max(seconds, 0) * 1000)), 0)
 
     def _send_some(self) -> None:
-        # A socket with a time-out takes what fits its buffer; TLS would wait until all of it is sent.
-        size = TLS_SEND_BYTES if isinstance(self._usock, ssl.SSLSocket) else len(self._unsent)
-        self._unsent = self._unsent[self._usock.send(self._unsent[:size]) :]
+        """Send what the socket takes. TLS would wait until all of it is sent, so it gets a little."""
+        try:
+            if self._is_encrypted:
+                sent = self._usock.send(self._unsent[:TLS_SEND_BYTES])
+            else:
+                sent = self._usock.send(self._unsent, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        self._unsent = self._unsent[sent:]
 
-    def _read_some(self) -> None:
-        data = self._usock.recv(RECEIVE_BYTES)
+    def _take_in(self, data: bytes) -> None:
         if not data:
             raise ConnectionResetError("the server closed the connection")
         self._unread += data
@@ -2755,6 +2803,7 @@ class Database:
     def __init__(self, connection: PgConnection, timeout: float) -> None:
         self._connection = connection
         self._timeout = timeout  # of run(), in seconds
+        self.limit_sending(timeout)
 
     def run(self, sql: str) -> list[list[Any]]:
         """Send one message and return the rows it brings.
@@ -2787,7 +2836,7 @@ class Database:
 
     def limit_sending(self, seconds: float) -> None:
         """Bound the time that a server may take no data."""
-        self._connection._usock.settimeout(seconds)
+        self._connection.limit_sending(seconds)
 
     def is_direct(self) -> bool:
         """Return whether no pooler is between us and PostgreSQL, so that the session's settings are ours.
@@ -4930,17 +4979,6 @@ class Cors:
         else:
             return "Vary: Origin\r\n"
         return lines + (self._preflight if preflight else "")
-
-
-def limit_wait(sock: socket.socket, option: int, seconds: float) -> None:
-    """Bound how long the kernel waits in recv (SO_RCVTIMEO) or send (SO_SNDTIMEO), as socket(7) says.
-
-    Half the system calls of settimeout(), with which Python polls before each recv and send; past the
-    time they raise BlockingIOError.
-    """
-    # At least a microsecond: zero would mean for ever.
-    whole, fraction = divmod(max(seconds, 1e-6), 1)
-    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(whole), int(fraction * 1e6)))
 
 
 def is_established(sock: socket.socket) -> bool:
