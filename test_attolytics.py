@@ -876,9 +876,10 @@ class SqlTest(unittest.TestCase):
         schema = schema_of(ALL_TYPES)
         parts = [{"plain": "1\ta\n", "marks": "(2,'b'),(4,'d')"}, {"plain": "3\tc\n", "marks": "(5,'e')"}]
         raising = attolytics.Raise(str(uuid.uuid4()), 6, 7)
-        message = attolytics.Inserts(schema).flush(raising, parts)
+        start = attolytics.FLUSH_START + raising.sql()
+        message = attolytics.Inserts(schema).flush(start, parts)
         self.assertEqual(
-            message.sql.removeprefix(attolytics.FLUSH_START + raising.sql()),
+            message.sql.removeprefix(start),
             'INSERT INTO "marks" ("mark","text") VALUES '
             "(2,'b'),(4,'d'),(5,'e')"
             ' ON CONFLICT ("mark") DO NOTHING;\n'
@@ -1290,12 +1291,18 @@ class DatabaseCase(unittest.TestCase):
         self.addCleanup(shutil.rmtree, directory)
         return f"{directory}/spool.sqlite3"
 
-    def start_writer(self, schema: Schema | None = None, spool: Spool | None = None) -> Writer:
+    def start_writer(
+        self,
+        schema: Schema | None = None,
+        spool: Spool | None = None,
+        open_session: Callable[[Sequence[str]], attolytics.Session] | None = None,
+    ) -> Writer:
         schema = schema or self.schema
         spool = spool or Spool(self.spool_path(), attolytics.SPOOL_BYTES_MAX, schema, str(uuid.uuid4()))
         opener = attolytics.Opener(self.postgres.target(self.database), schema)
-        writer = Writer(schema, spool, opener.open)
-        thread = writer.start(opener.open(spool.epochs))
+        open_session = open_session or opener.open
+        writer = Writer(schema, spool, open_session)
+        thread = writer.start(open_session(spool.epochs))
         self.addCleanup(thread.join, 20)
         self.addCleanup(writer.stop)
         return writer
@@ -1924,12 +1931,35 @@ class ConnectTest(DatabaseCase):
                 self.assertEqual(database.run("SHOW synchronous_commit"), [[ours]])
                 database.run("ROLLBACK")
 
-    def test_nothing_of_a_flush_stays_in_the_session(self) -> None:
-        database = self.open()
+    def test_nothing_of_a_flush_stays_in_a_session_that_others_share(self) -> None:
+        database = attolytics.connect(self.postgres.target(self.database))
+        self.addCleanup(database.close)
         before = database.run("SELECT name, setting FROM pg_settings ORDER BY name")
-        database.run(f"{attolytics.FLUSH_START}COMMIT")
+        database.run(f"{attolytics.FLUSH_START}SELECT {attolytics.DURABLY}; COMMIT")
         self.assertEqual(database.run("SELECT name, setting FROM pg_settings ORDER BY name"), before)
         self.assertEqual(database.run("SELECT count(*) FROM pg_prepared_statements"), [[0]])
+
+    def test_a_session_of_our_own_is_prepared_and_a_step_in_the_ledger_must_fit_in_both_forms(self) -> None:
+        epoch = str(uuid.uuid4())
+        opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
+        session = opener.open([epoch])
+        self.addCleanup(session.database.close)
+        self.assertEqual(session.is_own, not POOLED)
+        shared = dataclasses.replace(session, is_own=False)
+        for step, form in enumerate([session, shared, session, shared]):
+            with self.subTest(is_own=form.is_own):
+                raising = attolytics.Raise(epoch, step, step + 1)
+                form.database.run(f"{form.begin(raising)}COMMIT")
+                with self.assertRaises(attolytics.DataRefused) as caught:  # the same message, late
+                    form.database.run(f"{form.begin(raising)}COMMIT")
+                self.assertIn(f"{attolytics.LEDGER_MOVED} {epoch}", caught.exception.reason)
+                form.database.run("ROLLBACK")
+        self.assertEqual(self.query("SELECT flush FROM attolytics_ledger"), [[4]])
+        self.query("DELETE FROM attolytics_ledger")
+        for form in (session, shared):  # nor may a row that is gone be raised
+            with self.assertRaises(attolytics.DataRefused):
+                form.database.run(f"{form.begin(attolytics.Raise(epoch, 4, 5))}COMMIT")
+            form.database.run("ROLLBACK")
 
     def tls_in_use(self, **changes: Any) -> bool:
         database = attolytics.connect(self.postgres.target(self.database, **changes))
@@ -2067,7 +2097,8 @@ class RoundTripTest(DatabaseCase):
     def insert(self, batch: Batch) -> None:
         raising = attolytics.Raise(self.epoch, self.number, self.number + 1)
         self.number += 1
-        self.connection.start(self.inserts.flush(raising, [batch.rows]))
+        start = attolytics.FLUSH_START + raising.sql()
+        self.connection.start(self.inserts.flush(start, [batch.rows]))
         self.assertIsNotNone(self.connection.finish(10))
 
     def store(self, body: bytes) -> dict[str, Any]:
@@ -2189,6 +2220,23 @@ class WriterTest(DatabaseCase):
 
     def wait_for_blocked(self) -> None:
         wait_until(lambda: self.query("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+
+    @unittest.skipIf(POOLED, "no session is taken for our own")
+    def test_a_session_that_turns_out_to_be_shared_is_given_up_and_the_next_one_used_as_such(self) -> None:
+        opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
+        owned = []
+
+        def open_session(epochs: Sequence[str]) -> attolytics.Session:
+            session = opener.open(epochs)
+            session.database.run("DEALLOCATE ALL")  # as if a pooler had given us another one
+            owned.append(session.is_own)
+            return session
+
+        writer = self.start_writer(open_session=open_session)
+        self.assertEqual(store(writer, self.batch(mark(1))), SPOOL)
+        wait_until(lambda: self.marks() == [1])
+        self.assertEqual(store(writer, self.batch(mark(2))), DATABASE)
+        self.assertEqual(owned, [True, False])
 
     def test_batches_that_wait_share_a_transaction(self) -> None:
         self.query("CREATE TABLE IF NOT EXISTS nothing ()")
