@@ -23,13 +23,14 @@ Threads, and what each owns:
     main           signals and systemd notifications
     acceptors      one listening socket each
     HTTP threads   one client connection each, from a bounded pool of reused threads
+    monitor        the same for the monitor port; a few more threads, which only look at what others publish
     writer         the connection to PostgreSQL, the spool, the number of the flush
     connector      the attempt to connect while the database is away; hands a session to the writer
 
 The file reads from top to bottom, a section uses only what stands above it:
 
-    Limits, Errors, Schema, Conversion, Batches, SQL, Database URL    pure, no I/O
-    Database, Spool, Writer, HTTP, systemd, Command line              the outside world
+    Limits, Errors, Schema, Conversion, Batches, SQL, Database URL, Metrics    pure, no I/O
+    Database, Spool, Writer, HTTP, Monitor, systemd, Command line              the outside world
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ import time
 import traceback
 import uuid
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -148,7 +150,7 @@ CONNECT_TIMEOUT_S = 5  # Default of connect_timeout in the URL.
 CONFLICT_TRIES = 5  # For deadlocks and serialisation failures in a row.
 BACKOFF_FIRST_S = 0.1  # Between attempts to connect, doubled each time ...
 BACKOFF_MAX_S = 5  # ... up to this; half of it is jitter.
-STILL_AWAY_LOG_S = 60  # The same complaint is logged no more often than this.
+COMPLAINT_S = 60  # The same complaint is logged once, and how often it came up after so long.
 
 SPOOL_BYTES_MAX = 1 << 30  # Default of --spool_limit: about five million small events.
 SPOOL_BYTES_MIN = 1 << 20  # A smaller limit would refuse the largest batches for ever.
@@ -165,6 +167,10 @@ REPLAY_POLL_S = 0.002  # Between looks at new batches while the database works o
 PROGRESS_LOG_S = 5  # Between two lines about a replay.
 REASONS_MAX = 20  # Why events stay in the quarantine, in lines of the log.
 CULPRITS_MAX = 100  # Events that the database refuses, looked for in a batch before it is refused.
+
+CHECK_UP_S = 0.2  # The monitor waits so long for the writer's newest state; it has it in a millisecond.
+STALLED_S = 10  # A writer that is silent for so long is stuck, or shrinks a huge spool.
+MONITOR_CONNECTIONS_MAX = 8  # Prometheus, a load balancer and somebody with curl.
 
 CLOSE_S = 2  # For the database's last answer, when the process ends.
 DRAIN_POLL_S = 0.01  # Between looks at connections while the server drains.
@@ -276,11 +282,15 @@ class EventProblem:
 
 
 class InvalidEvents(RequestError):
-    """Events that do not fit their table; `problems` has at most PROBLEMS_MAX of them."""
+    """Events that do not fit their table; `problems` has at most PROBLEMS_MAX of them.
 
-    def __init__(self, reason: str, problems: Sequence[EventProblem]) -> None:
+    `count` is the number of events that are refused with them.
+    """
+
+    def __init__(self, reason: str, problems: Sequence[EventProblem], count: int) -> None:
         super().__init__(reason)
         self.problems = tuple(problems)
+        self.count = count
 
 
 class TableRefused(InvalidEvents):
@@ -1061,7 +1071,8 @@ class Batch:
     delivery: Delivery
     body: bytes  # an object with "events", and in these exactly the events of `rows`
     rows: Mapping[str, str]  # as in Sorted
-    accepted: int  # events that are or will be stored
+    counts: dict[str, int]  # events that are or will be stored, by table ...
+    accepted: int  # ... and in all
     warnings: Sequence[str] = ()
     # With `invalid_events: quarantine`, what is to be kept there, and what to tell the client of it.
     quarantined: Sequence[Quarantined] = ()
@@ -1169,7 +1180,7 @@ def refused_events(problems: Sequence[EventProblem], count: int) -> InvalidEvent
     reason = f"{bad} of {count} events do not fit, none was stored" if count > 1 else "the event does not fit"
     if len(problems) > PROBLEMS_MAX:
         reason = f"at least {reason}; the first {PROBLEMS_MAX} reasons are listed"
-    return InvalidEvents(reason, problems[:PROBLEMS_MAX])
+    return InvalidEvents(reason, problems[:PROBLEMS_MAX], count)
 
 
 def repeated_key(document: object) -> RequestError | None:
@@ -1615,9 +1626,11 @@ class Intake:
         if problems and not self.app.quarantines:
             refusal = refused_events(problems, len(events))
             only_tables = all(self._is_misplaced(events[problem.index or 0]) for problem in problems)
-            raise TableRefused(refusal.reason, refusal.problems) if only_tables else refusal
+            if only_tables:
+                raise TableRefused(refusal.reason, refusal.problems, refusal.count)
+            raise refusal
         count = sum(content.counts.values())
-        batch = Batch(self, delivery, body, content.rows, count, warnings.texts())
+        batch = Batch(self, delivery, body, content.rows, content.counts, count, warnings.texts())
         if problems:
             self._set_apart(batch, events, problems)
         return batch
@@ -2279,10 +2292,14 @@ LEDGER_MOVED = "rows raised in the ledger for"
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A simple-protocol message, and the data of its COPY statements in their order."""
+    """A simple-protocol message, and the data of its COPY statements in their order.
+
+    `inserts` has the tables of its INSERT statements, also in their order.
+    """
 
     sql: str
     copies: Sequence[bytes] = ()
+    inserts: Sequence[str] = ()
 
 
 def insert_sql(table: TableIntake) -> tuple[str, str]:
@@ -2428,7 +2445,7 @@ class Inserts:
         return self._message("SAVEPOINT attempt;\n", by_table, end)
 
     def _message(self, start: str, texts: Mapping[str, Sequence[str]], end: str) -> Message:
-        sql, copies = start, []
+        sql, copies, inserts = start, [], []
         # Always in the same order of tables, so that instances do not lock each other out.
         for table, (row_format, before_rows, after_rows) in self._inserts.items():
             texts_here = texts.get(table)
@@ -2439,7 +2456,8 @@ class Inserts:
                 copies.append("".join(texts_here).encode())
             else:
                 sql += f"{before_rows}{','.join(texts_here)}{after_rows};\n"
-        return Message(sql + end, copies)
+                inserts.append(table)
+        return Message(sql + end, copies, inserts)
 
 
 UNDO_ATTEMPT = "ROLLBACK TO SAVEPOINT attempt"
@@ -2617,6 +2635,251 @@ def find_password(passfile: str, target: Target, socket_dir: str) -> str | None:
     return None
 
 
+# --- Metrics ------------------------------------------------------------------
+# What is counted, and Prometheus' text format. Pure. Labels have only values that
+# the schema file or we ourselves give, so that no client can make more of them.
+
+# The classes of refusals, by what a client did wrong; subclasses inherit.
+REASONS: Mapping[type[RequestError], str] = {
+    MalformedRequest: "malformed_request",
+    InvalidBody: "invalid_body",
+    InvalidEvents: "invalid_events",
+    WrongKey: "wrong_key",
+    OriginRefused: "origin",
+    UnknownPath: "unknown_path",
+    TableRefused: "unknown_table",
+    MethodRefused: "method",
+    RequestTooSlow: "too_slow",
+    LengthMissing: "length_missing",
+    BodyTooLarge: "too_large",
+    TargetTooLong: "target_too_long",
+    MediaRefused: "media",
+    HeadersTooLarge: "headers_too_large",
+    NotImplementedHere: "not_implemented",
+    StorageAway: "storage_away",
+    TooManyConnections: "too_many_connections",
+}
+
+# Upper bounds of the histograms' buckets. A commit takes about 1 ms, a batch waits at most for PATIENCE_S.
+SECONDS_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+EVENTS_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
+
+
+def number_text(value: float) -> str:
+    """Return a number as the text format has it."""
+    if math.isinf(value):
+        return "+Inf"
+    return repr(int(value)) if value == int(value) else repr(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A number with its labels; `suffix` is added to the family's name."""
+
+    labels: Mapping[str, str]
+    value: float
+    suffix: str = ""
+
+
+class Histogram:
+    """How often values were observed up to each bound. One thread at a time may observe()."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    @property
+    def count(self) -> int:
+        """Return how many values were observed."""
+        return sum(self._counts)
+
+    def __add__(self, other: Histogram) -> Histogram:
+        total = Histogram(self._bounds)
+        total._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
+        total._sum = self._sum + other._sum
+        return total
+
+    def samples(self, **labels: str) -> list[Sample]:
+        """Return the samples of the text format: cumulative buckets, the sum and the count."""
+        totals = list(itertools.accumulate(self._counts))
+        bounds = [*map(number_text, self._bounds), "+Inf"]
+        buckets = [
+            Sample({**labels, "le": bound}, total, "_bucket")
+            for bound, total in zip(bounds, totals, strict=True)
+        ]
+        return [*buckets, Sample(labels, self._sum, "_sum"), Sample(labels, totals[-1], "_count")]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """All samples of one name. `kind` is counter, gauge or histogram."""
+
+    name: str
+    kind: str
+    help: str
+    samples: Sequence[Sample]
+
+
+def one_sample(name: str, kind: str, help_: str, value: float, **labels: str) -> Family:
+    """Return a family that has a single sample."""
+    return Family(name, kind, help_, [Sample(labels, value)])
+
+
+def labelled(counts: Mapping[tuple[str, ...], int], *names: str) -> list[Sample]:
+    """Return the samples of a counter by the values of its labels."""
+    # A copy, because other threads count on.
+    return [Sample(dict(zip(names, key, strict=True)), n) for key, n in sorted(dict(counts).items())]
+
+
+def label_text(value: str) -> str:
+    """Return a label's value, escaped."""
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def exposition(families: Iterable[Family]) -> str:
+    """Return families in Prometheus' text format, version 0.0.4."""
+    lines = []
+    for family in families:
+        lines += [f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}"]
+        for sample in family.samples:
+            labels = ",".join(f'{name}="{label_text(value)}"' for name, value in sample.labels.items())
+            lines.append(
+                f"{family.name}{sample.suffix}{f'{{{labels}}}' if labels else ''} {number_text(sample.value)}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+class Metrics:
+    """What the writer and the HTTP threads count."""
+
+    def __init__(self, schema: Schema) -> None:
+        # The writer's thread alone changes these, so they need no lock. It gives every answer of 200.
+        self.accepted: Counter[tuple[str, ...]] = Counter()  # by app and table
+        self.duplicates: Counter[tuple[str, ...]] = Counter()  # by table
+        self.spooled = self.replayed = self.quarantined = 0
+        self.sessions = 0
+        self.accepted_seconds = Histogram(SECONDS_BOUNDS)
+        self.flush_events = Histogram(EVENTS_BOUNDS)
+        self.database_seconds = Histogram(SECONDS_BOUNDS)
+        self.spool_seconds = Histogram(SECONDS_BOUNDS)
+        # Guards all below, which is about the other answers.
+        self._lock = threading.Lock()
+        self._refused: Counter[tuple[str, ...]] = Counter()  # by app and reason
+        self._statuses: Counter[tuple[str, ...]] = Counter()
+        self._other_seconds = Histogram(SECONDS_BOUNDS)
+        self.declare(schema)
+
+    def declare(self, schema: Schema) -> None:
+        """Let the counters of a schema's apps and tables start with 0. Before the writer uses the schema."""
+        for app in schema.apps.values():
+            self.accepted.update({(app.id, table.name): 0 for table in app.tables})
+        unique = [table.name for table in schema.tables.values() if any(c.unique for c in table.columns)]
+        self.duplicates.update({(name,): 0 for name in unique})
+
+    def refuse(self, error: RequestError, app_id: str = "", events: int = 1) -> None:
+        """Count events that are refused; `app_id` is an app of the schema or "", never a client's text."""
+        if isinstance(error, InvalidEvents):
+            events = error.count
+        reason = next(REASONS[kind] for kind in type(error).__mro__ if kind in REASONS)
+        with self._lock:
+            self._refused[app_id, reason] += events
+
+    def answer(self, status: int, seconds: float | None) -> None:
+        """Count an answer other than 200; `seconds` is None for a client that was turned away unheard."""
+        with self._lock:
+            self._statuses[(str(int(status)),)] += 1
+            if seconds is not None:
+                self._other_seconds.observe(seconds)
+
+    def families(self) -> list[Family]:
+        """Return what has been counted."""
+        with self._lock:
+            refused, statuses = self._refused.copy(), self._statuses.copy()
+            seconds = self._other_seconds + self.accepted_seconds
+        statuses[("200",)] = self.accepted_seconds.count
+        flushes = [
+            *self.database_seconds.samples(store="database"),
+            *self.spool_seconds.samples(store="spool"),
+        ]
+        return [
+            Family(
+                "attolytics_events_accepted_total",
+                "counter",
+                "Events answered with 200: stored in the database or the spool.",
+                labelled(self.accepted, "app", "table"),
+            ),
+            Family(
+                "attolytics_events_refused_total",
+                "counter",
+                "Events answered with another status than 200; 1 for a request refused before its events"
+                " were counted. The app is empty if the request named none of the schema file.",
+                labelled(refused, "app", "reason"),
+            ),
+            one_sample(
+                "attolytics_events_spooled_total",
+                "counter",
+                "Events stored in the spool, those that --retry_quarantine moved there included.",
+                self.spooled,
+            ),
+            one_sample(
+                "attolytics_events_replayed_total",
+                "counter",
+                "Events that left the spool because they are in the database.",
+                self.replayed,
+            ),
+            one_sample(
+                "attolytics_events_quarantined_total",
+                "counter",
+                "Events that went to the quarantine, from requests and from the spool.",
+                self.quarantined,
+            ),
+            Family(
+                "attolytics_events_duplicate_total",
+                "counter",
+                "Accepted events that were not inserted, because a unique column had their value already.",
+                labelled(self.duplicates, "table"),
+            ),
+            Family(
+                "attolytics_http_requests_total",
+                "counter",
+                "Requests answered, and clients turned away, by HTTP status.",
+                labelled(statuses, "status"),
+            ),
+            one_sample(
+                "attolytics_database_reconnects_total",
+                "counter",
+                "Sessions with the database after the first one.",
+                max(self.sessions - 1, 0),
+            ),
+            Family(
+                "attolytics_http_request_duration_seconds",
+                "histogram",
+                "Time from the first bytes of a request to its answer.",
+                seconds.samples(),
+            ),
+            Family(
+                "attolytics_flush_duration_seconds",
+                "histogram",
+                "Time that a transaction with new events took, by where it stored them.",
+                flushes,
+            ),
+            Family(
+                "attolytics_flush_events",
+                "histogram",
+                "New events in a transaction.",
+                self.flush_events.samples(),
+            ),
+        ]
+
+
 # --- Database -----------------------------------------------------------------
 # One pg8000 connection, owned by one thread at a time, and the translation of
 # SQLSTATEs to our errors. Everything here blocks, at most for the time-outs above.
@@ -2674,12 +2937,14 @@ def limit_wait(sock: socket.socket, option: int, seconds: float) -> None:
 
 
 class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no type hints
-    """A pg8000 connection that remembers the last error the server sent.
+    """A pg8000 connection that remembers the last error the server sent, and how many rows it inserted.
 
-    pg8000 loses the text of a FATAL error, because the connection ends right after it.
+    pg8000 loses the text of a FATAL error, because the connection ends right after it; of the numbers of
+    rows it only keeps their sum.
     """
 
     last_error: Mapping[str, str] | None = None
+    inserted: list[int]  # by each INSERT of the last message
     _unread = b""  # from the server
     _unsent = memoryview(b"")  # of the message that it works on
     _context: Any = None
@@ -2696,6 +2961,7 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
         for data in message.copies:
             parts += [frame(b"d", data), frame(b"c", b"")]
         self._context = pg8000.core.Context(message.sql)
+        self.inserted = []
         self._answered = False
         self._unsent = memoryview(b"".join(parts))
         self._send_some()
@@ -2802,6 +3068,11 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
     def handle_COPY_IN_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802
         """Do nothing: the data is on its way already."""
 
+    def handle_COMMAND_COMPLETE(self, data: bytes, context: Any) -> None:  # noqa: N802
+        super().handle_COMMAND_COMPLETE(data, context)
+        if data.startswith(b"INSERT "):  # its row's identifier, which is 0, and the number of rows
+            self.inserted.append(int(data[:-1].rpartition(b" ")[2]))
+
     def handle_ERROR_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802  # pg8000's name
         super().handle_ERROR_RESPONSE(data, context)
         self.last_error = context.error.args[0]
@@ -2854,6 +3125,10 @@ class Database:
         """
         with self._translated():
             return self._connection.result() if self._connection.receive(seconds) else None
+
+    def inserted(self) -> list[int]:
+        """Return how many rows each INSERT of the last message inserted."""
+        return self._connection.inserted
 
     def set_timeout(self, seconds: float) -> None:
         """Bound the time that run() waits."""
@@ -3608,6 +3883,9 @@ def view_sql(table: Table) -> str:
     )
 
 
+# Where a flush says when its first batch was received: behind an app and before a client's headers.
+OLDEST_CHARS = 2_000
+RECEIVED_AT = re.compile(r'"received_at":([0-9.e+]+)')
 APPLICATION_ID = 0x41_74_74_6F  # "Atto"; tells the file from other programs' (SQLite, application_id)
 SPOOL_VERSION = 1
 
@@ -3737,8 +4015,9 @@ class Spool:
         """Open or create a spool for a process. Raises OperatorError."""
         self.path = path
         self.epoch = epoch
-        self._bytes_max = bytes_max
+        self.bytes_max = bytes_max
         self._unchecked = ROOM_CHECK_CHARS  # characters written since there was seen to be room
+        self._failed = False  # SQLite did, the last time
         self._descriptor = lock_spool(path)
         try:
             self._db = self._open(schema)
@@ -3751,6 +4030,7 @@ class Spool:
             # Events of all flushes ever, and of those that are gone. Their difference is what is here.
             self._total = self._one("SELECT total FROM attolytics_spool ORDER BY id DESC LIMIT 1") or 0
             self._gone = self._total if first is None else first
+            self.quarantined = self._one("SELECT count(*) FROM attolytics_quarantine")  # events in there
         except (sqlite3.Error, OSError) as error:
             os.close(self._descriptor)
             raise OperatorError(
@@ -3762,6 +4042,24 @@ class Spool:
     def events(self) -> int:
         """Return how many events wait for their replay."""
         return self._total - self._gone
+
+    def check(self) -> None:
+        """Raise SpoolError if no events can be stored now. After a failure, find out by writing."""
+        self._unchecked = ROOM_CHECK_CHARS
+        self._check_room(ROOM_CHECK_CHARS)
+        if self._failed:
+            with self._transaction():
+                self._db.execute("UPDATE attolytics_epoch SET epoch = epoch WHERE epoch = ?", (self.epoch,))
+            self._failed = False
+
+    def oldest(self) -> float | None:
+        """Return when the first event that waits was received, in seconds since the epoch."""
+        with self._translated():
+            start = self._one(
+                f"SELECT substr(batches, 1, {OLDEST_CHARS}) FROM attolytics_spool ORDER BY id LIMIT 1"
+            )
+        match = RECEIVED_AT.search(start or "")
+        return float(match[1]) if match else None
 
     def append(
         self, number: int, events: int, batches: Sequence[str], quarantined: Sequence[Quarantined]
@@ -3775,17 +4073,24 @@ class Spool:
                 self._insert_flush(number, events, text)
             self._insert_quarantined(quarantined)
         self._total += events
+        self.quarantined += len(quarantined)
+        self._failed = False
 
     def quarantine(self, quarantined: Sequence[Quarantined]) -> list[int]:
         """Keep events in the quarantine; return their ids."""
         self._check_room(sum(len(item.event) for item in quarantined))
         with self._transaction():
-            return self._insert_quarantined(quarantined)
+            ids = self._insert_quarantined(quarantined)
+        self.quarantined += len(ids)
+        return ids
 
     def release(self, ids: Iterable[int]) -> None:
         """Forget events in the quarantine."""
         with self._transaction():
-            self._db.executemany("DELETE FROM attolytics_quarantine WHERE id = ?", [(i,) for i in ids])
+            gone = self._db.executemany(
+                "DELETE FROM attolytics_quarantine WHERE id = ?", [(i,) for i in ids]
+            ).rowcount
+        self.quarantined -= gone
 
     def head(self, events_max: int) -> list[SpooledFlush]:
         """Return the first flushes, at least one and all of one epoch, with about `events_max` events."""
@@ -3810,6 +4115,7 @@ class Spool:
                 "UPDATE attolytics_spool SET batches = ? WHERE id = ?", [(f.text, f.id) for f in flushes]
             )
             self._insert_quarantined(quarantined)
+        self.quarantined += len(quarantined)
 
     def delete(self, flushes: Sequence[SpooledFlush]) -> None:
         """Delete the first flushes, which are stored."""
@@ -3873,6 +4179,7 @@ class Spool:
                 [(reason, id_) for id_, reason in reasons.items()],
             )
         self._total += len(retries)
+        self.quarantined -= len(retries)
 
     def shrink(self) -> None:
         """Give the room of deleted events back to the disk."""
@@ -3904,7 +4211,7 @@ class Spool:
         # NORMAL would lose what was acknowledged when the power fails.
         db.execute("PRAGMA synchronous = FULL")
         (self._page_bytes,) = db.execute("PRAGMA page_size").fetchone()
-        checkpoint_pages = max(min(1000, self._bytes_max // 8 // self._page_bytes), 16)
+        checkpoint_pages = max(min(1000, self.bytes_max // 8 // self._page_bytes), 16)
         db.execute(f"PRAGMA wal_autocheckpoint = {checkpoint_pages}")
         if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             db.executescript(f"BEGIN IMMEDIATE;{SPOOL_SQL}COMMIT")
@@ -3962,8 +4269,8 @@ class Spool:
             pages = self._one("PRAGMA page_count") - self._one("PRAGMA freelist_count")
             disk = os.statvfs(self.path)
             journal = os.stat(f"{self.path}-wal").st_size
-        if pages * self._page_bytes + journal + chars > self._bytes_max:
-            raise SpoolError(f"the spool {self.path} is full: --spool_limit is {self._bytes_max} bytes")
+        if pages * self._page_bytes + journal + chars > self.bytes_max:
+            raise SpoolError(f"the spool {self.path} is full: --spool_limit is {self.bytes_max} bytes")
         # Events are written twice: into the journal, and from there into the file.
         if disk.f_bavail * disk.f_frsize < DISK_RESERVE_BYTES + 2 * chars:
             raise SpoolError(f"the disk of the spool {self.path} is full")
@@ -3975,6 +4282,7 @@ class Spool:
             yield
         # What SQLite cannot hold, a text of a gigabyte say, is a ValueError or an OverflowError.
         except (sqlite3.Error, OSError, ValueError, OverflowError) as error:
+            self._failed = True
             raise SpoolError(f"the spool {self.path} fails: {one_line(error)}") from None
 
     @contextlib.contextmanager
@@ -4042,6 +4350,7 @@ class Pending:
         self.done.release()
 
 
+CLOSED = "the server closed the connection"
 SLOW = "the database is slow; events go to the spool until it has answered"
 
 
@@ -4049,18 +4358,55 @@ class Stop:
     """The last item of the inbox."""
 
 
+@dataclass(slots=True)
+class Complaint:
+    """What was logged, and how often it came up since."""
+
+    level: int
+    text: str
+    since: float
+    more: int = 0
+
+
 class Complaints:
-    """Keeps one complaint from filling the log: it is new again after STILL_AWAY_LOG_S."""
+    """Logs what goes wrong again and again: at once, and then how often in each COMPLAINT_S."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._last: dict[str, float] = {}
+        # Guards _open; never held while a line is logged.
+        self._lock = threading.Lock()
+        self._open: dict[str, Complaint] = {}
 
-    def is_new(self, text: str) -> bool:
-        """Return whether a complaint should be logged now."""
+    def add(self, level: int, text: str, about: str = "", count: int = 1) -> None:
+        """Log a text, unless one about the same (by default the text) was logged a moment ago: then count it.
+
+        `count` is for how many failures it stands.
+        """
+        self.summarise()
+        with self._lock:
+            known = self._open.get(about or text)
+            if known:
+                known.level, known.text = level, text
+                known.more += count
+                return
+            self._open[about or text] = Complaint(level, text, self._clock(), count - 1)
+        log.log(level, "%s", text)
+
+    def summarise(self) -> None:
+        """Log how often the older complaints came up again. To be called now and then."""
         now = self._clock()
-        self._last = {old: at for old, at in self._last.items() if now - at < STILL_AWAY_LOG_S}
-        return self._last.setdefault(text, now) == now
+        lines = []
+        with self._lock:
+            for about, known in list(self._open.items()):
+                seconds = now - known.since
+                if seconds < COMPLAINT_S:
+                    continue
+                del self._open[about]
+                if known.more:
+                    lines.append((known.level, known.text, known.more, seconds))
+                    self._open[about] = Complaint(known.level, known.text, now)
+        for level, text, more, seconds in lines:
+            log.log(level, "%s (and %s more in the last %.0f s)", text, f"{more:,}", seconds)
 
 
 class Connector:
@@ -4070,14 +4416,15 @@ class Connector:
         self,
         open_session: Callable[[Sequence[str]], Session],
         hand_over: Callable[[Session], object],
-        clock: Callable[[], float],
+        complaints: Complaints,
     ) -> None:
+        self.reason = ""  # why the last attempt failed
         self._open = open_session
         self._hand_over = hand_over
         self._stop = threading.Event()
         self._wanted: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
         self._backoff = 0.0
-        self._complaints = Complaints(clock)
+        self._complaints = complaints
 
     def start(self) -> None:
         """Start the thread. It has nothing to do until it is asked to connect."""
@@ -4088,6 +4435,7 @@ class Connector:
 
         The session will know the ledger's rows of `epochs`. Does not block.
         """
+        self.reason = ""
         self._wanted.put(epochs)
 
     def settled(self) -> None:
@@ -4108,8 +4456,8 @@ class Connector:
             try:
                 session = self._open(epochs)
             except (DatabaseError, OperatorError) as error:
-                if self._complaints.is_new(str(error)):
-                    log.warning("cannot use the database: %s", error)
+                self.reason = str(error)
+                self._complaints.add(logging.WARNING, f"cannot use the database: {error}")
             else:
                 self._hand_over(session)
                 return
@@ -4118,11 +4466,12 @@ class Connector:
 class Progress:
     """Logs how a replay gets on."""
 
-    def __init__(self, events: int, clock: Callable[[], float]) -> None:
+    def __init__(self, events: int, clock: Callable[[], float], complaints: Complaints) -> None:
         self._clock = clock
+        self._complaints = complaints  # A slow database has us replay a little every second
         self._started = self._logged = clock()
         self._replayed = 0
-        log.info("replaying %d events from the spool", events)
+        complaints.add(logging.INFO, f"replaying {events} events from the spool", "replaying")
 
     def add(self, events: int, left: int) -> None:
         """Note that events are replayed, and `left` are not."""
@@ -4143,12 +4492,11 @@ class Progress:
     def finish(self, quarantined: int) -> None:
         """Note that nothing is left."""
         seconds = max(self._clock() - self._started, 0.001)
-        log.info(
-            "replayed all %d events in %.1f s, %d per second; %d of them went to the quarantine",
-            self._replayed,
-            seconds,
-            self._replayed / seconds,
-            quarantined,
+        self._complaints.add(
+            logging.INFO,
+            f"replayed all {self._replayed} events in {seconds:.1f} s,"
+            f" {self._replayed / seconds:.0f} per second; {quarantined} of them went to the quarantine",
+            "replayed",
         )
 
 
@@ -4169,6 +4517,7 @@ class Group:
     # Where each good event stands: its flush's index in `flushes`, its batch's there and its own.
     places: list[tuple[int, int, int]] = field(default_factory=list)
     parts: list[dict[str, str]] = field(default_factory=list)
+    counts: list[dict[str, int]] = field(default_factory=list)  # of the rows in `parts`
     bad: dict[tuple[int, int, int], Quarantined] = field(default_factory=dict)
 
 
@@ -4217,6 +4566,7 @@ class Replayer:
         good = [event for event in range(len(batch.events)) if event not in bad]
         group.places.extend([(index, batch_index, event) for event in good])
         group.parts.append(content.rows)
+        group.counts.append(content.counts)
         group.bad |= {(index, batch_index, event): item for event, item in bad.items()}
 
     def _sort(self, batch: Spooled) -> Sorted:
@@ -4269,6 +4619,35 @@ def refusals(batch: Batch, refused: Mapping[int, DatabaseError], error: Database
     ]
 
 
+class CheckUp:
+    """A question of the monitor's, answered when `done` is set."""
+
+    def __init__(self, asked_at: float) -> None:
+        self.asked_at = asked_at
+        self.done = threading.Event()
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """How the writer found itself when it was asked last."""
+
+    is_up: bool = False  # There is a session that worked last
+    is_direct: bool = False  # New events go to the database
+    database_reason: str = ""  # why there is no session
+    spool_reason: str = ""  # why the spool takes no events
+    spool_events: int = 0
+    quarantine_events: int = 0
+    oldest: float | None = None  # when the first event in the spool was received, in seconds since the epoch
+
+
+def events_in(flush: SpooledFlush) -> int:
+    """Return how many events a spooled flush still has."""
+    try:
+        return sum(len(batch.events) for batch in read_spooled(flush.text))
+    except ValueError:
+        return 0
+
+
 class Writer:
     """Owns the session with the database and the spool; stores batches from all HTTP threads."""
 
@@ -4283,8 +4662,18 @@ class Writer:
         self._inserts = Inserts(schema)
         self._replayer = Replayer(schema)
         self._clock = clock
-        self._inbox: queue.SimpleQueue[Pending | Session | Stop] = queue.SimpleQueue()
-        self._connector = Connector(open_session, self._inbox.put, clock) if open_session else None
+        self.complaints = Complaints(clock)
+        self.metrics = Metrics(schema)
+        self.spool_limit = spool.bytes_max
+        self.spool_path = spool.path
+        self._inbox: queue.SimpleQueue[Pending | Session | CheckUp | Stop] = queue.SimpleQueue()
+        self._connector = Connector(open_session, self._inbox.put, self.complaints) if open_session else None
+        # Guards _check_up.
+        self._lock = threading.Lock()
+        self._check_up = CheckUp(0)
+        self._check_up.done.set()
+        # Replaced by the writer's thread, read by any.
+        self._condition = Condition(spool_events=spool.events, quarantine_events=spool.quarantined)
         # All below belongs to the writer's thread, once it runs.
         self._spool = spool
         self._session: Session | None = None
@@ -4302,7 +4691,8 @@ class Writer:
         self._statement_timeout = STATEMENT_TIMEOUT_S
         self._conflicts = 0
         self._suspect = False  # The database refused events for a reason that is not theirs
-        self._complaints = Complaints(clock)
+        self._database_reason = ""  # why the last session was given up
+        self._skipped: Counter[tuple[str, ...]] = Counter()  # rows of the transaction that were there already
 
     def retry_quarantine(self) -> None:
         """Move the events in quarantine that fit the schema by now to the spool. Before start().
@@ -4318,6 +4708,7 @@ class Writer:
             self._retried.update(staying.values())
             self._number += 1
             self._spool.retry(self._number, going, staying)
+            self.metrics.spooled += len(going)
             self._retried_events += len(retries)
             last = retries[-1].id
         self._retried_until = self._number
@@ -4327,6 +4718,7 @@ class Writer:
     def start(self, session: Session | None) -> threading.Thread:
         """Start the writer's thread, with a session or (None) with the database away."""
         self._session = session
+        self.metrics.sessions += session is not None
         if self._connector:
             self._connector.start()
         if session is None and self._connector:
@@ -4346,6 +4738,24 @@ class Writer:
         pending = Pending(batch, tell)
         self._inbox.put(pending)
         return pending.done
+
+    @property
+    def has_database(self) -> bool:
+        """Return whether there is a database at all, up or away."""
+        return self._connector is not None
+
+    def condition(self) -> tuple[Condition, float]:
+        """Return the newest condition, and for how many seconds the writer has not been able to renew it.
+
+        Asks the writer's thread, and waits at most CHECK_UP_S for it.
+        """
+        with self._lock:
+            if self._check_up.done.is_set():
+                self._check_up = CheckUp(self._clock())
+                self._inbox.put(self._check_up)
+            check_up = self._check_up
+        late = 0.0 if check_up.done.wait(CHECK_UP_S) else self._clock() - check_up.asked_at
+        return self._condition, late
 
     def stop(self) -> None:
         """End the thread after what is in the inbox. Does not wait; no store() may follow."""
@@ -4377,6 +4787,7 @@ class Writer:
         """
         waiting: list[Pending] = []
         events = chars = 0
+        is_idle = wait
         with contextlib.suppress(queue.Empty):
             while events < FLUSH_EVENTS_MAX and chars < FLUSH_CHARS_MAX:
                 item = self._inbox.get(block=wait)
@@ -4385,7 +4796,11 @@ class Writer:
                     waiting.append(item)
                     events += item.batch.accepted
                     chars += len(item.batch.body)
+                elif isinstance(item, CheckUp):
+                    self._look_at_ourselves(is_idle)
+                    item.done.set()
                 elif isinstance(item, Session):
+                    self.metrics.sessions += 1
                     self._session = item
                     self._finish_epochs()
                     break
@@ -4393,6 +4808,27 @@ class Writer:
                     self._stopping = True
                     break
         return waiting
+
+    def _look_at_ourselves(self, is_idle: bool) -> None:
+        """Renew the condition; `is_idle` when no message to the database is under way."""
+        if is_idle and self._session and self._session.database.is_stale():
+            self._lose(DatabaseAway(CLOSED))
+        spool_reason, oldest = "", self._condition.oldest
+        try:
+            oldest = self._spool.oldest()
+            self._spool.check()
+        except SpoolError as error:
+            spool_reason = error.reason
+        reason = (self._connector.reason if self._connector else "") or self._database_reason
+        self._condition = Condition(
+            is_up=self._session is not None,
+            is_direct=self._session is not None and not self._spool.events,
+            database_reason="" if self._session else reason,
+            spool_reason=spool_reason,
+            spool_events=self._spool.events,
+            quarantine_events=self._spool.quarantined,
+            oldest=oldest,
+        )
 
     def _next_number(self) -> int:
         self._number += 1
@@ -4416,7 +4852,7 @@ class Writer:
     def _store(self, session: Session, waiting: Sequence[Pending]) -> None:
         """Store batches in one transaction, or else in the spool; give each its verdict."""
         if session.database.is_stale():
-            self._lose(DatabaseAway("the server closed the connection"))
+            self._lose(DatabaseAway(CLOSED))
             self._append(waiting, self._next_number())
             return
         waiting = self._keep_quarantined(waiting)
@@ -4425,8 +4861,10 @@ class Writer:
         message = self._inserts.flush(session.begin(raising), [pending.batch.rows for pending in waiting])
         started = self._clock()
         flight = self._flight = Flight(waiting, number)
+        self._skipped.clear()
         try:
             self._run(session, message)
+            self._note_skipped(session, message, [pending.batch.counts for pending in waiting])
         except DatabaseAway as error:
             self._flight = None
             self._lose(error)
@@ -4447,16 +4885,19 @@ class Writer:
     def _land(self, session: Session, raised: Raise, flight: Flight, started: float) -> None:
         """Give the batches of a flush that is committed their verdict, if they do not have one."""
         self._succeed(session, raised)
+        self.metrics.database_seconds.observe(self._clock() - started)
         if not flight.is_spooled:
             self._settle(flight.waiting, DATABASE, started)
             return
         events = sum(pending.batch.accepted for pending in flight.waiting if pending.place)
         try:
             self._spool.delete_flush(flight.number, events)
+            self.metrics.replayed += events
         except SpoolError as error:  # the next session says that it is there
             self._lose(DatabaseAway(error.reason))
 
     def _settle(self, waiting: Sequence[Pending], place: str, started: float) -> None:
+        self._count(waiting)
         for pending in waiting:
             pending.settle(place)
         if log.isEnabledFor(TRACE):
@@ -4466,14 +4907,37 @@ class Writer:
                 TRACE, "flush: %d batches, %d events, %s, %.1f ms", len(waiting), events, place, milliseconds
             )
 
+    def _count(self, waiting: Sequence[Pending]) -> None:
+        """Count the events of batches that are stored."""
+        accepted = self.metrics.accepted
+        events = 0
+        for pending in waiting:
+            batch = pending.batch
+            events += batch.accepted
+            for table, count in batch.counts.items():
+                accepted[batch.intake.app.id, table] += count
+            if batch.problems:  # those of its events that are kept already, and those that came with it
+                self.metrics.quarantined += len(pending.kept) + len(batch.quarantined)
+        self.metrics.flush_events.observe(events)
+
+    def _note_skipped(self, session: Session, message: Message, sent: Sequence[Mapping[str, int]]) -> None:
+        """Note which rows of a message were skipped, of those that were sent by table."""
+        for table, inserted in zip(message.inserts, session.database.inserted(), strict=False):
+            self._skipped[(table,)] += sum(counts.get(table, 0) for counts in sent) - inserted
+
     def _succeed(self, session: Session, raised: Raise) -> None:
+        self.metrics.duplicates.update(self._skipped)
+        self._skipped.clear()
         session.ledger[raised.epoch] = raised.end
         self._suspect = False
         self._conflicts = 0
         if self._connector:
             self._connector.settled()
         if self._away_since is not None:
-            log.info("the database is there again, after %.1f s", self._clock() - self._away_since)
+            seconds = self._clock() - self._away_since
+            self.complaints.add(
+                logging.INFO, f"the database is there again, after {seconds:.1f} s", "database there"
+            )
             self._away_since = None
 
     def _store_apart(self, waiting: Sequence[Pending], error: DatabaseError) -> None:
@@ -4548,6 +5012,8 @@ class Writer:
         pending.kept += self._spool.quarantine(items)
         batch.problems = [*batch.problems, *problems][:PROBLEMS_MAX]
         batch.accepted -= len(items)
+        for item in items:
+            batch.counts[item.table or ""] -= 1
         # What is left, should it have to go to the spool.
         left = [text for row, text in enumerate(texts) if row not in refused]
         batch.body = f'{{"events":[{",".join(left)}]}}'.encode()
@@ -4561,14 +5027,18 @@ class Writer:
         tried after those before it, so that of two that are refused together the second one is found.
         """
         refused: dict[int, DatabaseError] = {}
+        self._skipped.clear()
         self._run(session, Message(start))
         parts = [range(len(rows))]
         while parts and len(refused) < limit:
             part = parts.pop()
             if self._flight and self._flight.is_spooled:
                 break  # the replay will do it, without anybody waiting
+            tried = rows[part.start : part.stop]
+            message = self._inserts.attempt(tried)
             try:
-                self._run(session, self._inserts.attempt(rows[part.start : part.stop]))
+                self._run(session, message)
+                self._note_skipped(session, message, [Counter(table for table, _row in tried)])
             except (DataRefused, DatabaseMisconfigured) as error:
                 self._run(session, Message(UNDO_ATTEMPT))
                 middle = (part.start + part.stop) // 2
@@ -4615,11 +5085,11 @@ class Writer:
 
     def _lose(self, error: DatabaseError) -> None:
         """Give the session up, and let the connector open another."""
-        if not self._stopping and self._complaints.is_new(error.reason):
+        if not self._stopping:
             level = logging.ERROR if isinstance(error, DatabaseMisconfigured) else logging.WARNING
-            log.log(
-                level, "the database cannot store events: %s; they go to %s", error.reason, self._spool.path
-            )
+            text = f"the database cannot store events: {error.reason}; they go to {self._spool.path}"
+            self.complaints.add(level, text)
+        self._database_reason = error.reason
         if self._session:
             self._session.database.close()
         self._session = None
@@ -4633,8 +5103,7 @@ class Writer:
     def _spool_waiting(self) -> None:
         """Keep the flush in flight and the batches that have come meanwhile."""
         if self._flight and not self._flight.is_spooled:
-            if self._complaints.is_new(SLOW):
-                log.warning(SLOW)
+            self.complaints.add(logging.WARNING, SLOW)
             self._flight.is_spooled = True
             self._append(self._flight.waiting, self._flight.number)
         if waiting := self._take(wait=False):
@@ -4670,11 +5139,13 @@ class Writer:
         except SpoolError as error:
             self._refuse(going, error)
         else:
+            self.metrics.spooled += events
+            self.metrics.spool_seconds.observe(self._clock() - started)
             self._settle(going, SPOOL, started)
 
     def _refuse(self, waiting: Sequence[Pending], error: SpoolError) -> None:
-        if self._complaints.is_new(error.reason):
-            log.error("events are refused with 503: %s", error.reason)
+        text = f"requests are answered with 503: {error.reason}"
+        self.complaints.add(logging.ERROR, text, count=len(waiting))
         for pending in waiting:
             with contextlib.suppress(SpoolError):
                 if pending.kept:  # the client will send them again
@@ -4683,15 +5154,14 @@ class Writer:
 
     def _replay(self, session: Session) -> None:
         """Replay the first flushes of the spool in one transaction."""
-        self._progress = self._progress or Progress(self._spool.events, self._clock)
+        self._progress = self._progress or Progress(self._spool.events, self._clock, self.complaints)
         self._patient_until = self._clock()  # nobody waits for this
         try:
             self._replay_group(session, self._spool.head(self._replay_events))
             if not self._spool.events:
                 self._finish_replay()
         except SpoolError as error:
-            if self._complaints.is_new(error.reason):
-                log.error("the replay is held up: %s", error.reason)
+            self.complaints.add(logging.ERROR, f"the replay is held up: {error.reason}")
             self._lose(DatabaseAway(error.reason))
         except DatabaseConflict as error:
             self._conflicts += 1
@@ -4712,7 +5182,9 @@ class Writer:
         epoch = flushes[0].epoch
         stored = session.ledger[epoch]
         if flushes[0].number <= stored:  # its COMMIT had come through
-            self._delete([flush for flush in flushes if flush.number <= stored])
+            there = [flush for flush in flushes if flush.number <= stored]
+            self._delete(there)
+            self.metrics.replayed += sum(map(events_in, there))
             return
         group = self._replayer.group(flushes)
         if group.bad:
@@ -4722,21 +5194,29 @@ class Writer:
         if is_patient:
             self._statement_timeout = LONG_STATEMENT_TIMEOUT_S
         start = session.begin(raising, is_patient)
+        events = len(group.places)
         if group.places:
+            message = self._inserts.flush(start, group.parts)
+            self._skipped.clear()
             try:
-                self._run(session, self._inserts.flush(start, group.parts))
+                self._run(session, message)
+                self._note_skipped(session, message, group.counts)
             except DataRefused:
-                self._replay_sifted(session, group, start)
+                events -= self._replay_sifted(session, group, start)
             except DatabaseMisconfigured:
                 if not self._suspect:  # the connector looks first whether the tables are there
                     raise
-                self._replay_sifted(session, group, start)
+                events -= self._replay_sifted(session, group, start)
             self._succeed(session, raising)
             self._replay_events = min(self._replay_events * 2, REPLAY_EVENTS_MAX)
         self._delete(flushes)
+        self.metrics.replayed += events
 
-    def _replay_sifted(self, session: Session, group: Group, start: str) -> None:
-        """Replay what the database takes of a group that it refused as a whole."""
+    def _replay_sifted(self, session: Session, group: Group, start: str) -> int:
+        """Replay what the database takes of a group that it refused as a whole.
+
+        Returns how many events it does not take.
+        """
         self._run(session, Message("ROLLBACK"))
         rows = self._replayer.rows(group)
         refused = self._sift(session, start, rows, len(rows) + 1)
@@ -4751,18 +5231,21 @@ class Writer:
         if bad:
             self._quarantine(group, bad)
         self._run(session, Message("COMMIT"))
+        return len(bad)
 
     def _quarantine(self, group: Group, bad: Mapping[tuple[int, int, int], Quarantined]) -> None:
         """Move events from spooled flushes to the quarantine."""
         self._spool.amend(amended(group, group.bad.keys() | bad.keys()), list(bad.values()))
+        self.metrics.quarantined += len(bad)
         for (index, _batch, _event), item in bad.items():
             self._quarantined += 1
             flush = group.flushes[index]
             is_retried = flush.epoch == self._spool.epoch and flush.number <= self._retried_until
             if self._retried is not None and is_retried:
                 self._retried[item.reason] += 1
-            if self._complaints.is_new(item.reason):
-                log.warning("a spooled event goes to the quarantine: %s", item.reason)
+            text = f"a spooled event goes to the quarantine: {item.reason}"
+            # The reason may quote the event.
+            self.complaints.add(logging.WARNING, text, f"quarantine {item.app_id} {item.table} {item.column}")
 
     def _delete(self, flushes: Sequence[SpooledFlush]) -> None:
         self._spool.delete(flushes)
@@ -5189,6 +5672,7 @@ class Service:
         self, schema: Schema, writer: Writer, body_bytes_max: int, clock: Callable[[], float]
     ) -> None:
         self.writer = writer
+        self.metrics = writer.metrics
         self.body_bytes_max = body_bytes_max
         self.clock = clock
         self._apps = {app.id: Intake(app) for app in schema.apps.values()}
@@ -5307,6 +5791,7 @@ class Handler(BaseRequestHandler):
         # About the request that is being served. The writer's thread has it until _answered can be had.
         self._answered: threading.Lock | None = None
         self._head: Head | None = None
+        self._intake: Intake | None = None
         self._cors = ANY_ORIGIN
         self._body_unread = False
         self._started = 0.0
@@ -5347,11 +5832,12 @@ class Handler(BaseRequestHandler):
         try:
             batch = self._serve()
         except RequestError as error:
-            answer, keep = self._answer(status_of(error), error_text(error), error.reason)
+            answer, keep = self._refusal(error)
             self._send(answer)
             return keep
         if batch is None:
             answer, keep = self._answer(HTTPStatus.NO_CONTENT, "")
+            self._service.metrics.answer(HTTPStatus.NO_CONTENT, self._service.clock() - self._started)
             self._send(answer)
             return keep
         if self._head is None or not self._head.keep_alive:
@@ -5364,9 +5850,10 @@ class Handler(BaseRequestHandler):
     def _tell(self, batch: Batch, verdict: str | RequestError) -> None:
         """Send the answer to a batch. Called by the writer's thread; does not block."""
         if isinstance(verdict, RequestError):
-            answer, keep = self._answer(status_of(verdict), error_text(verdict), verdict.reason)
+            answer, keep = self._refusal(verdict, batch.accepted + len(batch.quarantined))
         else:
             answer, keep = self._answer(HTTPStatus.OK, accepted_text(batch, verdict))
+            self._service.metrics.accepted_seconds.observe(self._service.clock() - self._started)
         if self._is_large:
             self._is_large = False
             self._service.large_batches.release()
@@ -5396,6 +5883,14 @@ class Handler(BaseRequestHandler):
             log.debug("%s: %s", self.client_address[0], reason_of(error))
         finally:
             self.server.close_connection(self.request)
+
+    def _refusal(self, error: RequestError, events: int = 1) -> tuple[bytes, bool]:
+        """Return the answer that refuses a request or its events; count it."""
+        status = status_of(error)
+        app_id = self._intake.app.id if self._intake else ""
+        self._service.metrics.refuse(error, app_id, events)
+        self._service.metrics.answer(status, self._service.clock() - self._started)
+        return self._answer(status, error_text(error), error.reason)
 
     def _answer(self, status: HTTPStatus, text: str, reason: str = "") -> tuple[bytes, bool]:
         """Return an answer and whether the connection stays open after it; log it."""
@@ -5447,13 +5942,13 @@ class Handler(BaseRequestHandler):
 
         Raises a RequestError if the request may not go on.
         """
-        self._head, self._cors = None, ANY_ORIGIN
+        self._head, self._intake, self._cors = None, None, ANY_ORIGIN
         raw = self._incoming.head()
         if self._last:
             before, after, head, intake, cors = self._last
             length = raw[len(before) : len(raw) - len(after)]
             if raw.startswith(before) and raw.endswith(after) and self._is_allowed_length(length):
-                self._head, self._cors = head, cors
+                self._head, self._intake, self._cors = head, intake, cors
                 return head, int(length), intake
         head = self._head = parse_head(raw)
         try:
@@ -5478,6 +5973,7 @@ class Handler(BaseRequestHandler):
         if head.method not in KNOWN_METHODS:
             raise NotImplementedHere(f"the method {show(head.method)} is not known")
         intake, cors = self._service.find(head.target)
+        self._intake = intake
         origin = head.headers.get("origin")
         self._cors = cors.headers(origin, preflight=head.method == "OPTIONS")
         if head.method not in ("POST", "OPTIONS"):
@@ -5517,9 +6013,10 @@ class Pool:
     writer's thread may still have to answer it.
     """
 
-    def __init__(self, limit: int, name: str) -> None:
+    def __init__(self, limit: int, name: str, complaints: Complaints) -> None:
         self._limit = limit
         self._name = name
+        self._complaints = complaints
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         # Guards _places, _busy and _threads.
         self._lock = threading.Lock()
@@ -5554,6 +6051,15 @@ class Pool:
             if not self._places:
                 self._quiet.notify_all()
 
+    @property
+    def busy(self) -> int:
+        """Return how many connections have a place. Not exact, as it takes no lock."""
+        return self._places
+
+    def is_full(self) -> bool:
+        """Return whether all places are taken. Not exact, as it takes no lock."""
+        return self._places >= self._limit
+
     def is_crowded(self) -> bool:
         """Return whether places are scarce. Not exact, as it takes no lock."""
         return self._places * 4 > self._limit * 3
@@ -5574,7 +6080,7 @@ class Pool:
         try:
             threading.Thread(target=self._work, name=f"{self._name}-{self._threads}", daemon=True).start()
         except RuntimeError as error:  # the system's limit of threads or memory
-            log.error("cannot start a thread: %s", error)
+            self._complaints.add(logging.ERROR, f"cannot start a thread: {error}")
             return False
         self._threads += 1
         return True
@@ -5649,7 +6155,8 @@ class Server(ThreadingHTTPServer):
             raise
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.error("cannot accept connections: %s", reason_of(error))
+                text = f"cannot accept connections: {reason_of(error)}"
+                self.service.writer.complaints.add(logging.ERROR, text)
                 time.sleep(ACCEPT_PAUSE_S)
             raise
 
@@ -5657,6 +6164,9 @@ class Server(ThreadingHTTPServer):
         """Serve a connection in the pool; beyond its limit give the client a quick 503."""
         if self.pool.run(partial(self._serve, request, client_address)):
             return
+        if self.pool.is_full():
+            text = "clients get 503: there are more connections than --max_connections allows"
+            self.service.writer.complaints.add(logging.WARNING, text)
         if not self._turning_away.run(partial(self._turn_away, request)):
             # So many that not even this can be done with patience.
             with contextlib.suppress(OSError):
@@ -5681,6 +6191,8 @@ class Server(ThreadingHTTPServer):
     def _too_many(self) -> bytes:
         error = TooManyConnections("too many connections, try again later")
         status = status_of(error)
+        self.service.metrics.refuse(error)
+        self.service.metrics.answer(status, None)
         headers = f"{ANY_ORIGIN}{STATUS_HEADERS[status]}Connection: close\r\n"
         return self.service.answer(status, error_text(error), headers)
 
@@ -5697,7 +6209,9 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, _request: Any, client_address: Any) -> None:
         """Log a bug of ours in one line; BaseServer would print a traceback."""
-        log.error("a connection from %s was cut: %s", client_address[0], describe_bug(sys.exception()))
+        bug = describe_bug(sys.exception())
+        text = f"a connection from {client_address[0]} was cut: {bug}"
+        self.service.writer.complaints.add(logging.ERROR, text, bug)
 
 
 def addresses(host: str, port: int) -> list[tuple[int, str]]:
@@ -5731,22 +6245,24 @@ def shown_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def cannot_listen(host: str, port: int, error: OSError) -> OperatorError:
-    """Return why an address cannot be had, and what to do about it."""
+def cannot_listen(host: str, port: int, error: OSError, option: str) -> OperatorError:
+    """Return why an address cannot be had, and what to do about it; `option` sets the port."""
     hints = {
-        errno.EADDRINUSE: "the port is in use; stop the other program or choose another port with --port",
-        errno.EACCES: "permission denied; ports below 1024 need root, choose another with --port",
+        errno.EADDRINUSE: f"the port is in use; stop the other program or choose another port with {option}",
+        errno.EACCES: f"permission denied; ports below 1024 need root, choose another with {option}",
         errno.EADDRNOTAVAIL: "this machine does not have the address",
     }
     hint = hints.get(error.errno or 0, reason_of(error))
     return OperatorError(f"cannot listen on {shown_address(host, port)}: {hint}")
 
 
-def bind(host: str, port: int, make_server: Callable[[int, tuple[str, int]], Server]) -> list[Server]:
+def bind(
+    host: str, port: int, make_server: Callable[[int, tuple[str, int]], Server], option: str = "--port"
+) -> list[Server]:
     """Return servers bound to every address of a host, not listening yet.
 
     `localhost` is 127.0.0.1 and ::1. With port 0 the system chooses one, the same for all. Raises
-    OperatorError.
+    OperatorError, which names the option that sets the port.
     """
     servers: list[Server] = []
     places = addresses(host, port)
@@ -5760,17 +6276,253 @@ def bind(host: str, port: int, make_server: Callable[[int, tuple[str, int]], Ser
                 continue
             for server in servers:
                 server.server_close()
-            raise cannot_listen(address, port, error) from None
+            raise cannot_listen(address, port, error, option) from None
     return servers
 
 
-def listen(servers: Sequence[Server]) -> None:
+def listen(servers: Sequence[Server], option: str = "--port") -> None:
     """Let connections come. Raises OperatorError: Linux lets two programs bind a port, but not listen."""
     for server in servers:
         try:
             server.server_activate()
         except OSError as error:
-            raise cannot_listen(str(server.server_name), server.server_port, error) from None
+            raise cannot_listen(str(server.server_name), server.server_port, error, option) from None
+
+
+def addresses_text(servers: Iterable[Server]) -> str:
+    """Return the URLs of servers, as in a sentence."""
+    return " and ".join(f"http://{shown_address(*server.server_address[:2])}" for server in servers)  # type: ignore[arg-type]
+
+
+# --- Monitor ------------------------------------------------------------------
+# Health and metrics for the operator, on a port of localhost. It only looks: at what
+# is counted, at what the writer tells of itself, and at the process.
+
+MONITOR_OPTION = "--monitor_port"
+# Host names under which the port may be asked. A website whose name points to 127.0.0.1 (DNS rebinding)
+# has a browser ask under its own name.
+LOCAL_HOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]*)?", re.IGNORECASE)
+JSON_TYPE = "application/json"
+TEXT_TYPE = "text/plain; charset=utf-8"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def spool_size(path: str) -> int:
+    """Return the bytes that the spool's files have together."""
+    size = 0
+    for name in (path, f"{path}-wal"):
+        with contextlib.suppress(OSError):  # SQLite removes its journal when it likes
+            size += os.stat(name).st_size
+    return size
+
+
+def files_max() -> float:
+    """Return how many files the process may have open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
+def process_families(started_at: float) -> list[Family]:
+    """Return what Prometheus' clients say of every process; what only Linux tells is left out elsewhere."""
+    families = [
+        one_sample(
+            "process_start_time_seconds",
+            "gauge",
+            "Start time of the process since the Unix epoch in seconds.",
+            started_at,
+        ),
+        one_sample(
+            "process_cpu_seconds_total",
+            "counter",
+            "Total user and system CPU time spent in seconds.",
+            time.process_time(),
+        ),
+        one_sample(
+            "process_max_fds",
+            "gauge",
+            "Maximum number of open file descriptors.",
+            files_max(),
+        ),
+    ]
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        families += [
+            one_sample(
+                "process_resident_memory_bytes",
+                "gauge",
+                "Resident memory size in bytes.",
+                pages * resource.getpagesize(),
+            ),
+            one_sample(
+                "process_open_fds",
+                "gauge",
+                "Number of open file descriptors.",
+                len(os.listdir("/proc/self/fd")) - 1,  # without the one that lists them
+            ),
+        ]
+    return families
+
+
+class Monitor:
+    """Health and metrics of a service."""
+
+    def __init__(self, service: Service, pool: Pool) -> None:
+        self._service = service
+        self._writer = service.writer
+        self._pool = pool  # of the client connections
+        self._started_at = time.time()
+        self._started = service.clock()
+
+    def health(self) -> tuple[HTTPStatus, str]:
+        """Return whether events can be stored, as a status and as JSON. Blocks at most CHECK_UP_S."""
+        condition, late = self._writer.condition()
+        reason = self._failure(condition, late)
+        database = "up" if condition.is_up else "away" if self._writer.has_database else "none"
+        answer = {
+            "status": "failing" if reason else "ok",
+            "reason": reason or None,
+            "database": database,
+            "database_reason": condition.database_reason or None,
+            "spool": {
+                "path": self._writer.spool_path,
+                "events": condition.spool_events,
+                "bytes": spool_size(self._writer.spool_path),
+                "limit": self._writer.spool_limit,
+                "reason": condition.spool_reason or None,
+            },
+            "quarantine": condition.quarantine_events,
+            "version": __version__,
+            "uptime_seconds": round(self._service.clock() - self._started, 3),
+        }
+        status = HTTPStatus.SERVICE_UNAVAILABLE if reason else HTTPStatus.OK
+        return status, json.dumps(answer) + "\n"
+
+    def metrics(self) -> str:
+        """Return all metrics in Prometheus' text format. Blocks at most CHECK_UP_S."""
+        condition, _late = self._writer.condition()
+        families = [*self._service.metrics.families(), *self._gauges(condition)]
+        return exposition([*families, *process_families(self._started_at)])
+
+    def _failure(self, condition: Condition, late: float) -> str:
+        """Return why events cannot be stored, "" if they can."""
+        if self._service.draining:
+            return "draining: the server is about to end"
+        if late > STALLED_S:
+            return f"the writer has not moved for {late:.0f} s"
+        if condition.is_direct or not condition.spool_reason:
+            return ""
+        if condition.is_up:
+            return f"the spool is being replayed and takes no events: {condition.spool_reason}"
+        if not self._writer.has_database:
+            return condition.spool_reason
+        return f"the database is away, and {condition.spool_reason}"
+
+    def _gauges(self, condition: Condition) -> list[Family]:
+        age = max(time.time() - condition.oldest, 0) if condition.oldest is not None else 0
+        python = ".".join(map(str, sys.version_info[:3]))
+        gauges = [
+            ("spool_bytes", "Size of the spool's files.", spool_size(self._writer.spool_path)),
+            ("spool_events", "Events in the spool that wait for their replay.", condition.spool_events),
+            ("spool_limit_bytes", "How large the spool may grow.", self._writer.spool_limit),
+            (
+                "spool_oldest_event_age_seconds",
+                "Time since the first event in the spool was received; 0 for an empty spool.",
+                age,
+            ),
+            ("quarantine_events", "Events in the quarantine.", condition.quarantine_events),
+            ("http_connections", "Client connections that are open.", self._pool.busy),
+        ]
+        if self._writer.has_database:
+            gauges.append(
+                ("database_up", "1 if the database could be used the last time, else 0.", condition.is_up)
+            )
+        info = one_sample(
+            "attolytics_build_info", "gauge", "Always 1.", 1, version=__version__, python_version=python
+        )
+        return [
+            *(one_sample(f"attolytics_{name}", "gauge", text, value) for name, text, value in gauges),
+            info,
+        ]
+
+
+class MonitorHandler(BaseRequestHandler):
+    """Answers one request on a connection."""
+
+    server: MonitorServer
+    request: socket.socket
+
+    def handle(self) -> None:
+        incoming = Incoming(self.request, time.monotonic)
+        try:
+            limit_wait(self.request, socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
+            if not incoming.wait(HEAD_DEADLINE_S):
+                return
+            is_head = False
+            try:
+                head = parse_head(incoming.head())
+                is_head = head.method == "HEAD"
+                status, kind, text = self._look_up(head)
+            except RequestError as error:
+                status, kind, text = status_of(error), TEXT_TYPE, f"{error.reason}\n"
+            self.request.sendall(self._answer(status, kind, text, is_head))
+            self.request.shutdown(socket.SHUT_WR)
+            incoming.drain(time.monotonic() + LINGER_S)
+        except OSError as error:
+            log.debug("the monitor's client is gone: %s", reason_of(error))
+
+    def _look_up(self, head: Head) -> tuple[HTTPStatus, str, str]:
+        """Return the answer to a request: its status, its content type and its text."""
+        monitor = self.server.monitor
+        path = head.target.partition("?")[0]
+        if not LOCAL_HOST.fullmatch(head.headers.get("host", "localhost")):
+            return HTTPStatus.MISDIRECTED_REQUEST, TEXT_TYPE, "ask for localhost\n"
+        if path not in ("/healthz", "/metrics"):
+            return HTTPStatus.NOT_FOUND, TEXT_TYPE, "there are /healthz and /metrics\n"
+        if head.method not in ("GET", "HEAD"):
+            return HTTPStatus.METHOD_NOT_ALLOWED, TEXT_TYPE, "use GET\n"
+        if path == "/metrics":
+            return HTTPStatus.OK, METRICS_TYPE, monitor.metrics()
+        status, text = monitor.health()
+        return status, JSON_TYPE, text
+
+    def _answer(self, status: HTTPStatus, kind: str, text: str, is_head: bool) -> bytes:
+        body = text.encode()
+        allow = "Allow: GET, HEAD\r\n" if status is HTTPStatus.METHOD_NOT_ALLOWED else ""
+        head = (
+            f"HTTP/1.1 {status} {status.phrase}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+            f"{allow}Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
+        )
+        return head.encode() + (b"" if is_head else body)
+
+
+class MonitorServer(Server):
+    """One listening socket of the monitor port."""
+
+    def __init__(
+        self, family: int, address: tuple[str, int], monitor: Monitor, service: Service, pool: Pool
+    ) -> None:
+        super().__init__(family, address, service, pool, pool)
+        self.RequestHandlerClass = MonitorHandler
+        self.monitor = monitor
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in the pool, or close it if that is full."""
+        if not self.pool.run(partial(self.process_request_thread, request, client_address)):
+            self.shutdown_request(request)
+
+
+def bind_monitor(port: int | None, service: Service, connections: Pool) -> list[Server]:
+    """Return servers for the monitor port of localhost, none if it is None. Raises OperatorError."""
+    if port is None:
+        return []
+    monitor = Monitor(service, connections)
+    pool = Pool(MONITOR_CONNECTIONS_MAX, "monitor", service.writer.complaints)
+    return bind(
+        "localhost",
+        port,
+        lambda family, address: MonitorServer(family, address, monitor, service, pool),
+        MONITOR_OPTION,
+    )
 
 
 # --- systemd ------------------------------------------------------------------
@@ -5906,6 +6658,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=parse_spool_limit,
         default=SPOOL_BYTES_MAX,
         help="how large the spool may grow (1G); beyond it clients get 503",
+    )
+    add(
+        "--monitor_port",
+        metavar="N",
+        type=partial(parse_count, 0, 65535),
+        help="answer /healthz and /metrics (Prometheus) on this port of localhost (off)",
     )
     add(
         "--retry_quarantine",
@@ -6082,12 +6840,13 @@ def first_session(opener: Opener, epochs: Sequence[str]) -> Session | None:
         raise OperatorError(f"cannot use {opener.target}: {error.reason}") from None
 
 
-def wait_for_end(ends: queue.SimpleQueue[str]) -> str:
-    """Return why the server should end. Blocks until there is a reason."""
+def wait_for_end(ends: queue.SimpleQueue[str], complaints: Complaints) -> str:
+    """Return why the server should end. Blocks until there is a reason, and meanwhile sums up complaints."""
     while True:
         # A signal that arrives just before the wait begins does not interrupt it.
         with contextlib.suppress(queue.Empty):
             return ends.get(timeout=SIGNAL_CHECK_S)
+        complaints.summarise()
 
 
 def catch_signals(ends: queue.SimpleQueue[str]) -> None:
@@ -6204,13 +6963,14 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Not
     spool = Spool(options.spool, options.spool_limit, schema, str(uuid.uuid4()))
     writer = Writer(schema, spool, opener.open if opener else None)
     service = Service(schema, writer, options.max_body, time.monotonic)
-    pool = Pool(options.max_connections, "http")
-    turning_away = Pool(TURN_AWAY_THREADS, "turning-away")
+    pool = Pool(options.max_connections, "http", writer.complaints)
+    turning_away = Pool(TURN_AWAY_THREADS, "turning-away", writer.complaints)
     servers = bind(
         options.host,
         options.port,
         lambda family, address: Server(family, address, service, pool, turning_away),
     )
+    monitors = bind_monitor(options.monitor_port, service, pool)
     cpu_claim = stay_on_one_cpu()
     session = first_session(opener, spool.epochs) if opener else None
     if options.retry_quarantine:
@@ -6221,17 +6981,20 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Not
     catch_bugs(ends)
     writing = writer.start(session)
     listen(servers)
-    for server in servers:
+    listen(monitors, MONITOR_OPTION)
+    for server in [*servers, *monitors]:
         threading.Thread(
             target=server.serve_forever, args=(ACCEPT_POLL_S,), name="acceptor", daemon=True
         ).start()
-    listening = " and ".join(f"http://{shown_address(*server.server_address[:2])}" for server in servers)  # type: ignore[arg-type]
+    listening = addresses_text(servers)
     place = opener.target if opener else f"the spool {spool.path}"
     log.info("attolytics %s listens on %s, writes to %s", __version__, listening, place)
+    if monitors:
+        log.info("/healthz and /metrics are at %s", addresses_text(monitors))
     if not opener:
         log.info("no database URL: read the events with %s", show_query(spool.path, schema))
     notifier.send("READY=1", f"STATUS=listening on {listening}")
-    reason = wait_for_end(ends)
+    reason = wait_for_end(ends, writer.complaints)
     log.info("stopping: %s", reason)
     notifier.send("STOPPING=1", "STATUS=answering the requests in flight")
     drain(servers, service, pool, writer, writing)

@@ -2527,7 +2527,7 @@ class ConnectorTest(unittest.TestCase):
             raise attolytics.DatabaseAway("nobody home")
 
         sessions: list[attolytics.Session] = []
-        connector = attolytics.Connector(fail, sessions.append, time.monotonic)
+        connector = attolytics.Connector(fail, sessions.append, attolytics.Complaints(time.monotonic))
         with self.assertLogs("attolytics", "WARNING") as logged:
             connector.start()
             connector.connect([])
