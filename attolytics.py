@@ -2660,6 +2660,9 @@ REASONS: Mapping[type[RequestError], str] = {
     TooManyConnections: "too_many_connections",
 }
 
+# Shown before they are answered first: Prometheus sees no increase from nothing to 1.
+ALERTING_STATUSES = ("400", "403", "404", "503")
+
 # Upper bounds of the histograms' buckets. A commit takes about 1 ms, a batch waits at most for PATIENCE_S.
 SECONDS_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 EVENTS_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
@@ -2773,7 +2776,7 @@ class Metrics:
         # Guards all below, which is about the other answers.
         self._lock = threading.Lock()
         self._refused: Counter[tuple[str, ...]] = Counter()  # by app and reason
-        self._statuses: Counter[tuple[str, ...]] = Counter()
+        self._statuses: Counter[tuple[str, ...]] = Counter({(status,): 0 for status in ALERTING_STATUSES})
         self._other_seconds = Histogram(SECONDS_BOUNDS)
         self.declare(schema)
 

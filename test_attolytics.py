@@ -49,6 +49,7 @@ import pg8000.native
 import trustme
 import yaml
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 import attolytics
 from attolytics import (
@@ -1000,6 +1001,64 @@ class DatabaseUrlTest(unittest.TestCase):
             with self.subTest(str(target)):
                 self.assertEqual(attolytics.find_password(passfile, target, "/run/pg"), password)
         self.assertIsNone(attolytics.find_password("", Target("u", "d", "h", 1, None), ""))
+
+
+# --- Metrics ------------------------------------------------------------------
+
+
+def samples(text: str) -> dict[str, float]:
+    """Return what Prometheus' own parser reads, as {'name{label="value",...}': number}, by sorted labels."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+            name = f"{sample.name}{{{labels}}}" if labels else sample.name
+            if name in found:
+                raise AssertionError(f"{name} is there twice")
+            found[name] = sample.value
+    return found
+
+
+class MetricsTest(unittest.TestCase):
+    def test_label_values_are_escaped(self) -> None:
+        name = 'a "quoted" \\ back\nslash \\n é'
+        metrics = attolytics.Metrics(Schema({}, {name: attolytics.App(name, "key", None, (Table("t", ()),))}))
+        metrics.accepted[name, "t"] += 3
+        families = list(text_string_to_metric_families(attolytics.exposition(metrics.families())))
+        [sample] = families[0].samples
+        self.assertEqual(sample.labels, {"app": name, "table": "t"})
+        self.assertEqual(sample.value, 3)
+
+    def test_a_histogram_counts_each_value_in_all_buckets_that_hold_it(self) -> None:
+        histogram = attolytics.Histogram((1, 2.5))
+        for value in (0.5, 1, 1.5, 2.5, 3, 1e9):
+            histogram.observe(value)
+        family = attolytics.Family("h", "histogram", "Help.", histogram.samples(store="x"))
+        self.assertEqual(
+            samples(attolytics.exposition([family])),
+            {
+                'h_bucket{le="1",store="x"}': 2,
+                'h_bucket{le="2.5",store="x"}': 4,
+                'h_bucket{le="+Inf",store="x"}': 6,
+                'h_sum{store="x"}': 1e9 + 8.5,
+                'h_count{store="x"}': 6,
+            },
+        )
+
+    def test_every_refusal_has_a_reason_of_its_own(self) -> None:
+        self.assertEqual(attolytics.REASONS.keys(), attolytics.STATUSES.keys())
+        self.assertEqual(len(set(attolytics.REASONS.values())), len(attolytics.REASONS))
+
+    def test_counters_of_a_schema_start_with_0_and_go_on_when_it_is_declared_again(self) -> None:
+        schema = schema_of(ALL_TYPES)
+        metrics = attolytics.Metrics(schema)
+        metrics.accepted["one", "marks"] += 2
+        metrics.declare(schema)
+        found = samples(attolytics.exposition(metrics.families()))
+        self.assertEqual(found['attolytics_events_accepted_total{app="one",table="marks"}'], 2)
+        self.assertEqual(found['attolytics_events_accepted_total{app="many",table="marks"}'], 0)
+        self.assertEqual(found['attolytics_events_duplicate_total{table="marks"}'], 0)
+        self.assertNotIn('attolytics_events_duplicate_total{table="plain"}', found)
 
 
 # --- A real PostgreSQL --------------------------------------------------------
@@ -2516,6 +2575,50 @@ class WriterTest(DatabaseCase):
         admin.run(f"DROP DATABASE {self.database} WITH (FORCE)")
         admin.run(f"DROP TABLESPACE {self.database}")
         admin.close()
+
+
+class ComplaintsTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.now = 100.0
+        self.complaints = attolytics.Complaints(lambda: self.now)
+
+    def test_what_goes_wrong_again_and_again_is_logged_once_a_minute_with_its_number(self) -> None:
+        with self.assertLogs("attolytics", "INFO") as logged:
+            for second in range(130):
+                self.now = 100.0 + second
+                self.complaints.add(logging.ERROR, "the disk is full", count=10)
+                self.complaints.summarise()
+            self.complaints.add(logging.INFO, "something else")
+            self.now += 60
+            self.complaints.summarise()
+            self.now += 60
+            self.complaints.summarise()
+            self.complaints.add(logging.ERROR, "the disk is full")
+        self.assertEqual(
+            logged.output,
+            [
+                "ERROR:attolytics:the disk is full",
+                "ERROR:attolytics:the disk is full (and 599 more in the last 60 s)",
+                "ERROR:attolytics:the disk is full (and 600 more in the last 60 s)",
+                "INFO:attolytics:something else",
+                "ERROR:attolytics:the disk is full (and 100 more in the last 69 s)",
+                "ERROR:attolytics:the disk is full",
+            ],
+        )
+
+    def test_complaints_about_the_same_share_a_line(self) -> None:
+        with self.assertLogs("attolytics", "INFO") as logged:
+            for number in range(5):
+                self.complaints.add(logging.WARNING, f"bad value {number}", "values")
+            self.now += 60
+            self.complaints.summarise()
+        self.assertEqual(
+            logged.output,
+            [
+                "WARNING:attolytics:bad value 0",
+                "WARNING:attolytics:bad value 4 (and 4 more in the last 60 s)",
+            ],
+        )
 
 
 class ConnectorTest(unittest.TestCase):
@@ -4228,6 +4331,443 @@ class SpoolTest(ProcessCase):
         wait_until(lambda: len(self.stored()) >= 10_000)
         time.sleep(0.5)
         self.assertEqual(self.stored(), list(range(10_000)))
+
+
+# --- Monitor ------------------------------------------------------------------
+
+# Dashboards and alerts use these names.
+METRICS = {
+    "counter": {
+        "attolytics_events_accepted",
+        "attolytics_events_refused",
+        "attolytics_events_spooled",
+        "attolytics_events_replayed",
+        "attolytics_events_quarantined",
+        "attolytics_events_duplicate",
+        "attolytics_http_requests",
+        "attolytics_database_reconnects",
+        "process_cpu_seconds",
+    },
+    "histogram": {
+        "attolytics_http_request_duration_seconds",
+        "attolytics_flush_duration_seconds",
+        "attolytics_flush_events",
+    },
+    "gauge": {
+        "attolytics_spool_bytes",
+        "attolytics_spool_events",
+        "attolytics_spool_limit_bytes",
+        "attolytics_spool_oldest_event_age_seconds",
+        "attolytics_quarantine_events",
+        "attolytics_database_up",
+        "attolytics_http_connections",
+        "attolytics_build_info",
+        "process_start_time_seconds",
+        "process_resident_memory_bytes",
+        "process_open_fds",
+        "process_max_fds",
+    },
+}
+
+
+class MonitorTest(ProcessCase):
+    """The monitor port of a server, beside a PostgreSQL that may be stopped."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.server = Postgres()
+        cls.addClassCleanup(cls.server.remove)
+
+    def serve(self, *options: object, url: str | None = None) -> Attolytics:
+        return self.run_server("--monitor_port", "0", *options, url=url, directory=self.directory)
+
+    def monitors(self, server: Attolytics) -> list[tuple[str, int]]:
+        """Return the addresses of the monitor port."""
+        wait_until(lambda: any("/healthz and" in line for line in server.lines))
+        [line] = [line for line in server.lines if "/healthz and" in line]
+        return [(host.strip("[]"), int(port)) for host, port in re.findall(r"http://(\S+):(\d+)", line)]
+
+    def ask(
+        self, server: Attolytics, path: str, method: str = "GET", headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        connection = http.client.HTTPConnection(*self.monitors(server)[0], timeout=10)
+        try:
+            connection.request(method, path, headers=headers or {})
+            return Answer(connection.getresponse())
+        finally:
+            connection.close()
+
+    def metrics(self, server: Attolytics) -> dict[str, float]:
+        """Return all samples, without the prefix of their names."""
+        text = self.ask(server, "/metrics").text
+        return {name.removeprefix("attolytics_"): value for name, value in samples(text).items()}
+
+    def health(self, server: Attolytics) -> tuple[int, Any]:
+        answer = self.ask(server, "/healthz")
+        return answer.status, answer.json
+
+    def post(self, server: Attolytics, *events: object, app: str = "app", key: str = "key") -> Answer:
+        return server.post(f"/apps/{app}/events", body_of(*events, key=key))
+
+    def rows(self, table: str) -> int:
+        return int(self.query(f"SELECT count(*) FROM {table}")[0][0])
+
+    def test_the_metrics_are_as_prometheus_wants_them(self) -> None:
+        server = self.serve()
+        self.post(server, mark(1), mark(1, table="plain"))
+        self.post(server, mark("x"))
+        answer = self.ask(server, "/metrics")
+        self.assertEqual(answer.headers["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
+        families = list(text_string_to_metric_families(answer.text))
+        found = {kind: {f.name for f in families if f.type == kind} for kind in METRICS}
+        self.assertEqual(found, METRICS)
+        self.assertTrue(all(family.documentation and family.samples for family in families))
+        values = self.metrics(server)
+        python = ".".join(map(str, sys.version_info[:3]))
+        info = f'build_info{{python_version="{python}",version="{attolytics.__version__}"}}'
+        self.assertEqual(values[info], 1)
+        self.assertEqual(values["spool_limit_bytes"], attolytics.SPOOL_BYTES_MAX)
+        self.assertAlmostEqual(values["process_start_time_seconds"], time.time(), delta=60)
+        self.assertGreater(values["process_resident_memory_bytes"], 10 << 20)
+        self.assertGreater(values["process_max_fds"], values["process_open_fds"])
+        if promtool := shutil.which("promtool"):
+            command = [promtool, "check", "metrics"]
+            result = subprocess.run(command, input=answer.text, text=True, capture_output=True, check=False)
+            self.assertEqual((result.returncode, result.stdout + result.stderr), (0, ""))
+
+    def test_accepted_events_are_counted_exactly(self) -> None:
+        server = self.serve()
+        requests = 0
+        with self.under_load(server) as accepted:
+            for number in range(100):
+                answer = self.post(
+                    server, mark(number % 30), mark(number % 30), mark(number, table="plain"), app="app"
+                )
+                requests += answer.status == 200
+                if number % 10 == 0:
+                    self.assertEqual(self.ask(server, "/metrics").status, 200)
+            self.assertEqual(self.post(server, mark(1), mark(1000), app="one").status, 200)
+        requests += 1
+        values = self.metrics(server)
+        self.assertEqual(values['events_accepted_total{app="app",table="plain"}'], 100 + len(accepted))
+        self.assertEqual(self.rows("plain"), 100 + len(accepted))
+        self.assertEqual(values['events_accepted_total{app="app",table="marks"}'], 200)
+        self.assertEqual(values['events_accepted_total{app="one",table="marks"}'], 2)
+        self.assertEqual(values['events_duplicate_total{table="marks"}'], 202 - self.rows("marks"))
+        self.assertEqual(values['http_requests_total{status="200"}'], requests + len(accepted))
+        self.assertEqual(values["http_request_duration_seconds_count"], requests + len(accepted))
+        self.assertEqual(values['flush_events_bucket{le="+Inf"}'], values["flush_events_count"])
+        self.assertEqual(values["flush_events_sum"], 302 + len(accepted))
+        self.assertEqual(
+            values['flush_duration_seconds_count{store="database"}'], values["flush_events_count"]
+        )
+        self.assertGreater(values["http_request_duration_seconds_sum"], 0)
+        self.assertEqual(values["database_up"], 1)
+        self.assertEqual(values["events_spooled_total"], 0)
+
+    def test_refused_events_are_counted_by_app_and_reason(self) -> None:
+        server = self.serve("--max_body", "2K")
+        self.query("ALTER TABLE plain ADD CHECK (mark < 100)")
+        self.post(server, mark(1), mark("x"), mark(2))
+        self.post(server, mark(1), {"_t": "nope"})
+        self.assertEqual(self.post(server, mark(1, table="plain"), mark(100, table="plain")).status, 400)
+        self.post(server, mark(1), key="wrong", app="one")
+        self.post(server, mark(1), app="nobody")
+        server.post("/apps/app/events", b"{")
+        server.post("/apps/app/events", b"x" * 3000)
+        server.post("/apps/app/events", b"{}", {"Content-Type": "image/png"})
+        server.post("/apps/one/events", b"{}", {"Origin": "https://other.example"})
+        with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
+            sock.sendall(b"nonsense\r\n\r\n")
+            self.assertEqual(read_answer(sock).status, 400)
+        values = self.metrics(server)
+        refused = {name: value for name, value in values.items() if name.startswith("events_refused")}
+        expected = {
+            ("app", "invalid_events"): 5,
+            ("app", "unknown_table"): 2,
+            ("one", "wrong_key"): 1,
+            ("", "unknown_path"): 1,
+            ("app", "invalid_body"): 1,
+            ("app", "too_large"): 1,
+            ("app", "media"): 1,
+            ("one", "origin"): 1,
+            ("", "malformed_request"): 1,
+        }
+        self.assertEqual(
+            refused,
+            {
+                f'events_refused_total{{app="{app}",reason="{reason}"}}': value
+                for (app, reason), value in expected.items()
+            },
+        )
+        statuses = {"200": 0, "400": 4, "403": 2, "404": 2, "413": 1, "415": 1, "503": 0}
+        self.assertEqual(
+            {name: value for name, value in values.items() if name.startswith("http_requests")},
+            {f'http_requests_total{{status="{status}"}}': value for status, value in statuses.items()},
+        )
+        self.assertEqual(values["http_request_duration_seconds_count"], 10)
+
+    def test_clients_cannot_make_more_series(self) -> None:
+        server = self.serve()
+        self.post(server, mark("x"))
+        self.post(server, mark(1), app="nobody")
+        self.post(server, {"_t": "nope"})
+        server.post("/nowhere", b"")
+        self.send_garbage(server, "BREW")
+        before = self.metrics(server).keys()
+        for number in range(30):
+            name = f"{number}{os.urandom(4).hex()}"
+            self.post(server, mark(1), app=name)
+            self.post(server, {"_t": name, name: name}, {"_t": "marks", "mark": name})
+            self.post(server, {"_t": name})
+            server.post(f"/{name}", b"")
+            self.send_garbage(server, f"M{number}")
+        self.assertEqual(self.metrics(server).keys(), before)
+
+    def send_garbage(self, server: Attolytics, method: str) -> None:
+        with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
+            sock.sendall(f"{method} / HTTP/1.1\r\nHost: {method}\r\n\r\n".encode())
+            self.assertEqual(read_answer(sock).status, 501)
+
+    def test_what_is_spooled_and_replayed_is_counted(self) -> None:
+        server = self.serve()
+        self.post(server, mark(1), mark(2))
+        self.postgres.stop()
+        wait_until(lambda: self.metrics(server)["database_up"] == 0)  # without a request that notices
+        self.assertEqual(self.post(server, mark(2), mark(3), mark(4)).json["stored"], "spool")
+        self.assertEqual(self.post(server, mark(5, table="plain")).json["stored"], "spool")
+        time.sleep(0.1)
+        values = self.metrics(server)
+        self.assertEqual((values["events_spooled_total"], values["spool_events"]), (4, 4))
+        self.assertEqual(values["events_replayed_total"], 0)
+        self.assertGreater(values["spool_oldest_event_age_seconds"], 0.1)
+        self.assertLess(values["spool_oldest_event_age_seconds"], 10)
+        self.assertGreater(values["spool_bytes"], 10_000)
+        self.assertEqual(values['flush_duration_seconds_count{store="spool"}'], 2)
+        status, health = self.health(server)
+        self.assertEqual((status, health["status"], health["database"]), (200, "ok", "away"))
+        self.assertIn("127.0.0.1", health["database_reason"])
+        self.assertEqual(health["spool"]["events"], 4)
+        self.postgres.start()
+        wait_until(lambda: self.metrics(server)["events_replayed_total"] == 4)
+        values = self.metrics(server)
+        self.assertEqual((values["spool_events"], values["spool_oldest_event_age_seconds"]), (0, 0))
+        self.assertEqual((values["database_up"], values["database_reconnects_total"]), (1, 1))
+        self.assertEqual(values['events_accepted_total{app="app",table="marks"}'], 5)
+        self.assertEqual(values['events_duplicate_total{table="marks"}'], 1)
+        self.assertEqual((self.rows("marks"), self.rows("plain")), (4, 1))
+        self.assertEqual(self.health(server)[1]["database"], "up")
+
+    def test_a_spool_that_was_filled_before_the_start_is_shown(self) -> None:
+        server = self.serve(url="")
+        self.assertNotIn("database_up", self.metrics(server))
+        self.post(server, *[mark(n) for n in range(7)])
+        server.stop()
+        time.sleep(0.3)
+        server = self.serve(url=f"postgres://postgres@127.0.0.1:{free_port()}/x")
+        values = self.metrics(server)
+        self.assertEqual((values["spool_events"], values["events_spooled_total"]), (7, 0))
+        self.assertGreater(values["spool_oldest_event_age_seconds"], 0.3)
+        self.assertEqual((values["database_up"], values["database_reconnects_total"]), (0, 0))
+
+    def test_a_flush_whose_commit_came_through_late_is_counted_once(self) -> None:
+        server = self.serve()
+        with contextlib.closing(self.postgres.connect(self.database)) as session:
+            session.run("BEGIN; LOCK TABLE marks")
+            self.assertEqual(self.post(server, mark(1), mark(1)).json["stored"], "spool")
+            session.run("COMMIT")
+        wait_until(lambda: self.metrics(server)["spool_events"] == 0)
+        values = self.metrics(server)
+        self.assertEqual((values["events_spooled_total"], values["events_replayed_total"]), (2, 2))
+        self.assertEqual(values['events_accepted_total{app="app",table="marks"}'], 2)
+        self.assertEqual(values['events_duplicate_total{table="marks"}'], 1)
+        self.assertEqual(self.rows("marks"), 1)
+
+    def test_what_goes_to_the_quarantine_is_counted(self) -> None:
+        unique = QUARANTINE_SCHEMA.replace("type: i64", "type: i64, unique: true")
+        self.schema_file.write_text(unique)
+        server = self.serve()
+        self.query("ALTER TABLE marks ADD CONSTRAINT small CHECK (mark < 100)")
+        answer = self.post(server, mark("y"), mark(101), mark(3), mark(3), mark(102), {"_t": "nope"})
+        self.assertEqual((answer.status, answer.json["accepted"]), (200, 2))
+        values = self.metrics(server)
+        self.assertEqual(values['events_accepted_total{app="app",table="marks"}'], 2)
+        self.assertEqual(values['events_duplicate_total{table="marks"}'], 1)
+        self.assertEqual((values["events_quarantined_total"], values["quarantine_events"]), (4, 4))
+        self.assertEqual(self.rows("marks"), 1)
+        self.postgres.stop()
+        answer = self.post(server, mark("z"), mark(4), mark(5), mark(6), mark(200))
+        self.assertEqual((answer.json["accepted"], answer.json["stored"]), (4, "spool"))
+        values = self.metrics(server)
+        self.assertEqual((values["events_quarantined_total"], values["quarantine_events"]), (5, 5))
+        self.postgres.start()
+        wait_until(lambda: self.metrics(server)["spool_events"] == 0)
+        values = self.metrics(server)
+        self.assertEqual((values["events_spooled_total"], values["events_replayed_total"]), (4, 3))
+        self.assertEqual((values["events_quarantined_total"], values["quarantine_events"]), (6, 6))
+        self.assertEqual(self.health(server)[1]["quarantine"], 6)
+        self.assertEqual(self.rows("marks"), 4)
+        server.stop()
+        self.query("ALTER TABLE marks DROP CONSTRAINT small")
+        server = self.serve("--retry_quarantine")
+        wait_until(lambda: self.metrics(server)["events_replayed_total"] == 3)
+        self.assertEqual(self.metrics(server)["quarantine_events"], 3)
+        self.assertEqual(self.rows("marks"), 7)
+
+    def test_health_follows_a_full_disk_without_any_event(self) -> None:
+        disk = self.directory / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+            self.skipTest("mounting a small file system needs root")
+        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=True)
+        server = self.serve("--spool", disk / "spool")
+        filler = disk / "filler"
+        filler.write_bytes(b"x" * (12 << 20))
+        status, health = self.health(server)  # the database takes events
+        self.assertEqual((status, health["reason"]), (200, None))
+        self.assertIn("the disk of the spool", health["spool"]["reason"])
+        self.postgres.stop()
+        wait_until(lambda: self.health(server)[0] == 503)
+        status, health = self.health(server)
+        self.assertEqual((health["status"], health["database"]), ("failing", "away"))
+        self.assertIn("the database is away, and the disk of the spool", health["reason"])
+        answers = {self.post(server, mark(n)).status for n in range(20)}
+        self.assertEqual(answers, {503})
+        values = self.metrics(server)
+        self.assertEqual(values['events_refused_total{app="app",reason="storage_away"}'], 20)
+        self.assertEqual(values['http_requests_total{status="503"}'], 20)
+        self.assertEqual(len([line for line in server.lines if "503" in line]), 1, server.lines)
+        filler.unlink()
+        self.assertEqual(self.health(server)[0], 200)
+        self.assertEqual(self.post(server, mark(1)).json["stored"], "spool")
+        filler.write_bytes(b"x" * (12 << 20))
+        self.assertEqual(self.health(server)[0], 503)
+        self.postgres.start()
+        wait_until(lambda: self.health(server)[0] == 200)
+        wait_until(lambda: self.rows("marks") == 1)
+
+    def test_health_follows_the_spools_limit(self) -> None:
+        server = self.serve("--spool_limit", "1M")
+        self.postgres.stop()
+        text = "x" * 50_000
+        statuses = [self.post(server, mark(n, text, "plain")).status for n in range(30)]
+        self.assertEqual(set(statuses), {200, 503})
+        status, health = self.health(server)
+        self.assertEqual((status, health["spool"]["limit"]), (503, 1 << 20))
+        self.assertIn("--spool_limit is 1048576 bytes", health["reason"])
+        self.postgres.start()
+        wait_until(lambda: self.health(server)[0] == 200)
+        wait_until(lambda: self.rows("plain") == statuses.count(200))
+
+    def test_health_follows_a_spool_that_somebody_locks(self) -> None:
+        server = self.serve(url="")
+        with contextlib.closing(sqlite3.connect(self.directory / "attolytics.sqlite3")) as db:
+            db.execute("BEGIN IMMEDIATE")
+            self.assertEqual(self.post(server, mark(1)).status, 503)
+            wait_until(lambda: self.health(server)[0] == 503)
+            started = time.monotonic()
+            self.assertIn("the spool attolytics.sqlite3 fails", self.health(server)[1]["reason"])
+            self.assertLess(time.monotonic() - started, 1)
+        wait_until(lambda: self.health(server)[0] == 200)
+
+    def test_it_answers_while_the_server_drains(self) -> None:
+        server = self.serve()
+        with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+            sock.sendall(b"POST /apps/app/events HTTP/1.1\r\nHost: a\r\n")  # and no more for now
+            wait_until(lambda: self.metrics(server)["http_connections"] == 1)
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: self.health(server)[0] == 503)
+            self.assertIn("draining", self.health(server)[1]["reason"])
+            body = body_of(mark(1), key="key")
+            sock.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            self.assertEqual(read_answer(sock).status, 200)
+        self.assertEqual(server.end(), 0)
+
+    def test_it_has_two_pages_for_this_machine_only(self) -> None:
+        server = self.serve()
+        port = self.monitors(server)[0][1]
+        for host in ("localhost", f"localhost:{port}", "127.0.0.1", f"[::1]:{port}", "LOCALHOST"):
+            self.assertEqual(self.ask(server, "/healthz", headers={"Host": host}).status, 200, host)
+        for host in (
+            "evil.example",
+            "evil.example:80",
+            "127.0.0.1.evil.example",
+            "localhost.evil",
+            "192.0.2.1",
+        ):
+            self.assertEqual(self.ask(server, "/metrics", headers={"Host": host}).status, 421, host)
+        for path in ("/", "/metrics/", "/apps/app/events", "/healthz/x"):
+            self.assertEqual(self.ask(server, path).status, 404, path)
+        for method in ("POST", "DELETE", "OPTIONS", "BREW"):
+            answer = self.ask(server, "/metrics", method)
+            self.assertEqual((answer.status, answer.headers["Allow"]), (405, "GET, HEAD"))
+        for path in ("/metrics", "/healthz"):
+            answer = self.ask(server, path, "HEAD")
+            self.assertEqual((answer.status, answer.text), (200, ""))
+            self.assertGreater(int(answer.headers["Content-Length"]), 100)
+        health = self.ask(server, "/healthz?verbose").json
+        self.assertEqual(health["version"], attolytics.__version__)
+        self.assertGreater(health["uptime_seconds"], 0)
+        self.assertEqual({host for host, _port in self.monitors(server)} - {"127.0.0.1", "::1"}, set())
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # sends nothing; says which address of ours would
+            address = probe.getsockname()[0]
+        if not address.startswith("127."):
+            with self.assertRaises(OSError):
+                socket.create_connection((address, port), 1)
+
+    def test_clients_that_say_nothing_or_nonsense_do_no_harm(self) -> None:
+        server = self.serve()
+        address = self.monitors(server)[0]
+        for garbage in (
+            b"\r\n\r\n",
+            b"\x16\x03\x01\0\0",
+            b"GET /metrics\r\n\r\n",
+            b"GET /metrics HTTP/1.1\r\n\r\n",
+        ):
+            with socket.create_connection(address, 5) as sock:
+                sock.sendall(garbage)
+                sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(read_answer(sock).status, 400, garbage)
+        silent = [socket.create_connection(address, 5) for _ in range(20)]
+        for sock in silent:
+            sock.close()
+        wait_until(lambda: self.answers(server))
+        self.assertEqual(self.warnings(server), [])
+
+    def answers(self, server: Attolytics) -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return self.health(server)[0] == 200
+        return False
+
+    def warnings(self, server: Attolytics) -> list[str]:
+        return [line for line in server.lines if " INFO " not in line]
+
+    def test_a_port_that_is_taken_is_said_with_its_option(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            code, lines = self.fail(
+                "-s", self.schema_file, "-p", "0", "--monitor_port", port, "--spool", self.spool_path()
+            )
+        self.assertEqual((code, len(lines)), (1, 1), lines)
+        self.assertIn(f"cannot listen on 127.0.0.1:{port}: the port is in use", lines[0])
+        self.assertIn("another port with --monitor_port", lines[0])
+
+    def test_a_crowd_of_clients_is_one_line_in_the_log(self) -> None:
+        server = self.serve("--max_connections", "2")
+        crowd = [socket.create_connection(("127.0.0.1", server.port), 10) for _ in range(12)]
+        for sock in crowd[2:]:
+            self.assertEqual(read_answer(sock).status, 503)
+        values = self.metrics(server)
+        for sock in crowd:
+            sock.close()
+        self.assertEqual(values['events_refused_total{app="",reason="too_many_connections"}'], 10)
+        self.assertEqual(values['http_requests_total{status="503"}'], 10)
+        self.assertEqual(values["http_request_duration_seconds_count"], 0)
+        self.assertEqual(values["http_connections"], 2)
+        self.assertIn("--max_connections", self.warnings(server)[0])
+        self.assertEqual(len(self.warnings(server)), 1, server.lines)
 
 
 # --- Faults at random ---------------------------------------------------------
