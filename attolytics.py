@@ -20,10 +20,10 @@ file that is replayed later. Without a database URL everything stays in the spoo
 
 Threads, and what each owns:
 
-    main           signals and systemd notifications
+    main           signals, systemd notifications, summaries of repeated complaints
     acceptors      one listening socket each
     HTTP threads   one client connection each, from a bounded pool of reused threads
-    monitor        the same for the monitor port; a few more threads, which only look at what others publish
+    monitor        the same for the monitor port, a few of them; they only look at what others publish
     writer         the connection to PostgreSQL, the spool, the number of the flush
     connector      the attempt to connect while the database is away; hands a session to the writer
 
@@ -2765,7 +2765,8 @@ class Metrics:
 
     def __init__(self, schema: Schema) -> None:
         # The writer's thread alone changes these, so they need no lock. It gives every answer of 200.
-        self.accepted: Counter[tuple[str, ...]] = Counter()  # by app and table
+        # By app and table; a plain dictionary, because a Counter takes twice as long.
+        self.accepted: dict[tuple[str, ...], int] = {}
         self.duplicates: Counter[tuple[str, ...]] = Counter()  # by table
         self.spooled = self.replayed = self.quarantined = 0
         self.sessions = 0
@@ -2783,7 +2784,8 @@ class Metrics:
     def declare(self, schema: Schema) -> None:
         """Let the counters of a schema's apps and tables start with 0. Before the writer uses the schema."""
         for app in schema.apps.values():
-            self.accepted.update({(app.id, table.name): 0 for table in app.tables})
+            for table in app.tables:
+                self.accepted.setdefault((app.id, table.name), 0)
         unique = [table.name for table in schema.tables.values() if any(c.unique for c in table.columns)]
         self.duplicates.update({(name,): 0 for name in unique})
 
@@ -4050,10 +4052,17 @@ class Spool:
         """Raise SpoolError if no events can be stored now. After a failure, find out by writing."""
         self._unchecked = ROOM_CHECK_CHARS
         self._check_room(ROOM_CHECK_CHARS)
-        if self._failed:
-            with self._transaction():
-                self._db.execute("UPDATE attolytics_epoch SET epoch = epoch WHERE epoch = ?", (self.epoch,))
-            self._failed = False
+        if not self._failed:
+            return
+        with self._translated():
+            self._db.execute("PRAGMA busy_timeout = 0")  # Somebody's lock is not waited for
+            try:
+                with self._transaction():
+                    again = "UPDATE attolytics_epoch SET epoch = epoch WHERE epoch = ?"
+                    self._db.execute(again, (self.epoch,))
+            finally:
+                self._db.execute(f"PRAGMA busy_timeout = {SPOOL_BUSY_S * 1000}")
+        self._failed = False
 
     def oldest(self) -> float | None:
         """Return when the first event that waits was received, in seconds since the epoch."""
@@ -4816,12 +4825,15 @@ class Writer:
         """Renew the condition; `is_idle` when no message to the database is under way."""
         if is_idle and self._session and self._session.database.is_stale():
             self._lose(DatabaseAway(CLOSED))
-        spool_reason, oldest = "", self._condition.oldest
         try:
             oldest = self._spool.oldest()
             self._spool.check()
         except SpoolError as error:
-            spool_reason = error.reason
+            self._publish(error.reason, self._condition.oldest)
+        else:
+            self._publish("", oldest)
+
+    def _publish(self, spool_reason: str, oldest: float | None) -> None:
         reason = (self._connector.reason if self._connector else "") or self._database_reason
         self._condition = Condition(
             is_up=self._session is not None,
@@ -4916,9 +4928,10 @@ class Writer:
         events = 0
         for pending in waiting:
             batch = pending.batch
-            events += batch.accepted
+            app_id = batch.intake.app.id
             for table, count in batch.counts.items():
-                accepted[batch.intake.app.id, table] += count
+                events += count
+                accepted[app_id, table] = accepted.get((app_id, table), 0) + count
             if batch.problems:  # those of its events that are kept already, and those that came with it
                 self.metrics.quarantined += len(pending.kept) + len(batch.quarantined)
         self.metrics.flush_events.observe(events)
@@ -4926,7 +4939,8 @@ class Writer:
     def _note_skipped(self, session: Session, message: Message, sent: Sequence[Mapping[str, int]]) -> None:
         """Note which rows of a message were skipped, of those that were sent by table."""
         for table, inserted in zip(message.inserts, session.database.inserted(), strict=False):
-            self._skipped[(table,)] += sum(counts.get(table, 0) for counts in sent) - inserted
+            rows = sum(counts.get(table, 0) for counts in sent)
+            self._skipped[(table,)] += max(rows - inserted, 0)
 
     def _succeed(self, session: Session, raised: Raise) -> None:
         self.metrics.duplicates.update(self._skipped)
@@ -5149,6 +5163,7 @@ class Writer:
     def _refuse(self, waiting: Sequence[Pending], error: SpoolError) -> None:
         text = f"requests are answered with 503: {error.reason}"
         self.complaints.add(logging.ERROR, text, count=len(waiting))
+        self._publish(error.reason, self._condition.oldest)
         for pending in waiting:
             with contextlib.suppress(SpoolError):
                 if pending.kept:  # the client will send them again
@@ -5676,6 +5691,7 @@ class Service:
     ) -> None:
         self.writer = writer
         self.metrics = writer.metrics
+        self.observe_accepted = self.metrics.accepted_seconds.observe
         self.body_bytes_max = body_bytes_max
         self.clock = clock
         self._apps = {app.id: Intake(app) for app in schema.apps.values()}
@@ -5856,7 +5872,7 @@ class Handler(BaseRequestHandler):
             answer, keep = self._refusal(verdict, batch.accepted + len(batch.quarantined))
         else:
             answer, keep = self._answer(HTTPStatus.OK, accepted_text(batch, verdict))
-            self._service.metrics.accepted_seconds.observe(self._service.clock() - self._started)
+            self._service.observe_accepted(self._service.clock() - self._started)
         if self._is_large:
             self._is_large = False
             self._service.large_batches.release()
@@ -6180,7 +6196,8 @@ class Server(ThreadingHTTPServer):
         """Serve a connection, and close it unless the writer's thread will."""
         has_parted = False
         try:
-            has_parted = Handler(request, client_address, self).has_parted
+            handler = self.RequestHandlerClass(request, client_address, self)
+            has_parted = isinstance(handler, Handler) and handler.has_parted
         except Exception:  # noqa: BLE001  # as socketserver does: a bug in one connection is not the others'
             self.handle_error(request, client_address)
         if not has_parted:
@@ -6510,7 +6527,7 @@ class MonitorServer(Server):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in the pool, or close it if that is full."""
-        if not self.pool.run(partial(self.process_request_thread, request, client_address)):
+        if not self.pool.run(partial(self._serve, request, client_address)):
             self.shutdown_request(request)
 
 

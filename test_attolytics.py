@@ -4665,11 +4665,28 @@ class MonitorTest(ProcessCase):
         with contextlib.closing(sqlite3.connect(self.directory / "attolytics.sqlite3")) as db:
             db.execute("BEGIN IMMEDIATE")
             self.assertEqual(self.post(server, mark(1)).status, 503)
-            wait_until(lambda: self.health(server)[0] == 503)
             started = time.monotonic()
-            self.assertIn("the spool attolytics.sqlite3 fails", self.health(server)[1]["reason"])
+            status, health = self.health(server)
+            self.assertEqual(status, 503)
+            self.assertIn("the spool attolytics.sqlite3 fails", health["reason"])
             self.assertLess(time.monotonic() - started, 1)
-        wait_until(lambda: self.health(server)[0] == 200)
+        self.assertEqual(self.health(server)[0], 200)
+        self.assertEqual(self.post(server, mark(1)).status, 200)
+
+    def test_health_notices_a_writer_that_is_stuck(self) -> None:
+        now = 100.0
+        spool = Spool(self.spool_path(), attolytics.SPOOL_BYTES_MAX, self.schema, str(uuid.uuid4()))
+        writer = Writer(self.schema, spool, None, lambda: now)  # its thread does not run
+        service = attolytics.Service(self.schema, writer, 1000, lambda: now)
+        monitor = attolytics.Monitor(service, attolytics.Pool(1, "test", writer.complaints))
+        self.assertEqual(monitor.health()[0], 200)
+        now += attolytics.STALLED_S + 1
+        status, text = monitor.health()
+        self.assertEqual((status, json.loads(text)["reason"]), (503, "the writer has not moved for 11 s"))
+        thread = writer.start(None)
+        wait_until(lambda: monitor.health()[0] == 200)
+        writer.stop()
+        thread.join(10)
 
     def test_it_answers_while_the_server_drains(self) -> None:
         server = self.serve()
