@@ -6196,7 +6196,7 @@ class Server(ThreadingHTTPServer):
         """Serve a connection, and close it unless the writer's thread will."""
         has_parted = False
         try:
-            handler = self.RequestHandlerClass(request, client_address, self)
+            handler = self.RequestHandlerClass(request, client_address, self)  # type: ignore[arg-type]
             has_parted = isinstance(handler, Handler) and handler.has_parted
         except Exception:  # noqa: BLE001  # as socketserver does: a bug in one connection is not the others'
             self.handle_error(request, client_address)
