@@ -35,8 +35,42 @@ The file reads from top to bottom, a section uses only what stands above it:
 
 from __future__ import annotations
 
+import marshal
+import os
+import sys
+
+
+def shed_syntax_tree() -> None:
+    """Start this script anew, in this process, from its compiled code.
+
+    Python keeps the syntax tree of the script that it runs for as long as it runs it: 13 MB of this one.
+    Of a module it keeps only the code. Returns if the system has no file in memory to hand it over in.
+    """
+    start_module = (
+        "import marshal, os, sys, types;"
+        "module = sys.modules['attolytics'] = types.ModuleType('attolytics');"
+        "file, directory = os.fdopen(int(sys.argv.pop(1)), 'rb'), sys.argv.pop(1);"
+        "sys.path[0] = sys.path[0] or directory;"
+        "code = marshal.load(file); file.close(); del sys.argv[0];"
+        "exec(code, module.__dict__); module.run()"
+    )
+    try:
+        descriptor = os.memfd_create("attolytics", 0)
+        os.write(descriptor, marshal.dumps(sys._getframe(1).f_code))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        flags = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
+        handed_over = [str(descriptor), sys.path[0]]
+        os.execv(sys.executable, [sys.executable, *flags, "-c", start_module, *handed_over, *sys.argv])
+    except (AttributeError, OSError):
+        return
+
+
+if __name__ == "__main__":
+    shed_syntax_tree()  # before the imports, which it repeats
+
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
 import fcntl
@@ -46,7 +80,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import pwd
 import queue
 import random
@@ -60,7 +93,6 @@ import sqlite3
 import ssl
 import stat
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -117,6 +149,7 @@ RETRY_AFTER_S = 5  # Sent with 503: clients come back about when the connector h
 PREFLIGHT_AGE_S = 86_400  # Browsers cap it themselves (Chromium at 2 h).
 
 CONNECTIONS_MAX = 512  # Default of --max_connections; a thread each, about 50 kB resident.
+SWITCH_INTERVAL_S = 0.001  # A large body is converted for 30 ms; small requests get their turns meanwhile.
 TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
 SPARE_FILES = 64  # File descriptors beside the client connections: database, log, libraries.
 TLS_SEND_BYTES = 16 << 10  # At once, to the database: one record.
@@ -127,6 +160,7 @@ LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kern
 ACCEPT_PAUSE_S = 0.1  # When file descriptors ran out, instead of spinning.
 
 FLUSH_EVENTS_MAX = 2_000  # About 25 ms; more at once is no faster, and small batches wait behind it.
+FLUSH_ALONE_EVENTS = 1_000  # A batch of more is stored after the smaller ones that wait, not with them.
 FLUSH_CHARS_MAX = 8 << 20  # Bounds memory and the time one flush takes.
 PATIENCE_S = 0.8  # Clients wait so long for the database; then the flush goes to the spool.
 LOCK_TIMEOUT_MS = 5_000  # Another session holds a lock on a table: the database is busy.
@@ -4691,6 +4725,7 @@ class Writer:
         self._session: Session | None = None
         self._number = 0  # of the last flush
         self._flight: Flight | None = None
+        self._held: Pending | None = None  # a large batch that waits for the next flush
         self._stopping = False
         self._patient_until = 0.0
         self._away_since: float | None = None
@@ -4802,9 +4837,13 @@ class Writer:
         is_idle = wait
         with contextlib.suppress(queue.Empty):
             while events < FLUSH_EVENTS_MAX and chars < FLUSH_CHARS_MAX:
-                item = self._inbox.get(block=wait)
+                item = self._held or self._inbox.get(block=wait)
+                self._held = None
                 wait = False
                 if isinstance(item, Pending):
+                    if waiting and item.batch.accepted > FLUSH_ALONE_EVENTS:
+                        self._held = item
+                        break
                     waiting.append(item)
                     events += item.batch.accepted
                     chars += len(item.batch.body)
@@ -6821,6 +6860,9 @@ def claim_cpu(cpu: int) -> socket.socket | None:
     return claim
 
 
+M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # of glibc's malloc.h
+
+
 def stay_on_one_cpu() -> socket.socket | None:
     """Run all our threads on one CPU: only one of them can run Python at a time anyway.
 
@@ -6847,6 +6889,21 @@ def stay_on_one_cpu() -> socket.socket | None:
     except OSError as error:
         log.debug("cannot choose how to be scheduled: %s", reason_of(error))
     return claim
+
+
+def use_memory_sparingly() -> None:
+    """Let the C library keep little memory for itself. Does nothing where it is not glibc.
+
+    By itself it gives threads up to eight arenas per CPU, in which rows and bodies leave holes. Only one
+    thread at a time runs Python, so one arena is enough (mallopt(3)).
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BODY_BYTES)
+        libc.malloc_trim(0)  # what compiling this file took
+    except (OSError, AttributeError) as error:
+        log.debug("cannot choose how memory is managed: %s", one_line(error))
 
 
 def first_session(opener: Opener, epochs: Sequence[str]) -> Session | None:
@@ -6992,6 +7049,8 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Not
     )
     monitors = bind_monitor(options.monitor_port, service, pool)
     cpu_claim = stay_on_one_cpu()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    use_memory_sparingly()
     session = first_session(opener, spool.epochs) if opener else None
     if options.retry_quarantine:
         writer.retry_quarantine()
