@@ -20,7 +20,8 @@ file that is replayed later. Without a database URL everything stays in the spoo
 
 Threads, and what each owns:
 
-    main           signals, systemd notifications, summaries of repeated complaints
+    main           signals, systemd notifications, the watchdog, summaries of repeated complaints
+    reloader       the schema file while it is read again, a connection of its own to prepare the tables
     acceptors      one listening socket each
     HTTP threads   one client connection each, from a bounded pool of reused threads
     monitor        the same for the monitor port, a few of them; they only look at what others publish
@@ -100,7 +101,16 @@ import uuid
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+    Set,
+)
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -190,6 +200,8 @@ SPOOL_BYTES_MAX = 1 << 30  # Default of --spool_limit: about five million small 
 SPOOL_BYTES_MIN = 1 << 20  # A smaller limit would refuse the largest batches for ever.
 DISK_RESERVE_BYTES = 8 << 20  # Kept free, because deleting from the spool needs room as well.
 ROOM_CHECK_CHARS = 128 << 10  # Written between looks at the room that is left.
+SPOOL_LOCK_S = 3  # Our predecessor may be writing its last events, or being ended by the kernel.
+SPOOL_LOCK_POLL_S = 0.05
 SPOOL_BUSY_S = 2  # How long somebody with the sqlite3 program may hold the spool's lock.
 QUICK_CHECK_BYTES_MAX = 256 << 20  # A spool up to this size is checked at start; that takes a second.
 SHRINK_BYTES = 1 << 20  # Free room in the file that is worth giving back.
@@ -198,6 +210,7 @@ SPOOL_DEPTH_SAFE = 500  # Levels of JSON that Python reads from anywhere; it giv
 SPOOL_DEPTH_SLACK = 50  # Levels that must be left when a batch is spooled.
 REPLAY_EVENTS_MAX = 4_000  # In one transaction: about 50 ms.
 REPLAY_POLL_S = 0.002  # Between looks at new batches while the database works on a replay.
+CHANGES_MAX = 20  # Named in the line about a reload.
 PROGRESS_LOG_S = 5  # Between two lines about a replay.
 REASONS_MAX = 20  # Why events stay in the quarantine, in lines of the log.
 CULPRITS_MAX = 100  # Events that the database refuses, looked for in a batch before it is refused.
@@ -848,6 +861,55 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
     return Schema(tables, apps, url)
 
 
+def named_changes(what: str, before: Mapping[str, object], after: Mapping[str, object]) -> Iterator[str]:
+    """Return a text for each thing that was added, removed or changed, by name."""
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before:
+            yield f"{what} {show(name)} added"
+        elif name not in after:
+            yield f"{what} {show(name)} removed"
+        elif before[name] != after[name]:
+            yield f"{what} {show(name)} changed"
+
+
+def changes(before: Schema, after: Schema) -> list[str]:
+    """Return in words, and without keys, what tables, columns and apps another schema adds or changes."""
+
+    def columns(schema: Schema) -> dict[str, Column]:
+        return {
+            f"{table.name}.{column.name}": column
+            for table in schema.tables.values()
+            if table.name in before.tables and table.name in after.tables
+            for column in table.columns
+        }
+
+    def apps(schema: Schema) -> dict[str, tuple[App, list[str]]]:
+        return {
+            app.id: (replace(app, tables=()), [table.name for table in app.tables])
+            for app in schema.apps.values()
+        }
+
+    return [
+        *named_changes("table", dict.fromkeys(before.tables), dict.fromkeys(after.tables)),
+        *named_changes("column", columns(before), columns(after)),
+        *named_changes("app", apps(before), apps(after)),
+    ]
+
+
+def relaxed(schema: Schema, before: Schema) -> Schema:
+    """Return a schema that requires no new columns of tables that were there before.
+
+    As NOT NULL they would refuse the events that are still taken by the schema from before.
+    """
+    tables = dict(schema.tables)
+    for name, old in before.tables.items():
+        if name in tables:
+            known = {column.name for column in old.columns}
+            columns = [c if c.name in known else replace(c, required=False) for c in tables[name].columns]
+            tables[name] = replace(tables[name], columns=tuple(columns))
+    return replace(schema, tables=tables)
+
+
 # --- Conversion ---------------------------------------------------------------
 # JSON values to column values, as the texts that PostgreSQL reads for them. Pure: a
 # function returns the text or raises ValueError with the reason, and knows nothing
@@ -1076,11 +1138,11 @@ class Delivery(NamedTuple):
 class Sorted:
     """Events as rows that are ready for PostgreSQL, and what is wrong with the others.
 
-    `rows` has, by table name, the rows of the good events as one text, in the table's RowFormat; `counts`
-    has how many.
+    `rows` has, by table, the rows of the good events as one text, in the table's RowFormat; `counts` has how
+    many, by its name.
     """
 
-    rows: dict[str, str] = field(default_factory=dict)
+    rows: dict[TableIntake, str] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     problems: list[EventProblem] = field(default_factory=list)
 
@@ -1104,7 +1166,7 @@ class Batch:
     intake: Intake
     delivery: Delivery
     body: bytes  # an object with "events", and in these exactly the events of `rows`
-    rows: Mapping[str, str]  # as in Sorted
+    rows: Mapping[TableIntake, str]  # as in Sorted
     counts: dict[str, int]  # events that are or will be stored, by table ...
     accepted: int  # ... and in all
     warnings: Sequence[str] = ()
@@ -1629,10 +1691,12 @@ def quarantined_events(
 class Intake:
     """How requests of one app become batches; compiled once from the schema."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, tables: Mapping[str, TableIntake] | None = None) -> None:
+        """Compile what `tables` has not."""
         self.app = app
         self._key = app.secret_key.encode(errors="surrogatepass")
-        self._tables = {table.name: TableIntake(table) for table in app.tables}
+        compiled = tables or {}
+        self._tables = {table.name: compiled.get(table.name) or TableIntake(table) for table in app.tables}
         self.headers = sorted({c.header for table in app.tables for c in table.columns if c.header})
 
     def batch(self, body: bytes, delivery: Delivery) -> Batch:
@@ -1695,7 +1759,7 @@ class Intake:
                 here = [events[i] for i in chosen]
                 rows = table.rows(here, fields)
             if rows:
-                result.rows[name] = table.format.text(rows)
+                result.rows[table] = table.format.text(rows)
                 result.counts[name] = len(rows)
             if warnings and not table.knows(here):
                 warnings.note(table, chosen, here)
@@ -1703,13 +1767,13 @@ class Intake:
             result.problems.sort(key=lambda problem: problem.index or 0)
         return result
 
-    def rows_in_order(self, events: Iterable[Any], delivery: Delivery) -> list[tuple[str, str]]:
-        """Return the table and the row of each event in their order, as texts. All of them must fit."""
+    def rows_in_order(self, events: Iterable[Any], delivery: Delivery) -> list[tuple[TableIntake, str]]:
+        """Return the table and the row of each event in their order. All of them must fit."""
         filled = {name: table.filled(self.app.id, delivery)[0] for name, table in self._tables.items()}
         rows = []
         for event in events:
             table = self._tables[event[TABLE_KEY]]
-            rows.append((table.name, table.format.text(table.rows([event], filled[table.name]))))
+            rows.append((table, table.format.text(table.rows([event], filled[table.name]))))
         return rows
 
     def _by_table(self, events: Sequence[object], problems: list[EventProblem]) -> dict[str, list[int]]:
@@ -1766,6 +1830,12 @@ class Intake:
             return EventProblem(index, TABLE_KEY, f"expected the name of a table, got {got}")
         near = suggestion(name[:NAME_BYTES_MAX], self._tables)
         return EventProblem(index, TABLE_KEY, f"the app has no table {show(name)}{near}")
+
+
+def intakes(schema: Schema) -> dict[str, Intake]:
+    """Return the intake of each app, by its id. They share their tables, so that a flush can merge rows."""
+    tables = {name: TableIntake(table) for name, table in schema.tables.items()}
+    return {app.id: Intake(app, tables) for app in schema.apps.values()}
 
 
 def inflate(body: bytes, coding: str, limit: int) -> bytes:
@@ -2452,46 +2522,43 @@ def touch_sql(schema: Schema) -> str:
     return ";".join(f"EXPLAIN INSERT INTO {identifier(name)} DEFAULT VALUES" for name in schema.tables)
 
 
-class Inserts:
-    """Builds the messages that store rows; compiled once from the schema."""
+def insert_message(start: str, texts: Mapping[TableIntake, Sequence[str]], end: str) -> Message:
+    """Return the message that stores rows between two statements.
 
-    def __init__(self, schema: Schema) -> None:
-        intakes = [TableIntake(table) for table in schema.tables.values()]
-        self._inserts = {table.name: (table.format, *insert_sql(table)) for table in intakes}
+    Each table says itself which columns its rows have: while a schema is replaced, rows of both may meet.
+    """
+    sql, copies, inserts = start, [], []
+    # Always in the same order of tables, so that instances do not lock each other out.
+    for table, rows in sorted(texts.items(), key=lambda item: item[0].name):
+        before_rows, after_rows = insert_sql(table)
+        if table.format is COPY_ROWS:
+            sql += f"{before_rows};\n"
+            copies.append("".join(rows).encode())
+        else:
+            sql += f"{before_rows}{','.join(rows)}{after_rows};\n"
+            inserts.append(table.name)
+    return Message(sql + end, copies, inserts)
 
-    def flush(self, start: str, parts: Iterable[Mapping[str, str]]) -> Message:
-        """Return the message that stores rows, as texts by table, in the transaction that `start` begins."""
-        merged: dict[str, list[str]] = {}
-        for rows in parts:
-            for table, text in rows.items():
-                merged.setdefault(table, []).append(text)
-        return self._message(start, merged, "COMMIT")
 
-    def attempt(self, rows: Iterable[tuple[str, str]]) -> Message:
-        """Return a message that stores rows in the open transaction, deferred constraints checked.
+def flush_message(start: str, parts: Iterable[Mapping[TableIntake, str]]) -> Message:
+    """Return the message that stores rows, as texts by table, in the transaction that `start` begins."""
+    merged: dict[TableIntake, list[str]] = {}
+    for rows in parts:
+        for table, text in rows.items():
+            merged.setdefault(table, []).append(text)
+    return insert_message(start, merged, "COMMIT")
 
-        After an error, UNDO_ATTEMPT takes back what it did.
-        """
-        by_table: dict[str, list[str]] = {}
-        for table, row in rows:
-            by_table.setdefault(table, []).append(row)
-        end = "SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED; RELEASE SAVEPOINT attempt"
-        return self._message("SAVEPOINT attempt;\n", by_table, end)
 
-    def _message(self, start: str, texts: Mapping[str, Sequence[str]], end: str) -> Message:
-        sql, copies, inserts = start, [], []
-        # Always in the same order of tables, so that instances do not lock each other out.
-        for table, (row_format, before_rows, after_rows) in self._inserts.items():
-            texts_here = texts.get(table)
-            if not texts_here:
-                continue
-            if row_format is COPY_ROWS:
-                sql += f"{before_rows};\n"
-                copies.append("".join(texts_here).encode())
-            else:
-                sql += f"{before_rows}{','.join(texts_here)}{after_rows};\n"
-                inserts.append(table)
-        return Message(sql + end, copies, inserts)
+def attempt_message(rows: Iterable[tuple[TableIntake, str]]) -> Message:
+    """Return a message that stores rows in the open transaction, deferred constraints checked.
+
+    After an error, UNDO_ATTEMPT takes back what it did.
+    """
+    by_table: dict[TableIntake, list[str]] = {}
+    for table, row in rows:
+        by_table.setdefault(table, []).append(row)
+    end = "SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED; RELEASE SAVEPOINT attempt"
+    return insert_message("SAVEPOINT attempt;\n", by_table, end)
 
 
 UNDO_ATTEMPT = "ROLLBACK TO SAVEPOINT attempt"
@@ -3466,6 +3533,28 @@ def prepare_tables(database: Database, schema: Schema, user: str) -> None:
         raise refused_by_database(error, statements, user) from None
 
 
+def prepare_unnoticed(database: Database, schema: Schema, user: str) -> None:
+    """Create the tables that are missing, while inserts into the others go on.
+
+    Building an index of an existing table would block them, so that is refused. Raises what
+    prepare_tables() does.
+    """
+    catalog = read_catalog(database.run(catalog_sql([*schema.tables, LEDGER])))
+    blocking = [
+        # PostgreSQL cannot build those of a partitioned table without blocking inserts.
+        index.sql() if existing.partitioned else index.sql("CONCURRENTLY")
+        for table in schema.tables.values()
+        if (existing := catalog.get(table.name))
+        for index in missing_indexes(table, existing)
+    ]
+    if blocking and not differences(schema, catalog, user):
+        raise OperatorError(
+            "indexes of existing tables are missing. Start with --migrate, which builds them while events"
+            " are inserted, or run:\n" + "\n".join(f"  {statement};" for statement in blocking)
+        )
+    prepare_tables(database, schema, user)
+
+
 def survey(database: Database, schema: Schema, user: str) -> Plan:
     """Return what is to be done about the tables. Changes nothing. Raises DatabaseError."""
     catalog = read_catalog(database.run(catalog_sql([*schema.tables, LEDGER])))
@@ -3761,9 +3850,9 @@ class Opener:
 
     def __init__(self, target: Target, schema: Schema, migrates: bool = False) -> None:
         self.target = target
-        self._schema = schema
-        self._prepare = migrate if migrates else prepare_tables
-        self._prepared = False
+        self._migrates = migrates
+        # Replaced as a whole by use(): the schema, and whether its tables have been prepared.
+        self._state = (schema, False)
         self._is_shared = False  # whatever is_direct() says
 
     def open(self, epochs: Sequence[str]) -> Session:
@@ -3771,16 +3860,19 @@ class Opener:
 
         Raises DatabaseError or OperatorError.
         """
+        state = self._state
+        schema, is_prepared = state
         database = connect(self.target)
         try:
-            if self._prepared:
-                check_tables(database, self._schema, self.target.user)
+            if is_prepared:
+                check_tables(database, schema, self.target.user)
             else:
-                self._prepare(database, self._schema, self.target.user)
-                self._prepared = True
+                self._prepare(database, schema, prepare_tables)
+                if self._state is state:  # or else a reload has been quicker
+                    self._state = (schema, True)
             database.set_timeout(STATEMENT_TIMEOUT_S + ANSWER_GRACE_S)
             database.limit_sending(PATIENCE_S)
-            ledger = enlist(database, self._schema, self.target.user, epochs)
+            ledger = enlist(database, schema, self.target.user, epochs)
             is_own = not self._is_shared and database.is_direct()
             if is_own:
                 database.run(OWN_SESSION)
@@ -3788,6 +3880,25 @@ class Opener:
         except (DatabaseError, OperatorError):
             database.close()
             raise
+
+    def prepare(self, schema: Schema) -> None:
+        """Prepare or migrate the tables for another schema, over a connection of its own, then use it.
+
+        For any thread. Inserts go on meanwhile. Blocks and raises as open() does; the schema from before
+        stays then.
+        """
+        with contextlib.closing(connect(self.target)) as database:
+            self._prepare(database, relaxed(schema, self._state[0]), prepare_unnoticed)
+        self._state = (schema, True)
+
+    def use(self, schema: Schema) -> None:
+        """Use a schema whose tables are those from before."""
+        self._state = (schema, self._state[1])
+
+    def _prepare(
+        self, database: Database, schema: Schema, otherwise: Callable[[Database, Schema, str], None]
+    ) -> None:
+        (migrate if self._migrates else otherwise)(database, schema, self.target.user)
 
     def _distrust(self) -> None:
         """Note that a pooler gives our session to others, though it looks like PostgreSQL's own."""
@@ -4002,11 +4113,27 @@ def check_spool(path: str, descriptor: int) -> None:
         raise OperatorError(f"--spool {path} was made by another version of Attolytics (format {version})")
 
 
+def wait_for_lock(descriptor: int, path: str) -> None:
+    """Lock a file. Raises BlockingIOError when another process has it locked for SPOOL_LOCK_S."""
+    deadline = time.monotonic() + SPOOL_LOCK_S
+    said = False
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        if not said:
+            log.info("waiting for the server that uses the spool %s", path)
+        said = True
+        time.sleep(SPOOL_LOCK_POLL_S)
+
+
 def lock_spool(path: str) -> int:
     """Return the descriptor of the spool's file, which is created if need be, locked against other servers.
 
-    It must stay open as long as SQLite has the file open: closing it would drop SQLite's own locks.
-    Raises OperatorError.
+    It must stay open as long as SQLite has the file open: closing it would drop SQLite's own locks. Waits
+    a little for a server that is about to end. Raises OperatorError.
     """
     try:
         # The events in it may be about people.
@@ -4017,7 +4144,7 @@ def lock_spool(path: str) -> int:
             f" {os_user()} may write to with --spool PATH"
         ) from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wait_for_lock(descriptor, path)
         check_spool(path, descriptor)
     except BlockingIOError:
         os.close(descriptor)
@@ -4227,6 +4354,11 @@ class Spool:
         self._total += len(retries)
         self.quarantined -= len(retries)
 
+    def create_views(self, schema: Schema) -> None:
+        """Replace the views of tables that another schema has changed."""
+        with self._transaction():
+            self._create_views(self._db, schema)
+
     def shrink(self) -> None:
         """Give the room of deleted events back to the disk."""
         with self._translated():
@@ -4404,6 +4536,10 @@ class Stop:
     """The last item of the inbox."""
 
 
+class Prod:
+    """An item of the inbox that shows whether the writer takes it."""
+
+
 @dataclass(slots=True)
 class Complaint:
     """What was logged, and how often it came up since."""
@@ -4562,7 +4698,7 @@ class Group:
     flushes: list[SpooledFlush]
     # Where each good event stands: its flush's index in `flushes`, its batch's there and its own.
     places: list[tuple[int, int, int]] = field(default_factory=list)
-    parts: list[dict[str, str]] = field(default_factory=list)
+    parts: list[dict[TableIntake, str]] = field(default_factory=list)
     counts: list[dict[str, int]] = field(default_factory=list)  # of the rows in `parts`
     bad: dict[tuple[int, int, int], Quarantined] = field(default_factory=dict)
 
@@ -4571,7 +4707,7 @@ class Replayer:
     """Turns spooled flushes into rows, by the schema of today. Pure."""
 
     def __init__(self, schema: Schema) -> None:
-        self._intakes = {app.id: Intake(app) for app in schema.apps.values()}
+        self._intakes = intakes(schema)
 
     def group(self, flushes: Sequence[SpooledFlush]) -> Group:
         """Return flushes converted, with the events that do not fit in `bad`."""
@@ -4589,9 +4725,9 @@ class Replayer:
                 self._add(group, index, batch_index, batch)
         return group
 
-    def rows(self, group: Group) -> list[tuple[str, str]]:
+    def rows(self, group: Group) -> list[tuple[TableIntake, str]]:
         """Return the table and the row of each good event of a group, as in its `places`."""
-        rows = []
+        rows: list[tuple[TableIntake, str]] = []
         for (index, batch_index), places in itertools.groupby(group.places, lambda place: place[:2]):
             batch = read_spooled(group.flushes[index].text)[batch_index]
             events = [batch.events[event] for _, _, event in places]
@@ -4665,6 +4801,14 @@ def refusals(batch: Batch, refused: Mapping[int, DatabaseError], error: Database
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What another schema brings for the writer."""
+
+    schema: Schema
+    replayer: Replayer
+
+
 class CheckUp:
     """A question of the monitor's, answered when `done` is set."""
 
@@ -4705,14 +4849,15 @@ class Writer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Without `open_session` there is no database, and everything stays in the spool."""
-        self._inserts = Inserts(schema)
         self._replayer = Replayer(schema)
         self._clock = clock
         self.complaints = Complaints(clock)
         self.metrics = Metrics(schema)
         self.spool_limit = spool.bytes_max
         self.spool_path = spool.path
-        self._inbox: queue.SimpleQueue[Pending | Session | CheckUp | Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Pending | Session | CheckUp | Replacement | Prod | Stop] = (
+            queue.SimpleQueue()
+        )
         self._connector = Connector(open_session, self._inbox.put, self.complaints) if open_session else None
         # Guards _check_up.
         self._lock = threading.Lock()
@@ -4720,12 +4865,15 @@ class Writer:
         self._check_up.done.set()
         # Replaced by the writer's thread, read by any.
         self._condition = Condition(spool_events=spool.events, quarantine_events=spool.quarantined)
+        # Grows as long as the writer's thread gets on, whatever becomes of its events; others may read it.
+        self.beat = 0
         # All below belongs to the writer's thread, once it runs.
         self._spool = spool
         self._session: Session | None = None
         self._number = 0  # of the last flush
         self._flight: Flight | None = None
         self._held: Pending | None = None  # a large batch that waits for the next flush
+        self._replacement: Replacement | None = None  # taken out of the inbox, not in use yet
         self._stopping = False
         self._patient_until = 0.0
         self._away_since: float | None = None
@@ -4786,6 +4934,17 @@ class Writer:
         self._inbox.put(pending)
         return pending.done
 
+    def use(self, schema: Schema) -> None:
+        """Let spooled events be replayed, and shown by the spool's views, by another schema. Does not block.
+
+        New batches say themselves how they are to be stored.
+        """
+        self._inbox.put(Replacement(schema, Replayer(schema)))
+
+    def prod(self) -> None:
+        """Let `beat` grow soon, even if there is nothing to do. Does not block."""
+        self._inbox.put(Prod())
+
     @property
     def has_database(self) -> bool:
         """Return whether there is a database at all, up or away."""
@@ -4815,6 +4974,8 @@ class Writer:
     def _work(self) -> None:
         self._finish_epochs()
         while not self._stopping:
+            if self._replacement:
+                self._replace(self._replacement)
             if self._session and self._spool.events:
                 self._spool_waiting()
                 self._replay(self._session)
@@ -4832,6 +4993,7 @@ class Writer:
 
         With `wait`, blocks until there is something.
         """
+        self.beat += 1
         waiting: list[Pending] = []
         events = chars = 0
         is_idle = wait
@@ -4855,10 +5017,23 @@ class Writer:
                     self._session = item
                     self._finish_epochs()
                     break
+                elif isinstance(item, Replacement):
+                    self._replacement = item  # not before the replay that may run now is over
+                    break
+                elif isinstance(item, Prod):
+                    continue
                 else:
                     self._stopping = True
                     break
         return waiting
+
+    def _replace(self, replacement: Replacement) -> None:
+        self._replacement = None
+        self._replayer = replacement.replayer
+        try:
+            self._spool.create_views(replacement.schema)
+        except SpoolError as error:
+            log.warning("the views of the spool stay as they are: %s", error.reason)
 
     def _look_at_ourselves(self, is_idle: bool) -> None:
         """Renew the condition; `is_idle` when no message to the database is under way."""
@@ -4912,7 +5087,7 @@ class Writer:
         waiting = self._keep_quarantined(waiting)
         number = self._next_number()
         raising = Raise(self._spool.epoch, session.ledger[self._spool.epoch], number)
-        message = self._inserts.flush(session.begin(raising), [pending.batch.rows for pending in waiting])
+        message = flush_message(session.begin(raising), [pending.batch.rows for pending in waiting])
         started = self._clock()
         flight = self._flight = Flight(waiting, number)
         self._skipped.clear()
@@ -4977,7 +5152,10 @@ class Writer:
 
     def _note_skipped(self, session: Session, message: Message, sent: Sequence[Mapping[str, int]]) -> None:
         """Note which rows of a message were skipped, of those that were sent by table."""
+        stored: Counter[str] = Counter()
         for table, inserted in zip(message.inserts, session.database.inserted(), strict=False):
+            stored[table] += inserted
+        for table, inserted in stored.items():
             rows = sum(counts.get(table, 0) for counts in sent)
             self._skipped[(table,)] += max(rows - inserted, 0)
 
@@ -5052,7 +5230,7 @@ class Writer:
     def _quarantine_refused(
         self,
         pending: Pending,
-        rows: Sequence[tuple[str, str]],
+        rows: Sequence[tuple[TableIntake, str]],
         refused: Mapping[int, DatabaseError],
         problems: Sequence[EventProblem],
     ) -> None:
@@ -5062,7 +5240,7 @@ class Writer:
         delivery = kept(batch.delivery, batch.intake.headers)
         app_id = batch.intake.app.id
         items = [
-            Quarantined(app_id, delivery, texts[row], rows[row][0], error.column, error.reason)
+            Quarantined(app_id, delivery, texts[row], rows[row][0].name, error.column, error.reason)
             for row, error in refused.items()
         ]
         pending.kept += self._spool.quarantine(items)
@@ -5075,7 +5253,7 @@ class Writer:
         batch.body = f'{{"events":[{",".join(left)}]}}'.encode()
 
     def _sift(
-        self, session: Session, start: str, rows: Sequence[tuple[str, str]], limit: int
+        self, session: Session, start: str, rows: Sequence[tuple[TableIntake, str]], limit: int
     ) -> dict[int, DatabaseError]:
         """Insert into a transaction that `start` begins all rows that the database takes, by bisection.
 
@@ -5091,10 +5269,10 @@ class Writer:
             if self._flight and self._flight.is_spooled:
                 break  # the replay will do it, without anybody waiting
             tried = rows[part.start : part.stop]
-            message = self._inserts.attempt(tried)
+            message = attempt_message(tried)
             try:
                 self._run(session, message)
-                self._note_skipped(session, message, [Counter(table for table, _row in tried)])
+                self._note_skipped(session, message, [Counter(table.name for table, _row in tried)])
             except (DataRefused, DatabaseMisconfigured) as error:
                 self._run(session, Message(UNDO_ATTEMPT))
                 middle = (part.start + part.stop) // 2
@@ -5253,7 +5431,7 @@ class Writer:
         start = session.begin(raising, is_patient)
         events = len(group.places)
         if group.places:
-            message = self._inserts.flush(start, group.parts)
+            message = flush_message(start, group.parts)
             self._skipped.clear()
             try:
                 self._run(session, message)
@@ -5282,7 +5460,7 @@ class Writer:
             raise ours[0]
         # Durable before COMMIT: afterwards nobody would look at these flushes again.
         bad = {
-            group.places[row]: refused_event(group, row, rows[row][0], error)
+            group.places[row]: refused_event(group, row, rows[row][0].name, error)
             for row, error in refused.items()
         }
         if bad:
@@ -5722,6 +5900,11 @@ class Incoming:
             raise RequestTooSlow("the request did not arrive in time") from None
 
 
+def compile_apps(schema: Schema) -> Mapping[str, tuple[Intake, Cors]]:
+    """Return what serves the requests of each app, by its id."""
+    return {app_id: (intake, Cors(intake)) for app_id, intake in intakes(schema).items()}
+
+
 class Service:
     """What all connections share: the apps, the writer, and the state of the process."""
 
@@ -5733,8 +5916,8 @@ class Service:
         self.observe_accepted = self.metrics.accepted_seconds.observe
         self.body_bytes_max = body_bytes_max
         self.clock = clock
-        self._apps = {app.id: Intake(app) for app in schema.apps.values()}
-        self._cors = {app_id: Cors(intake) for app_id, intake in self._apps.items()}
+        # Replaced as a whole by use().
+        self.apps = compile_apps(schema)
         # Connections whose thread waits for a request. Set operations are atomic.
         self._idle: set[socket.socket] = set()
         # Set once, by the main thread: answers close their connections from then on.
@@ -5748,6 +5931,10 @@ class Service:
         self._ended = False
         self._date = (0, "")
 
+    def use(self, schema: Schema) -> None:
+        """Serve the apps of another schema, from the next request on. For any thread."""
+        self.apps = compile_apps(schema)
+
     def find(self, target: str) -> tuple[Intake, Cors]:
         """Return the app that a request target names. Raises UnknownPath."""
         match = TARGET.fullmatch(target)
@@ -5755,7 +5942,7 @@ class Service:
             raise UnknownPath("no such path; events go to /apps/<app>/events")
         try:
             app_id = unquote_to_bytes(match[1]).decode()
-            return self._apps[app_id], self._cors[app_id]
+            return self.apps[app_id]
         except (KeyError, UnicodeDecodeError):
             raise UnknownPath(f"no such app {show(match[1])}") from None
 
@@ -5842,7 +6029,8 @@ class Handler(BaseRequestHandler):
         self._service = self.server.service
         self._incoming = Incoming(self.request, self._service.clock)
         # The last head that was let in, and what came of it: clients that keep their connection
-        # repeat it byte for byte, but for the number in Content-Length.
+        # repeat it byte for byte, but for the number in Content-Length. Good for these apps only.
+        self._last_apps = self._service.apps
         self._last: tuple[bytes, bytes, Head, Intake, str] | None = None
         # Whether the connection ends with the answer that the writer's thread sends: it closes it then.
         self.has_parted = False
@@ -6002,7 +6190,8 @@ class Handler(BaseRequestHandler):
         """
         self._head, self._intake, self._cors = None, None, ANY_ORIGIN
         raw = self._incoming.head()
-        if self._last:
+        apps = self._service.apps  # before find() looks at them: these or later ones
+        if self._last and apps is self._last_apps:
             before, after, head, intake, cors = self._last
             length = raw[len(before) : len(raw) - len(after)]
             if raw.startswith(before) and raw.endswith(after) and self._is_allowed_length(length):
@@ -6018,6 +6207,7 @@ class Handler(BaseRequestHandler):
                 self._read_body(head.length)
             raise
         number = CONTENT_LENGTH.search(raw) if head.length is not None else None
+        self._last_apps = apps
         self._last = (
             (raw[: number.start(1)], raw[number.end(1) :], head, intake, self._cors) if number else None
         )
@@ -6166,6 +6356,7 @@ class Server(ThreadingHTTPServer):
 
     request_queue_size = LISTEN_BACKLOG
     dual_stack = False
+    is_inherited = False  # The socket is systemd's, and stays open when we are gone
 
     def __init__(
         self, family: int, address: tuple[str, int], service: Service, pool: Pool, turning_away: Pool
@@ -6185,6 +6376,15 @@ class Server(ThreadingHTTPServer):
         self._set_options()
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
+    def adopt(self, sock: socket.socket) -> None:
+        """Take a socket that listens already, instead of server_bind() and server_activate()."""
+        self.socket.close()
+        self.socket = sock
+        self.is_inherited = True
+        self._set_options()
+        self.server_address = sock.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
     def _set_options(self) -> None:
         """Set what the connections that are accepted inherit (on Linux, all but O_NONBLOCK)."""
         # Without it an answer can wait 40 ms for the client's delayed acknowledgement.
@@ -6200,10 +6400,14 @@ class Server(ThreadingHTTPServer):
                 self.process_request(*self.get_request())
 
     def stop_accepting(self) -> None:
-        """Accept what has connected already, and close the listening socket."""
+        """Accept what has connected already, and close the listening socket.
+
+        What waits at an inherited socket is for the next process.
+        """
         self.shutdown()
-        # Closing would reset connections that the kernel has accepted for us.
-        self._handle_request_noblock()
+        if not self.is_inherited:
+            # Closing would reset connections that the kernel has accepted for us.
+            self._handle_request_noblock()
         self.server_close()
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -6339,9 +6543,22 @@ def bind(
     return servers
 
 
+def adopt(
+    sockets: Iterable[socket.socket], make_server: Callable[[int, tuple[str, int]], Server]
+) -> list[Server]:
+    """Return servers for sockets that listen already."""
+    servers = []
+    for sock in sockets:
+        servers.append(make_server(sock.family, sock.getsockname()[:2]))
+        servers[-1].adopt(sock)
+    return servers
+
+
 def listen(servers: Sequence[Server], option: str = "--port") -> None:
     """Let connections come. Raises OperatorError: Linux lets two programs bind a port, but not listen."""
     for server in servers:
+        if server.is_inherited:  # listening again would replace the length of its queue
+            continue
         try:
             server.server_activate()
         except OSError as error:
@@ -6585,7 +6802,12 @@ def bind_monitor(port: int | None, service: Service, connections: Pool) -> list[
 
 
 # --- systemd ------------------------------------------------------------------
-# The notification protocol of sd_notify(3): datagrams to a Unix socket.
+# What systemd and a service say to each other: notifications (sd_notify(3): datagrams
+# to a Unix socket), the watchdog (sd_watchdog_enabled(3)) and sockets that are handed
+# over (sd_listen_fds(3)).
+
+LISTEN_FDS_START = 3
+LISTEN_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 class Notifier:
@@ -6606,8 +6828,89 @@ class Notifier:
                 log.debug("cannot notify systemd: %s", reason_of(error))
 
 
+def watchdog_interval(environ: Mapping[str, str], pid: int) -> float | None:
+    """Return after how many seconds without a ping systemd ends process `pid`; None for never."""
+    usec = environ.get("WATCHDOG_USEC", "")
+    if not re.fullmatch("[0-9]{1,18}", usec) or environ.get("WATCHDOG_PID", str(pid)) != str(pid):
+        return None
+    return int(usec) / 1e6 or None
+
+
+class Watchdog:
+    """Pings systemd at half the interval, as long as the writer gets on. For one thread."""
+
+    def __init__(
+        self,
+        interval_s: float | None,
+        notifier: Notifier,
+        writer: Writer,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Without an interval it does nothing."""
+        self._half_s = (interval_s or math.inf) / 2
+        self._notifier = notifier
+        self._writer = writer
+        self._clock = clock
+        self._due = clock() + self._half_s
+        self._beat: int | None = None  # of the writer, when we began to wait for the next one
+
+    @property
+    def look_s(self) -> float:
+        """Return how often look() is to be called, in seconds."""
+        return min(self._half_s / 4, SIGNAL_CHECK_S)
+
+    def look(self) -> None:
+        """Ping if it is time and the writer got on since the last call. Does not block."""
+        now = self._clock()
+        if now < self._due:
+            return
+        if self._beat is None:
+            self._beat = self._writer.beat
+            self._writer.prod()
+        elif self._writer.beat != self._beat:
+            self._notifier.send("WATCHDOG=1")
+            self._beat = None
+            self._due = now + self._half_s
+
+
+def check_inherited(descriptor: int, sock: socket.socket) -> None:
+    """Raise OperatorError unless a socket listens for TCP connections."""
+    listens = sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or not listens:
+        raise OperatorError(
+            f"descriptor {descriptor} from systemd is not a socket that listens for TCP connections: the"
+            " socket unit needs ListenStream=ADDRESS:PORT and Accept=no"
+        )
+
+
+def inherited_sockets(environ: MutableMapping[str, str], pid: int) -> list[socket.socket]:
+    """Return the listening sockets that systemd has opened for process `pid`, in their order.
+
+    Takes the variables that tell of them out of `environ`: they are not for our children. Raises
+    OperatorError.
+    """
+    for_pid, count, _names = [environ.pop(name, "") for name in LISTEN_VARIABLES]
+    if not count:
+        return []
+    if for_pid != str(pid):
+        log.warning("the sockets from systemd are for process %s and not for us (%d)", show(for_pid), pid)
+        return []
+    if not re.fullmatch("[0-9]{1,4}", count):
+        raise OperatorError(f"expected a number in $LISTEN_FDS, got {show(count)}")
+    sockets = []
+    for descriptor in range(LISTEN_FDS_START, LISTEN_FDS_START + int(count)):
+        try:
+            os.set_inheritable(descriptor, False)
+            sock = socket.socket(fileno=descriptor)
+        except OSError as error:
+            raise OperatorError(f"descriptor {descriptor} from systemd: {reason_of(error)}") from None
+        check_inherited(descriptor, sock)
+        sockets.append(sock)
+    return sockets
+
+
 # --- Command line -------------------------------------------------------------
-# Options, logging, and the life of the process: start, serve, drain.
+# Options, logging, and the life of the process: start, serve, reload, drain.
 
 SIZE_MAX = 1 << 40
 SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -6627,6 +6930,10 @@ database URL:
   What the URL leaves out comes from PGHOST, PGPORT, PGUSER, PGPASSWORD, PGDATABASE,
   PGSSLMODE and so on, and the password from ~/.pgpass. Others can see a password on the
   command line with ps: prefer ATTOLYTICS_DB_URL or .pgpass.
+
+signals:
+  SIGTERM, SIGINT  answer the requests in flight, then exit
+  SIGHUP           read the schema file again, for the next requests
 
 exit codes:
   0  stopped by SIGTERM or SIGINT, every request in flight answered; --check: everything fits
@@ -6917,12 +7224,16 @@ def first_session(opener: Opener, epochs: Sequence[str]) -> Session | None:
         raise OperatorError(f"cannot use {opener.target}: {error.reason}") from None
 
 
-def wait_for_end(ends: queue.SimpleQueue[str], complaints: Complaints) -> str:
-    """Return why the server should end. Blocks until there is a reason, and meanwhile sums up complaints."""
+def wait_for_end(ends: queue.SimpleQueue[str], complaints: Complaints, watchdog: Watchdog) -> str:
+    """Return why the server should end. Blocks until there is a reason.
+
+    Meanwhile feeds the watchdog and sums up complaints.
+    """
     while True:
+        watchdog.look()
         # A signal that arrives just before the wait begins does not interrupt it.
         with contextlib.suppress(queue.Empty):
-            return ends.get(timeout=SIGNAL_CHECK_S)
+            return ends.get(timeout=watchdog.look_s)
         complaints.summarise()
 
 
@@ -6950,6 +7261,104 @@ def catch_bugs(ends: queue.SimpleQueue[str]) -> None:
         ends.put(BUG)
 
     threading.excepthook = end
+
+
+def catch_reloads() -> queue.SimpleQueue[None]:
+    """Return a queue that gets an item for each SIGHUP; put() may be called from a signal handler."""
+    wanted: queue.SimpleQueue[None] = queue.SimpleQueue()
+    signal.signal(signal.SIGHUP, lambda _number, _frame: wanted.put(None))
+    return wanted
+
+
+def prepared_for(opener: Opener, before: Schema, after: Schema) -> None:
+    """Let the database be ready for another schema. Raises DatabaseError or OperatorError."""
+    try:
+        opener.prepare(after)
+    except DatabaseAway:
+        if before.tables != after.tables:
+            raise
+        opener.use(after)
+
+
+class Reloader:
+    """Replaces the schema of a server that runs, in a thread of its own."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  # all of them have a part in it
+        self,
+        read: Callable[[], Schema],
+        schema: Schema,
+        opener: Opener | None,
+        service: Service,
+        writer: Writer,
+        notifier: Notifier,
+    ) -> None:
+        """`read` returns the schema of today, or raises OperatorError."""
+        self._read = read
+        self._schema = schema
+        self._opener = opener
+        self._service = service
+        self._writer = writer
+        self._notifier = notifier
+        self._status = ""  # of the service, between reloads
+        # Set once, by the main thread.
+        self._stopping = False
+
+    def start(self, wanted: queue.SimpleQueue[None], status: str) -> None:
+        """Reload whenever there are items in `wanted`; once for all that are there."""
+        self._status = status
+        threading.Thread(target=self._work, args=(wanted,), name="reloader", daemon=True).start()
+
+    def stop(self) -> None:
+        """Begin no other reload, and say nothing of one that runs. Does not wait for it."""
+        self._stopping = True
+
+    def _work(self, wanted: queue.SimpleQueue[None]) -> None:
+        while True:
+            wanted.get()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    wanted.get_nowait()
+            if self._stopping:
+                return
+            microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+            self._notifier.send(
+                "RELOADING=1", f"MONOTONIC_USEC={microseconds}", "STATUS=reading the schema file again"
+            )
+            self._reload()
+            if not self._stopping:
+                self._notifier.send("READY=1", f"STATUS={self._status}")
+
+    def _reload(self) -> None:
+        """Take the schema file over if it has no mistakes and fits the database."""
+        try:
+            schema = self._read()
+            if self._opener:
+                prepared_for(self._opener, self._schema, schema)
+        except DatabaseAway as error:
+            self._keep(f"the database cannot be compared with it: {error.reason}; try again when it can")
+        except DatabaseError as error:
+            self._keep(error.reason)
+        except OperatorError as error:
+            self._keep(str(error))
+        else:
+            self._replace(schema)
+
+    def _replace(self, schema: Schema) -> None:
+        if self._stopping:
+            return
+        # Before the first batch of the new schema can get into the spool.
+        self._writer.use(schema)
+        self._service.use(schema)
+        changed = changes(self._schema, schema)
+        more = [f"{len(changed) - CHANGES_MAX} more"] if len(changed) > CHANGES_MAX else []
+        log.info("schema file read again: %s", ", ".join([*changed[:CHANGES_MAX], *more]) or "no change")
+        if schema.database_url != self._schema.database_url:
+            log.warning("database_url in the schema file has changed, which only a restart takes over")
+        self._schema = schema
+
+    def _keep(self, reason: str) -> None:
+        if not self._stopping:
+            log.error("the schema file is not taken over, the schema from before stays: %s", reason)
 
 
 def drain(
@@ -7031,8 +7440,10 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return 1
 
 
-def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Notifier) -> None:
+def serve(options: argparse.Namespace, environ: MutableMapping[str, str], notifier: Notifier) -> None:
     """Run the server until SIGTERM or SIGINT. Raises OperatorError when it cannot start or go on."""
+    reloads = catch_reloads()
+    sockets = inherited_sockets(environ, os.getpid())
     schema = read_schema(options.schema)
     url = database_url(options, environ, schema)
     opener = Opener(read_target(url, environ), schema, options.migrate) if url else None
@@ -7042,11 +7453,11 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Not
     service = Service(schema, writer, options.max_body, time.monotonic)
     pool = Pool(options.max_connections, "http", writer.complaints)
     turning_away = Pool(TURN_AWAY_THREADS, "turning-away", writer.complaints)
-    servers = bind(
-        options.host,
-        options.port,
-        lambda family, address: Server(family, address, service, pool, turning_away),
-    )
+
+    def make_server(family: int, address: tuple[str, int]) -> Server:
+        return Server(family, address, service, pool, turning_away)
+
+    servers = adopt(sockets, make_server) if sockets else bind(options.host, options.port, make_server)
     monitors = bind_monitor(options.monitor_port, service, pool)
     cpu_claim = stay_on_one_cpu()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -7066,15 +7477,23 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str], notifier: Not
             target=server.serve_forever, args=(ACCEPT_POLL_S,), name="acceptor", daemon=True
         ).start()
     listening = addresses_text(servers)
+    if sockets:
+        listening += " (sockets from systemd)"
     place = opener.target if opener else f"the spool {spool.path}"
     log.info("attolytics %s listens on %s, writes to %s", __version__, listening, place)
     if monitors:
         log.info("/healthz and /metrics are at %s", addresses_text(monitors))
     if not opener:
         log.info("no database URL: read the events with %s", show_query(spool.path, schema))
-    notifier.send("READY=1", f"STATUS=listening on {listening}")
-    reason = wait_for_end(ends, writer.complaints)
+    status = f"listening on {listening}"
+    notifier.send("READY=1", f"STATUS={status}")
+    reloader = Reloader(partial(read_schema, options.schema), schema, opener, service, writer, notifier)
+    reloader.start(reloads, status)
+    reason = wait_for_end(
+        ends, writer.complaints, Watchdog(watchdog_interval(environ, os.getpid()), notifier, writer)
+    )
     log.info("stopping: %s", reason)
+    reloader.stop()
     notifier.send("STOPPING=1", "STATUS=answering the requests in flight")
     drain(servers, service, pool, writer, writing)
     if cpu_claim:

@@ -171,6 +171,11 @@ def delivery(headers: Mapping[str, str] | None = None, peer: str = "192.0.2.1") 
     return Delivery(headers or {}, peer, 1554130180.25)
 
 
+def rows_by_name(batch: Batch) -> dict[str, str]:
+    """Return the rows of a batch by the name of their table."""
+    return {table.name: text for table, text in batch.rows.items()}
+
+
 # --- Schema -------------------------------------------------------------------
 
 
@@ -479,7 +484,7 @@ class BatchTest(unittest.TestCase):
         )
         self.assertEqual(batch.accepted, 3)
         self.assertEqual(
-            batch.rows,
+            rows_by_name(batch),
             {
                 "events": (
                     "1970-01-01T00:00:00.000000Z\tlinux\t1\t\\N\tstart\t7\thttp://a.example/'\n"
@@ -494,8 +499,10 @@ class BatchTest(unittest.TestCase):
         )
         self.assertEqual(batch.warnings, ())
         rows = self.intake.rows_in_order(attolytics.decoded_events(batch.body), batch.delivery)
-        self.assertEqual([table for table, _ in rows], ["events", "purchases", "events"])
-        self.assertEqual("".join(row for table, row in rows if table == "events"), batch.rows["events"])
+        self.assertEqual([table.name for table, _ in rows], ["events", "purchases", "events"])
+        self.assertEqual(
+            "".join(row for table, row in rows if table.name == "events"), rows_by_name(batch)["events"]
+        )
 
     def test_no_events_are_a_batch_too(self) -> None:
         batch = self.intake.batch(body_of(), delivery())
@@ -634,7 +641,7 @@ class BatchTest(unittest.TestCase):
     def test_a_catch_all_column_takes_the_unknown_keys(self) -> None:
         event = {"_t": "purchases", "id": "0" * 32, "product": "x", "color": "red", "n": [1]}
         batch = self.intake.batch(body_of(event), delivery())
-        self.assertIn(""",'{"color":"red","n":[1]}')""", batch.rows["purchases"])
+        self.assertIn(""",'{"color":"red","n":[1]}')""", rows_by_name(batch)["purchases"])
         self.assertEqual(batch.warnings, ())
         event["color"] = "\0"
         self.assertEqual(self.problems(event)[0].column, "extra")
@@ -672,7 +679,7 @@ class BatchTest(unittest.TestCase):
         )
         for header, literal in [("plain", "plain\n"), ("\xc3\xa9", "é\n"), ("\xe9", "é\n")]:
             batch = intake.batch(body_of({"_t": "t"}, key="k"), delivery({"x-a": header}))
-            self.assertEqual(batch.rows["t"], literal)
+            self.assertEqual(rows_by_name(batch)["t"], literal)
 
     def test_a_proxy_nearby_is_believed_about_the_client(self) -> None:
         for peer, headers, address in [
@@ -878,7 +885,10 @@ class SqlTest(unittest.TestCase):
         parts = [{"plain": "1\ta\n", "marks": "(2,'b'),(4,'d')"}, {"plain": "3\tc\n", "marks": "(5,'e')"}]
         raising = attolytics.Raise(str(uuid.uuid4()), 6, 7)
         start = attolytics.FLUSH_START + raising.sql()
-        message = attolytics.Inserts(schema).flush(start, parts)
+        tables = {name: attolytics.TableIntake(table) for name, table in schema.tables.items()}
+        message = attolytics.flush_message(
+            start, [{tables[name]: text for name, text in part.items()} for part in parts]
+        )
         self.assertEqual(
             message.sql.removeprefix(start),
             'INSERT INTO "marks" ("mark","text") VALUES '
@@ -2149,7 +2159,6 @@ class RoundTripTest(DatabaseCase):
         super().setUp()
         self.connection = self.open()
         self.intake = Intake(self.schema.apps["app"])
-        self.inserts = attolytics.Inserts(self.schema)
         [[self.epoch]] = self.query("SELECT epoch::text FROM attolytics_ledger")
         self.number = 0
 
@@ -2157,7 +2166,7 @@ class RoundTripTest(DatabaseCase):
         raising = attolytics.Raise(self.epoch, self.number, self.number + 1)
         self.number += 1
         start = attolytics.FLUSH_START + raising.sql()
-        self.connection.start(self.inserts.flush(start, [batch.rows]))
+        self.connection.start(attolytics.flush_message(start, [batch.rows]))
         self.assertIsNotNone(self.connection.finish(10))
 
     def store(self, body: bytes) -> dict[str, Any]:
