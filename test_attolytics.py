@@ -348,6 +348,37 @@ class SchemaTest(unittest.TestCase):
                 self.assertIn(expected, "\n".join(self.mistakes(text)))
 
 
+class ChangesTest(unittest.TestCase):
+    def test_what_another_schema_changes_is_told_without_its_keys(self) -> None:
+        before, grown = schema_of(GROWN_SCHEMA), GROWN_SCHEMA
+        more = "apps:\n  new: { secret_key: secret, tables: [other] }"
+        more = f"  other:\n    columns: [{{ name: x }}]\n{more}"
+        for text, expected in [
+            (grown, []),
+            (grown.replace("secret_key: key", "secret_key: secret"), ['app "app" changed']),
+            (
+                grown.replace("name: c, type: uuid", "name: e, type: i32"),
+                ['column "t.c" removed', 'column "t.e" added'],
+            ),
+            (grown.replace("name: a, type: i64", "name: a, type: i32"), ['column "t.a" changed']),
+            (grown.replace("apps:", more), ['table "other" added', 'app "new" added']),
+        ]:
+            with self.subTest(text):
+                self.assertEqual(attolytics.changes(before, schema_of(text)), expected)
+                self.assertEqual(len(attolytics.changes(schema_of(text), before)), len(expected))
+
+    def test_only_new_columns_of_known_tables_are_relaxed(self) -> None:
+        before = schema_of(GROWN_SCHEMA.replace("{ name: a, type: i64, indexed: true }", "{ name: z }"))
+        after = schema_of(
+            GROWN_SCHEMA.replace("indexed: true }", "required: true }").replace(
+                "apps:", "  other:\n    columns: [{ name: x, required: true }]\napps:"
+            )
+        )
+        tables = attolytics.relaxed(after, before).tables
+        required = [c.name for table in tables.values() for c in table.columns if c.required]
+        self.assertEqual(required, ["b", "d", "j", "x"])
+
+
 # --- Conversion ---------------------------------------------------------------
 
 
@@ -2585,6 +2616,35 @@ class WriterTest(DatabaseCase):
         admin.run(f"DROP TABLESPACE {self.database}")
         admin.close()
 
+    def test_a_flush_holds_batches_of_two_schemas(self) -> None:
+        writer = self.start_writer()
+        text = ALL_TYPES.replace(
+            "{ name: mark, type: i64 }, { name: text }", "{ name: text }, { name: mark, type: i64 }"
+        ).replace("required: true }\n      - { name: text }", "required: true }")
+        schema = schema_of(text)
+        _, release = self.hold_flush()
+        batches = [
+            self.batch(mark(i, "x"), mark(i, "y", table="plain"), schema=schema if i % 2 else None)
+            for i in range(1, 11)
+        ]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            first = pool.submit(store, writer, self.batch(mark(0)))
+            self.wait_for_blocked()
+            verdicts = pool.submit(store_all, writer, batches)
+            writer.use(schema)
+            time.sleep(0.3)
+            release()
+            self.assertEqual((first.result(), verdicts.result()), (DATABASE, [DATABASE] * 10))
+        self.assertEqual(
+            self.query("SELECT mark, text FROM marks WHERE mark > 0 ORDER BY mark"),
+            [[i, None if i % 2 else "x"] for i in range(1, 11)],
+        )
+        self.assertEqual(
+            self.query("SELECT mark, text FROM plain ORDER BY mark"), [[i, "y"] for i in range(1, 11)]
+        )
+        [[transactions]] = self.query("SELECT count(DISTINCT xmin::text) FROM marks WHERE mark > 0")
+        self.assertEqual(transactions, 1)
+
 
 class ComplaintsTest(unittest.TestCase):
     def setUp(self) -> None:
@@ -2820,6 +2880,18 @@ class DrainTest(unittest.TestCase):
             incoming.exactly(1, time.monotonic() + 5)
 
 
+# Becomes a command that finds descriptors where systemd puts them, and is told of them as by systemd.
+HAND_OVER = """
+import fcntl, os, sys
+count = int(sys.argv[1])
+high = [fcntl.fcntl(int(number), fcntl.F_DUPFD_CLOEXEC, 100) for number in sys.argv[2 : 2 + count]]
+for place, number in enumerate(high, 3):
+    os.dup2(number, place)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(count), LISTEN_FDNAMES="a:b")
+os.execv(sys.argv[2 + count], sys.argv[2 + count :])
+"""
+
+
 class Attolytics:
     """The program in a process of its own. Its standard error is collected line by line.
 
@@ -2832,9 +2904,15 @@ class Attolytics:
         env: Mapping[str, str] | None = None,
         wait: bool = True,
         directory: Path | None = None,
+        wrapper: Sequence[str] = (),
+        sockets: Sequence[socket.socket] = (),
     ) -> None:
+        """Start it; `wrapper` is a command before its own, `sockets` are handed over as systemd does."""
         self._directory = None if directory else tempfile.TemporaryDirectory()
-        command = [sys.executable, str(HERE / "attolytics.py"), *map(str, arguments)]
+        if sockets:
+            descriptors = [str(sock.fileno()) for sock in sockets]
+            wrapper = [sys.executable, "-c", HAND_OVER, str(len(sockets)), *descriptors]
+        command = [*wrapper, sys.executable, str(HERE / "attolytics.py"), *map(str, arguments)]
         environ = {
             key: value for key, value in os.environ.items() if not key.startswith(("PG", "ATTOLYTICS"))
         }
@@ -2844,6 +2922,7 @@ class Attolytics:
             text=True,
             env={**environ, **(env or {})},
             cwd=self._directory.name if self._directory else directory,
+            pass_fds=[sock.fileno() for sock in sockets],
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -3830,6 +3909,473 @@ class CheckTest(ProcessCase):
         self.assertEqual(self.query("SELECT text FROM marks WHERE mark = 0"), [["x"]])
         self.assertEqual(self.query("SELECT count(*) FROM pg_indexes WHERE tablename = 'marks'"), [[1]])
         self.assertEqual(self.check("-s", self.schema_file, "-d", self.url)[0], 0)
+
+
+class Crowd:
+    """Clients that send an event each as fast as they can; every second one keeps its connection.
+
+    `accepted` has the events that were answered with 200, `failed` what happened to the others.
+    """
+
+    def __init__(self, port: int, clients: int = 64, table: str = "plain") -> None:
+        self._port = port
+        self._table = table
+        self._stop = threading.Event()
+        self.accepted: list[int] = []
+        self.failed: list[str] = []
+        self.slowest = 0.0
+        self._threads = [threading.Thread(target=self._send, args=(client,)) for client in range(clients)]
+
+    def __enter__(self) -> Crowd:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _send(self, client: int) -> None:
+        keeps = client % 2 == 0
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        for number in itertools.count(client * 1_000_000):
+            if self._stop.is_set():
+                break
+            body = body_of(mark(number, "x", table=self._table), key="key")
+            started = time.monotonic()
+            try:
+                connection.request("POST", "/apps/app/events", body)
+                answer = Answer(connection.getresponse())
+            except (OSError, http.client.HTTPException) as error:
+                self.failed.append(repr(error))
+                connection.close()
+                continue
+            self.slowest = max(self.slowest, time.monotonic() - started)
+            if answer.status == 200:
+                self.accepted.append(number)
+            else:
+                self.failed.append(answer.text)
+            if not keeps or answer.will_close:
+                connection.close()
+        connection.close()
+
+
+class SocketTest(ProcessCase):
+    def check_rows(self, accepted: Sequence[int]) -> None:
+        self.assertEqual(self.stored(), sorted(accepted))
+
+    def start_with(self, *sockets: socket.socket) -> Attolytics:
+        options = ("-s", self.schema_file, "-d", self.url, "-p", "1", "--host", "192.0.2.1")
+        server = Attolytics(*options, directory=self.directory, sockets=sockets)
+        self.addCleanup(self.kill, server)
+        return server
+
+    def test_restarts_under_load_lose_no_request(self) -> None:
+        with socket.create_server(("127.0.0.1", 0), backlog=4096) as sock:
+            server = self.start_with(sock)
+            with Crowd(server.port) as crowd:
+                for _ in range(4):
+                    wait_for_more(crowd.accepted, 300)
+                    self.assertEqual(server.stop(), 0)
+                    time.sleep(0.2)
+                    server = self.start_with(sock)
+                wait_for_more(crowd.accepted, 300)
+            self.assertEqual(crowd.failed, [])
+            wait_until(lambda: len(self.stored()) >= len(crowd.accepted))
+            self.check_rows(crowd.accepted)
+            self.assertIn("(sockets from systemd)", "\n".join(server.lines))
+            self.assertEqual(server.stop(), 0)
+
+    def test_several_sockets_are_served_and_left_open(self) -> None:
+        with (
+            socket.create_server(("127.0.0.1", 0), backlog=7) as first,
+            socket.create_server(("::1", 0), family=socket.AF_INET6) as second,
+        ):
+            server = self.start_with(first, second)
+            ports = [first.getsockname()[1], second.getsockname()[1]]
+            self.assertEqual(server.listening(), [("127.0.0.1", ports[0]), ("::1", ports[1])])
+            for sock in (first, second):
+                with socket.create_connection(sock.getsockname()[:2], 20) as client:
+                    client.sendall(b"GET /apps/app/events HTTP/1.1\r\nHost: a\r\n\r\n")
+                    self.assertEqual(read_answer(client).status, 405)
+            self.assertEqual(server.stop(), 0)
+            waiting = socket.create_connection(first.getsockname(), 20)
+            self.addCleanup(waiting.close)
+            self.assertTrue(first.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+    def test_variables_are_taken_and_other_processes_sockets_left(self) -> None:
+        environ = {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "HOME": "/"}
+        with self.assertLogs("attolytics", "WARNING") as logged:
+            self.assertEqual(attolytics.inherited_sockets(environ, 2), [])
+        self.assertEqual(environ, {"HOME": "/"})
+        self.assertIn("not for us", logged.output[0])
+        self.assertEqual(attolytics.inherited_sockets(environ, 2), [])
+
+    def test_what_is_no_listening_tcp_socket_is_refused(self) -> None:
+        path = str(self.directory / "socket")
+        with (
+            socket.socket() as silent,
+            socket.socket(type=socket.SOCK_DGRAM) as datagram,
+            socket.socket(socket.AF_UNIX) as local,
+        ):
+            local.bind(path)
+            local.listen()
+            for sock in (silent, datagram, local):
+                with self.subTest(sock):
+                    server = Attolytics("-s", self.schema_file, wait=False, sockets=[sock])
+                    self.assertEqual(server.end(), 1)
+                    self.assertIn("descriptor 3 from systemd is not a socket that listens", server.lines[0])
+
+    def test_systemd_socket_activate_starts_it_at_the_first_connection(self) -> None:
+        port = free_port()
+        wrapper = [program("systemd-socket-activate"), "-l", f"127.0.0.1:{port}"]
+        server = Attolytics("-s", self.schema_file, "-d", self.url, wait=False, wrapper=wrapper)
+        self.addCleanup(self.kill, server)
+        wait_until(lambda: any("Listening on" in line for line in server.lines))
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        self.addCleanup(connection.close)
+        connection.request("POST", "/apps/app/events", body_of(mark(1, table="plain"), key="key"))
+        self.assertEqual(Answer(connection.getresponse()).status, 200)
+        self.assertEqual(server.listening(), [("127.0.0.1", port)])
+        self.assertEqual(server.stop(), 0)
+        self.check_rows([1])
+
+    def test_a_spool_that_is_about_to_be_free_is_waited_for(self) -> None:
+        first = self.run_server(directory=self.directory)
+        second = Attolytics(
+            "-s", self.schema_file, "-d", self.url, "-p", "0", wait=False, directory=self.directory
+        )
+        self.addCleanup(self.kill, second)
+        wait_until(lambda: any("waiting for the server" in line for line in second.lines))
+        self.assertEqual(first.stop(), 0)
+        wait_until(second.listening)
+        self.assertEqual(second.stop(), 0)
+
+
+class WatchdogTest(ProcessCase):
+    INTERVAL_S = 2.0
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(self.sock.close)
+        self.path = str(self.directory / "notify")
+        self.sock.bind(self.path)
+
+    def pings(self, seconds: float) -> int:
+        """Return how many pings come, the longest silence being shorter than the interval."""
+        count, end = 0, time.monotonic() + seconds
+        self.sock.settimeout(self.INTERVAL_S)
+        while time.monotonic() < end:
+            count += self.sock.recv(1000) == b"WATCHDOG=1"
+        return count
+
+    def run_watched(self) -> Attolytics:
+        environ = {"NOTIFY_SOCKET": self.path, "WATCHDOG_USEC": str(int(self.INTERVAL_S * 1e6))}
+        server = self.run_server(env=environ)
+        self.assertIn("READY=1", self.sock.recv(1000).decode())
+        return server
+
+    def test_the_interval_is_for_the_process_that_systemd_names(self) -> None:
+        for environ, expected in [
+            ({}, None),
+            ({"WATCHDOG_USEC": "30000000"}, 30),
+            ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "7"}, 30),
+            ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "8"}, None),
+            ({"WATCHDOG_USEC": "0"}, None),
+            ({"WATCHDOG_USEC": "x"}, None),
+        ]:
+            self.assertEqual(attolytics.watchdog_interval(environ, 7), expected, environ)
+
+    def test_pings_come_while_idle_and_under_load(self) -> None:
+        server = self.run_watched()
+        self.assertGreaterEqual(self.pings(4), 3)
+        with Crowd(server.port, 16) as crowd:
+            self.assertGreaterEqual(self.pings(4), 3)
+        self.assertEqual(crowd.failed, [])
+        self.assertEqual(server.stop(), 0)
+
+    @not_pooled("it chooses the backend")
+    def test_a_database_that_hangs_or_is_down_is_not_a_hang(self) -> None:
+        self.postgres = Postgres()
+        self.addCleanup(self.postgres.remove)
+        self.database, self.url = "postgres", self.postgres.url("postgres")
+        server = self.run_watched()
+        [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
+        with Crowd(server.port, 16) as crowd:
+            wait_for_more(crowd.accepted, 100)
+            for stopped in (self.postgres.process.pid, pid):
+                os.kill(stopped, signal.SIGSTOP)
+            self.assertGreaterEqual(self.pings(13), 10)
+            for stopped in (self.postgres.process.pid, pid):
+                os.kill(stopped, signal.SIGCONT)
+            self.postgres.stop()
+            self.assertGreaterEqual(self.pings(3), 2)
+        self.assertGreaterEqual(self.pings(3), 2)
+        self.assertEqual(crowd.failed, [])
+        self.postgres.start()
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_writer_that_hangs_is_not_pinged_for_and_one_that_goes_on_is(self) -> None:
+        writer = self.start_writer(schema_of(ALL_TYPES))
+        watchdog = attolytics.Watchdog(0.4, attolytics.Notifier(self.path), writer)
+        self.sock.settimeout(0)
+
+        def count_pings(seconds: float) -> int:
+            count, end = 0, time.monotonic() + seconds
+            while time.monotonic() < end:
+                watchdog.look()
+                time.sleep(watchdog.look_s)
+                with contextlib.suppress(BlockingIOError):
+                    count += self.sock.recv(1000) == b"WATCHDOG=1"
+            return count
+
+        self.assertGreaterEqual(count_pings(1.2), 3)
+        hangs, go_on = threading.Event(), threading.Event()
+
+        def hang(_batch: Batch, _verdict: object) -> None:
+            hangs.set()
+            go_on.wait(20)
+
+        writer.submit(self.batch(mark(1), schema=schema_of(ALL_TYPES)), hang)
+        self.assertTrue(hangs.wait(20))
+        count_pings(0.3)  # one may have been due
+        self.assertEqual(count_pings(1.2), 0)
+        go_on.set()
+        self.assertGreaterEqual(count_pings(1.2), 3)
+
+
+class ReloadTest(ProcessCase):
+    SMALL = """
+tables:
+  plain:
+    columns:
+      - { name: mark, type: i64 }
+      - { name: text, required: true }
+apps:
+  app: { secret_key: key, tables: [plain] }
+"""
+    LARGE = """
+tables:
+  plain:
+    columns:
+      - { name: level, type: i32, required: true, indexed: true }
+      - { name: text }
+      - { name: mark, type: i64, indexed: true }
+  new:
+    columns: [{ name: x, required: true }]
+apps:
+  app: { secret_key: key, tables: [plain, new] }
+"""
+    TAKEN = "schema file read again"
+    KEPT = "not taken over"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.schema_file.write_text(self.SMALL)
+
+    def said(self, server: Attolytics, text: str) -> list[str]:
+        return [line for line in server.lines if text in line]
+
+    def reload(self, server: Attolytics, schema: str | None = None, expected: str = TAKEN) -> str:
+        """Replace the schema file, reload, and return the line of the log about it."""
+        if schema is not None:
+            self.schema_file.write_text(schema)
+        before = len(self.said(server, expected))
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: len(self.said(server, expected)) > before)
+        return self.said(server, expected)[-1]
+
+    def post(self, server: Attolytics, number: int = 1, key: str = "key") -> int:
+        body = body_of(mark(number, "x", table="plain"), key=key)
+        return server.post("/apps/app/events", body).status
+
+    def test_the_next_request_of_a_kept_connection_meets_the_new_schema(self) -> None:
+        server = self.run_server()
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        self.addCleanup(connection.close)
+
+        def status(key: str) -> int:
+            connection.request(
+                "POST", "/apps/app/events", body_of(mark(1, "x", "plain"), key=key), {"Origin": "http://a.b"}
+            )
+            answer = Answer(connection.getresponse())
+            self.assertFalse(answer.will_close)
+            return answer.status
+
+        self.assertEqual([status("key"), status("key"), status("new")], [200, 200, 403])
+        said = self.reload(server, self.SMALL.replace("secret_key: key", "secret_key: new"))
+        self.assertTrue(said.endswith('schema file read again: app "app" changed'), said)
+        self.assertEqual([status("key"), status("new"), status("new")], [403, 200, 200])
+        text = self.SMALL.replace("{ secret_key", "{ access_control_allow_origin: 'http://c.d', secret_key")
+        self.reload(server, text)
+        self.assertEqual([status("key"), status("key")], [403, 403])
+        self.reload(server, self.SMALL.replace("  app:", "  other:"))
+        self.assertEqual(status("key"), 404)
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_file_with_mistakes_is_reported_and_the_old_schema_stays(self) -> None:
+        server = self.run_server()
+        self.reload(server, self.SMALL.replace("i64", "int"), self.KEPT)
+        self.assertTrue(self.said(server, 'tables.plain.columns[0].type: unknown type "int"'))
+        self.assertEqual(self.post(server), 200)
+        self.schema_file.unlink()
+        self.reload(server, None, self.KEPT)
+        self.assertIn("cannot read the schema file", server.lines[-1])
+        self.assertEqual(self.post(server), 200)
+        said = self.reload(server, self.SMALL)
+        self.assertTrue(said.endswith("no change"), said)
+
+    def test_without_migrate_only_tables_are_created(self) -> None:
+        server = self.run_server()
+        self.reload(server, self.SMALL.replace("type: i64", "type: bool"), self.KEPT)
+        self.assertTrue(self.said(server, "the type is int8, expected boolean"))
+        self.reload(server, self.SMALL.replace("i64 }", "i64, indexed: true }"), self.KEPT)
+        self.assertTrue(self.said(server, 'CREATE INDEX CONCURRENTLY ON "plain" ("mark");'))
+        self.assertTrue(self.said(server, "--migrate"))
+        self.assertEqual(self.post(server), 200)
+        table = "  new:\n    columns: [{ name: x, indexed: true }]\napps:"
+        text = self.SMALL.replace("apps:", table).replace("[plain]", "[plain, new]")
+        self.reload(server, text)
+        answer = server.post("/apps/app/events", body_of({"_t": "new", "x": "1"}, key="key"))
+        self.assertEqual(answer.json, {"accepted": 1, "stored": "database"})
+        self.assertEqual(self.query("SELECT x FROM new"), [["1"]])
+
+    def test_a_database_url_that_changes_is_not_taken_over_nor_shown(self) -> None:
+        self.schema_file.write_text(f"database_url: {self.url}\n{self.SMALL}")
+        server = self.run_server(url="")
+        self.reload(server, f"database_url: postgres://u:hidden@nowhere/x\n{self.SMALL}")
+        wait_until(lambda: self.said(server, "database_url in the schema file has changed"))
+        self.assertEqual(self.said(server, "hidden"), [])
+        self.assertEqual(self.post(server), 200)
+        self.assertEqual(self.stored(), [1])
+
+    def test_a_full_change_under_load_fails_no_request_and_is_hardly_felt(self) -> None:
+        server = self.run_server("--migrate")
+        self.query("INSERT INTO plain SELECT n, 'old' FROM generate_series(-200000, -1) n")
+        with Crowd(server.port) as crowd:
+            wait_for_more(crowd.accepted, 1_000)
+            # Those that send no level are refused by the new schema.
+            self.schema_file.write_text(self.LARGE.replace("required: true, indexed", "indexed"))
+            server.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: self.said(server, self.TAKEN), 60)
+            wait_for_more(crowd.accepted, 1_000)
+        self.assertEqual(crowd.failed, [])
+        self.assertLess(crowd.slowest, 0.5)
+        self.assertEqual(
+            self.query("SELECT mark FROM plain WHERE mark >= 0 ORDER BY mark"),
+            [[number] for number in sorted(crowd.accepted)],
+        )
+        [[indexes]] = self.query(
+            "SELECT count(*) FROM pg_index WHERE indrelid = 'plain'::regclass AND indisvalid"
+        )
+        self.assertEqual(indexes, 2)
+        self.assertEqual(self.post(server), 200)
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_new_required_column_does_not_refuse_what_the_old_schema_takes(self) -> None:
+        server = self.run_server("--migrate")
+        session = self.postgres.connect(self.database)
+        self.addCleanup(session.close)
+        # Keeps the build of the index from ending, so that the reload is half-way.
+        session.run("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM plain")
+        self.schema_file.write_text(self.LARGE)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: self.said(server, "CREATE INDEX CONCURRENTLY") or self.said(server, "in use"))
+        session.run("COMMIT; BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT pg_current_xact_id()")
+        wait_until(lambda: self.said(server, "CREATE INDEX CONCURRENTLY"))
+        self.assertEqual(self.post(server, 5), 200)
+        session.run("COMMIT")
+        wait_until(lambda: self.said(server, self.TAKEN))
+        self.assertEqual(self.post(server, 6), 400)
+        self.assertEqual(self.stored(), [5])
+
+    def test_reloads_under_load_fail_no_request(self) -> None:
+        server = self.run_server()
+        with Crowd(server.port) as crowd:
+            for turn in range(20):
+                before = len(crowd.accepted)
+                text = f"  new{turn}: {{ secret_key: key, tables: [plain] }}\n"
+                self.reload(server, self.SMALL + text)
+                wait_until(lambda: len(crowd.accepted) > before + 50)  # noqa: B023
+        self.assertEqual(crowd.failed, [])
+        self.assertEqual(self.stored(), sorted(crowd.accepted))
+
+    def test_systemd_is_told_and_signals_in_a_row_are_one_reload(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            path = str(self.directory / "notify")
+            sock.bind(path)
+            sock.settimeout(20)
+            server = self.run_server(env={"NOTIFY_SOCKET": path})
+            self.assertIn("READY=1", sock.recv(1000).decode())
+            now = time.monotonic_ns() // 1000
+            self.reload(server)
+            [first, second, _status] = sock.recv(1000).decode().splitlines()
+            self.assertEqual(first, "RELOADING=1")
+            self.assertLess(abs(int(second.removeprefix("MONOTONIC_USEC=")) - now), 5_000_000)
+            self.assertRegex(sock.recv(1000).decode(), r"^READY=1\nSTATUS=listening on ")
+        session = self.postgres.connect(self.database)
+        self.addCleanup(session.close)
+        session.run("BEGIN; LOCK TABLE pg_class")  # whoever looks at the tables has to wait
+        for _ in range(10):
+            server.process.send_signal(signal.SIGHUP)
+            time.sleep(0.05)
+        session.run("COMMIT")
+        wait_until(lambda: len(self.said(server, self.TAKEN)) >= 3)
+        time.sleep(0.3)
+        self.assertEqual(len(self.said(server, self.TAKEN)), 3)
+
+    def test_a_signal_to_end_does_not_wait_for_a_reload(self) -> None:
+        server = self.run_server("--migrate")
+        session = self.postgres.connect(self.database)
+        self.addCleanup(session.close)
+        session.run("BEGIN; LOCK TABLE plain IN SHARE UPDATE EXCLUSIVE MODE")
+        self.schema_file.write_text(self.LARGE)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: self.query("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        started = time.monotonic()
+        self.assertEqual(server.stop(), 0)
+        self.assertLess(time.monotonic() - started, 3)
+        self.assertEqual(self.said(server, self.KEPT), [])
+
+    def test_while_the_database_is_away_keys_change_and_tables_do_not(self) -> None:
+        self.postgres = Postgres()
+        self.addCleanup(self.postgres.remove)
+        self.database, self.url = "postgres", self.postgres.url("postgres")
+        server = self.run_server("--migrate")
+        self.postgres.stop()
+        self.reload(server, self.SMALL.replace("secret_key: key", "secret_key: new"))
+        self.assertEqual([self.post(server, 1), self.post(server, 2, "new")], [403, 200])
+        self.reload(server, self.LARGE, self.KEPT)
+        self.assertTrue(self.said(server, "the database cannot be compared with it"))
+        self.assertEqual(self.post(server, 3, "new"), 200)
+        self.postgres.start()
+        self.reload(server)
+        event = mark(4, "x", table="plain") | {"level": 7}
+        self.assertEqual(server.post("/apps/app/events", body_of(event, key="key")).status, 200)
+        wait_until(lambda: 4 in self.stored())
+        self.assertEqual(server.stop(), 0)
+
+    def test_without_a_database_the_views_of_the_spool_follow(self) -> None:
+        server = self.run_server(url="", directory=self.directory)
+        self.assertEqual(self.post(server), 200)
+        self.reload(server, self.LARGE.replace("required: true, ", ""))
+        wait_until(lambda: self.view(self.directory / "attolytics.sqlite3", "new") == [])
+        self.assertEqual(
+            self.view(self.directory / "attolytics.sqlite3", "plain"),
+            [{"level": None, "text": "x", "mark": 1}],
+        )
+        self.assertEqual(server.stop(), 0)
+
+    def view(self, path: Path, name: str) -> list[dict[str, object]] | None:
+        """Return the rows of a view of the spool, None without it."""
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.row_factory = sqlite3.Row
+            try:
+                return [dict(row) for row in db.execute(f"SELECT * FROM {name}")]
+            except sqlite3.OperationalError:
+                return None
 
 
 class FaultTest(ProcessCase):
