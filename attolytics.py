@@ -4939,6 +4939,7 @@ class Writer:
 
         New batches say themselves how they are to be stored.
         """
+        self.metrics.declare(schema)
         self._inbox.put(Replacement(schema, Replayer(schema)))
 
     def prod(self) -> None:
