@@ -160,6 +160,7 @@ PREFLIGHT_AGE_S = 86_400  # Browsers cap it themselves (Chromium at 2 h).
 
 CONNECTIONS_MAX = 512  # Default of --max_connections; a thread each, about 50 kB resident.
 SWITCH_INTERVAL_S = 0.001  # A large body is converted for 30 ms; small requests get their turns meanwhile.
+PLACE_PATIENCE_S = 0.2  # For a place, when all have just been taken: threads may be about to notice an end.
 TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
 SPARE_FILES = 64  # File descriptors beside the client connections: database, log, libraries.
 TLS_SEND_BYTES = 16 << 10  # At once, to the database: one record.
@@ -6267,23 +6268,27 @@ class Pool:
         self._name = name
         self._complaints = complaints
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        # Guards _places, _busy and _threads.
+        # Guards _places, _full_since, _busy and _threads.
         self._lock = threading.Lock()
-        # Notified when _places becomes 0.
-        self._quiet = threading.Condition(self._lock)
+        # Notified when _places shrinks.
+        self._released = threading.Condition(self._lock)
         self._places = 0  # taken by connections
+        self._full_since = 0.0  # when the last place was taken
         self._busy = 0  # jobs that run or wait for their thread
         self._threads = 0
 
     def run(self, job: Callable[[], object]) -> bool:
         """Give a connection a place and run its job in a thread soon.
 
-        Returns False if all places are taken or no thread can be made.
+        Returns False if all places are taken or no thread can be made. Blocks at most PLACE_PATIENCE_S, and
+        not while they have all been taken for longer than that.
         """
         with self._lock:
-            if self._places >= self._limit or not self._find_thread():
+            if not self._await_place() or not self._find_thread():
                 return False
             self._places += 1
+            if self.is_full():
+                self._full_since = time.monotonic()
         self._jobs.put(job)
         return True
 
@@ -6297,8 +6302,7 @@ class Pool:
         """Give the place of a connection back."""
         with self._lock:
             self._places -= 1
-            if not self._places:
-                self._quiet.notify_all()
+            self._released.notify_all()
 
     @property
     def busy(self) -> int:
@@ -6316,7 +6320,11 @@ class Pool:
     def wait_until_quiet(self, seconds: float) -> bool:
         """Return whether all connections are gone. Blocks at most `seconds`."""
         with self._lock:
-            return self._quiet.wait_for(lambda: not self._places, seconds)
+            return self._released.wait_for(lambda: not self._places, seconds)
+
+    def _await_place(self) -> bool:
+        patience = self._full_since + PLACE_PATIENCE_S - time.monotonic() if self.is_full() else 0
+        return self._released.wait_for(lambda: not self.is_full(), max(patience, 0))
 
     def _find_thread(self) -> bool:
         """Count a job in; return False if there is no thread for it."""
