@@ -10,8 +10,8 @@
 The life of a batch (the events of one request):
 
     HTTP thread    read request -> find app -> check key -> decode JSON -> convert every event
-                   -> hand the batch to the writer, wait for its verdict -> answer
-    writer thread  take every batch that is waiting -> one transaction -> a verdict each -> repeat
+                   -> hand the batch to the writer, wait for the client's next request
+    writer thread  take every batch that is waiting -> one transaction -> answer each -> repeat
 
 While one flush is being committed the next batches pile up, and the next flush takes them all: no
 timer, no added latency when idle, and under load the cost of a commit is shared. An answer of 200 is
@@ -165,6 +165,9 @@ TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
 SPARE_FILES = 64  # File descriptors beside the client connections: database, log, libraries.
 TLS_SEND_BYTES = 16 << 10  # At once, to the database: one record.
 RECEIVE_BYTES = 64 << 10  # Read at once: the head and the body of nearly every request.
+MAPPED_BYTES = (
+    128 << 10
+)  # Larger pieces of memory go back to the system at once; what is read at once is less.
 LARGE_BODY_BYTES = 32 << 10  # Larger ones are converted one at a time ...
 LARGE_BATCHES_MAX = 6  # ... and so many are between that and their answer: enough for two flushes.
 LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kernel caps it.
@@ -7216,7 +7219,7 @@ def use_memory_sparingly() -> None:
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_ARENA_MAX, 1)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BODY_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
         libc.malloc_trim(0)  # what compiling this file took
     except (OSError, AttributeError) as error:
         log.debug("cannot choose how memory is managed: %s", one_line(error))
