@@ -159,7 +159,6 @@ RETRY_AFTER_S = 5  # Sent with 503: clients come back about when the connector h
 PREFLIGHT_AGE_S = 86_400  # Browsers cap it themselves (Chromium at 2 h).
 
 CONNECTIONS_MAX = 512  # Default of --max_connections; a thread each, about 50 kB resident.
-SWITCH_INTERVAL_S = 0.001  # A large body is converted for 30 ms; small requests get their turns meanwhile.
 PLACE_PATIENCE_S = 0.2  # For a place, when all have just been taken: threads may be about to notice an end.
 TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
 SPARE_FILES = 64  # File descriptors beside the client connections: database, log, libraries.
@@ -7472,7 +7471,6 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], notifi
     servers = adopt(sockets, make_server) if sockets else bind(options.host, options.port, make_server)
     monitors = bind_monitor(options.monitor_port, service, pool)
     cpu_claim = stay_on_one_cpu()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     use_memory_sparingly()
     session = first_session(opener, spool.epochs) if opener else None
     if options.retry_quarantine:
