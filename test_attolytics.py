@@ -1800,14 +1800,18 @@ class MigrateTest(DatabaseCase):
             migration = attolytics.Migration(database, self.schema, "postgres", patience_s=1)
             migration.run()
 
-    def test_several_may_migrate_at_once(self) -> None:
-        self.query("CREATE TABLE t (a int8 NOT NULL, c uuid)")
+    def check_migrating_at_once(self, count: int) -> None:
+        """Fill the table "t" and let several migrate it at the same time."""
         self.query("INSERT INTO t (a) SELECT generate_series(1, 50000)")
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            for migrating in [pool.submit(self.migrate) for _ in range(4)]:
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            for migrating in [pool.submit(self.migrate) for _ in range(count)]:
                 migrating.result(60)
         self.assertEqual(self.indexes(), self.ALL_INDEXES)
         self.check_fits()
+
+    def test_several_may_migrate_at_once(self) -> None:
+        self.query("CREATE TABLE t (a int8 NOT NULL, c uuid)")
+        self.check_migrating_at_once(4)
 
     def test_names_are_those_that_postgresql_chooses(self) -> None:
         for table, column in [
@@ -1908,12 +1912,7 @@ class MigrateTest(DatabaseCase):
         self.target = dataclasses.replace(self.target, port=port)
         wait_until(self.is_pooled)
         self.query("CREATE TABLE t (a int8 NOT NULL)")
-        self.query("INSERT INTO t (a) SELECT generate_series(1, 50000)")
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            for migrating in [pool.submit(self.migrate) for _ in range(3)]:
-                migrating.result(60)
-        self.assertEqual(self.indexes(), self.ALL_INDEXES)
-        self.check_fits()
+        self.check_migrating_at_once(3)
 
     def test_the_first_session_migrates_and_later_ones_only_check(self) -> None:
         self.query("CREATE TABLE t (a int8)")
