@@ -219,6 +219,7 @@ REASONS_MAX = 20  # Why events stay in the quarantine, in lines of the log.
 CULPRITS_MAX = 100  # Events that the database refuses, looked for in a batch before it is refused.
 
 CHECK_UP_S = 0.2  # The monitor waits so long for the writer's newest state; it has it in a millisecond.
+PROBE_S = 1  # The database is asked whether it is there when the monitor looks and it was idle for so long.
 STALLED_S = 10  # A writer that is silent for so long is stuck, or shrinks a huge spool.
 MONITOR_CONNECTIONS_MAX = 8  # Prometheus, a load balancer and somebody with curl.
 
@@ -4879,6 +4880,7 @@ class Writer:
         self._replacement: Replacement | None = None  # taken out of the inbox, not in use yet
         self._stopping = False
         self._patient_until = 0.0
+        self._proven_at = 0.0  # when the database answered last
         self._away_since: float | None = None
         self._progress: Progress | None = None
         self._quarantined = 0  # events, in the replay that runs
@@ -5007,6 +5009,7 @@ class Writer:
                 self._held = None
                 wait = False
                 if isinstance(item, Pending):
+                    is_idle = False
                     if waiting and item.batch.accepted > FLUSH_ALONE_EVENTS:
                         self._held = item
                         break
@@ -5016,6 +5019,8 @@ class Writer:
                 elif isinstance(item, CheckUp):
                     self._look_at_ourselves(is_idle)
                     item.done.set()
+                    if is_idle and self._session:
+                        self._probe(self._session)
                 elif isinstance(item, Session):
                     self.metrics.sessions += 1
                     self._session = item
@@ -5040,7 +5045,7 @@ class Writer:
             log.warning("the views of the spool stay as they are: %s", error.reason)
 
     def _look_at_ourselves(self, is_idle: bool) -> None:
-        """Renew the condition; `is_idle` when no message to the database is under way."""
+        """Renew the condition; `is_idle` when nobody waits and no message to the database is under way."""
         if is_idle and self._session and self._session.database.is_stale():
             self._lose(DatabaseAway(CLOSED))
         try:
@@ -5050,6 +5055,19 @@ class Writer:
             self._publish(error.reason, self._condition.oldest)
         else:
             self._publish("", oldest)
+
+    def _probe(self, session: Session) -> None:
+        """Ask the database whether it is there, for the next condition, unless it has just shown that.
+
+        A pooler keeps our connection when PostgreSQL goes away, and a stopped PostgreSQL says nothing.
+        """
+        if self._clock() - self._proven_at < PROBE_S:
+            return
+        self._patient_until = self._clock() + PATIENCE_S
+        try:
+            self._run(session, Message("SELECT 1"))
+        except DatabaseError as error:
+            self._lose(error)
 
     def _publish(self, spool_reason: str, oldest: float | None) -> None:
         reason = (self._connector.reason if self._connector else "") or self._database_reason
@@ -5309,6 +5327,7 @@ class Writer:
                     raise DatabaseAway("a pooler gave our session to somebody else") from None
                 raise
             if rows is not None:
+                self._proven_at = self._clock()
                 return rows
             if self._stopping or self._clock() > deadline:
                 raise DatabaseAway(NO_ANSWER)

@@ -1225,8 +1225,10 @@ class Postgres:
             "--no-sync",
         )
         self._configure()
+        self.pooler: PgBouncer | None = None
         self.start()
-        self.pooler = PgBouncer(self.directory / "pooler", self.port, self.user) if POOLED else None
+        if POOLED:
+            self.pooler = PgBouncer(self.directory / "pooler", self.port, self.user)
 
     def _other_user(self) -> str:
         import pwd  # noqa: PLC0415
@@ -1305,10 +1307,13 @@ class Postgres:
     def _answers(self) -> bool:
         if self.process.poll() is not None:
             raise AssertionError(f"PostgreSQL ended: {(self.directory / 'log').read_text()[-2000:]}")
-        try:
-            self.connect("postgres").close()
-        except (pg8000.exceptions.Error, OSError):
-            return False
+        # A pooler that could not log in refuses what its clients ask for a while.
+        for port in {self.port, self.front_port}:
+            try:
+                with contextlib.closing(self.connect("postgres", port=port)) as connection:
+                    connection.run("SELECT 1")
+            except (pg8000.exceptions.Error, OSError):
+                return False
         return True
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
@@ -1331,8 +1336,8 @@ class Postgres:
         """The port for servers under test."""
         return self.pooler.port if self.pooler else self.port
 
-    def connect(self, database: str, user: str = "postgres") -> pg8000.native.Connection:
-        return pg8000.native.Connection(user, host="127.0.0.1", port=self.port, database=database)
+    def connect(self, database: str, user: str = "postgres", port: int = 0) -> pg8000.native.Connection:
+        return pg8000.native.Connection(user, host="127.0.0.1", port=port or self.port, database=database)
 
     def url(self, database: str, user: str = "postgres") -> str:
         return f"postgres://{user}@127.0.0.1:{self.front_port}/{database}"
@@ -1867,6 +1872,7 @@ class MigrateTest(DatabaseCase):
         self.migrate(user="no_owner")
         self.check_fits()
 
+    @not_pooled("no setting outlives a transaction there, and a build has none")
     def test_a_statement_timeout_does_not_end_a_build(self) -> None:
         self.query("CREATE TABLE t (a int8, b text, c uuid, d text, j jsonb)")
         self.query("INSERT INTO t (a) SELECT generate_series(1, 200000)")
@@ -5101,7 +5107,7 @@ class MonitorTest(ProcessCase):
         self.assertEqual(values['flush_duration_seconds_count{store="spool"}'], 2)
         status, health = self.health(server)
         self.assertEqual((status, health["status"], health["database"]), (200, "ok", "away"))
-        self.assertIn("127.0.0.1", health["database_reason"])
+        self.assertIn("login has been failing" if POOLED else "127.0.0.1", health["database_reason"])
         self.assertEqual(health["spool"]["events"], 4)
         self.postgres.start()
         wait_until(lambda: self.metrics(server)["events_replayed_total"] == 4)
@@ -5201,6 +5207,23 @@ class MonitorTest(ProcessCase):
         self.postgres.start()
         wait_until(lambda: self.health(server)[0] == 200)
         wait_until(lambda: self.rows("marks") == 1)
+
+    @not_pooled("it chooses the backend")
+    def test_a_database_that_hangs_is_found_out_without_any_event(self) -> None:
+        server = self.serve()
+        [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
+        time.sleep(attolytics.PROBE_S)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            self.assertEqual(self.metrics(server)["database_up"], 1)  # asks the database for the next one
+            started = time.monotonic()
+            self.assertEqual(self.post(server, mark(1, table="plain")).json["stored"], "spool")
+            self.assertLess(time.monotonic() - started, attolytics.PATIENCE_S + 0.5)
+            wait_until(lambda: self.metrics(server)["database_reconnects_total"] == 1)
+            self.assertEqual(self.health(server)[0], 200)
+            wait_until(lambda: self.rows("plain") == 1)
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def test_health_follows_the_spools_limit(self) -> None:
         server = self.serve("--spool_limit", "1M")
