@@ -27,6 +27,7 @@ Threads, and what each owns:
     monitor        the same for the monitor port, a few of them; they only look at what others publish
     writer         the connection to PostgreSQL, the spool, the number of the flush
     connector      the attempt to connect while the database is away; hands a session to the writer
+    lane           a second connection, for large batches, from the first of them on; tells the writer
 
 The file reads from top to bottom, a section uses only what stands above it:
 
@@ -173,7 +174,9 @@ LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kern
 ACCEPT_PAUSE_S = 0.1  # When file descriptors ran out, instead of spinning.
 
 FLUSH_EVENTS_MAX = 2_000  # About 25 ms; more at once is no faster, and small batches wait behind it.
-FLUSH_ALONE_EVENTS = 1_000  # A batch of more is stored after the smaller ones that wait, not with them.
+LONG_FLUSH_EVENTS = 500  # The clients of a flush with so many are told after the next one is under way.
+LARGE_BATCH_EVENTS = 1_000  # A batch of more, or ...
+LARGE_BATCH_CHARS = 256 << 10  # ... a longer one, takes 10 ms and more: it is stored apart from others.
 FLUSH_CHARS_MAX = 8 << 20  # Bounds memory and the time one flush takes.
 PATIENCE_S = 0.8  # Clients wait so long for the database; then the flush goes to the spool.
 LOCK_TIMEOUT_MS = 5_000  # Another session holds a lock on a table: the database is busy.
@@ -4239,15 +4242,23 @@ class Spool:
         return float(match[1]) if match else None
 
     def append(
-        self, number: int, events: int, batches: Sequence[str], quarantined: Sequence[Quarantined]
+        self,
+        number: int,
+        events: int,
+        batches: Sequence[str],
+        quarantined: Sequence[Quarantined],
+        epoch: str = "",
     ) -> None:
-        """Keep a flush of this process, by the JSON of its batches, and events for the quarantine."""
+        """Keep a flush of this process, by the JSON of its batches, and events for the quarantine.
+
+        `epoch` is another one that the process began.
+        """
         text = f"[{','.join(batches)}]"
         self._check_room(len(text) + sum(len(item.event) for item in quarantined))
         # A single statement is a transaction by itself, and saves two.
         with self._transaction() if quarantined else self._translated():
             if events:
-                self._insert_flush(number, events, text)
+                self._insert_flush(epoch or self.epoch, number, events, text)
             self._insert_quarantined(quarantined)
         self._total += events
         self.quarantined += len(quarantined)
@@ -4308,6 +4319,12 @@ class Spool:
             )
         self._gone += events
 
+    def begin(self, epoch: str) -> None:
+        """Note another epoch of this process, before it gets a row in the ledger."""
+        with self._transaction():
+            self._db.execute("INSERT INTO attolytics_epoch VALUES (?, 0)", (epoch,))
+        self.epochs.append(epoch)
+
     def finish(self, epochs: Collection[str]) -> None:
         """Note that processes have nothing in the spool, before their rows leave the ledger."""
         with self._transaction():
@@ -4347,7 +4364,7 @@ class Spool:
         with self._transaction():
             if retries:
                 text = ",".join(retry.text[1:-1] for retry in retries)
-                self._insert_flush(number, len(retries), f"[{text}]")
+                self._insert_flush(self.epoch, number, len(retries), f"[{text}]")
             self._db.executemany(
                 "DELETE FROM attolytics_quarantine WHERE id = ?", [(retry.id,) for retry in retries]
             )
@@ -4419,10 +4436,10 @@ class Spool:
         row = self._db.execute(sql).fetchone()
         return row[0] if row else None
 
-    def _insert_flush(self, number: int, events: int, text: str) -> None:
+    def _insert_flush(self, epoch: str, number: int, events: int, text: str) -> None:
         self._db.execute(
             "INSERT INTO attolytics_spool (epoch, flush, events, total, batches) VALUES (?, ?, ?, ?, ?)",
-            (self.epoch, number, events, self._total + events, text),
+            (epoch, number, events, self._total + events, text),
         )
 
     def _insert_quarantined(self, quarantined: Iterable[Quarantined]) -> list[int]:
@@ -4500,6 +4517,9 @@ class Spool:
 # flushes. A transaction raises its epoch's row from the last number to its own. When
 # it is unknown whether a COMMIT came through, its flush is spooled under its number;
 # the next session says up to which number everything is there.
+#
+# Large batches take the database long, so while we are direct a lane stores them: a
+# second session with an epoch of its own. What it cannot store comes back to the writer.
 
 
 DATABASE = "database"
@@ -4533,15 +4553,8 @@ class Pending:
 
 
 CLOSED = "the server closed the connection"
+NO_LANE = "large batches have no connection of their own, and others wait for them"
 SLOW = "the database is slow; events go to the spool until it has answered"
-
-
-class Stop:
-    """The last item of the inbox."""
-
-
-class Prod:
-    """An item of the inbox that shows whether the writer takes it."""
 
 
 @dataclass(slots=True)
@@ -4596,28 +4609,28 @@ class Complaints:
 
 
 class Connector:
-    """Opens sessions in a thread of its own while the writer has none."""
+    """Opens sessions, as often as it takes."""
 
     def __init__(
         self,
         open_session: Callable[[Sequence[str]], Session],
-        hand_over: Callable[[Session], object],
         complaints: Complaints,
+        complaint: str = "cannot use the database",
     ) -> None:
         self.reason = ""  # why the last attempt failed
         self._open = open_session
-        self._hand_over = hand_over
+        self._complaint = complaint
         self._stop = threading.Event()
         self._wanted: queue.SimpleQueue[Sequence[str]] = queue.SimpleQueue()
         self._backoff = 0.0
         self._complaints = complaints
 
-    def start(self) -> None:
-        """Start the thread. It has nothing to do until it is asked to connect."""
-        threading.Thread(target=self._work, name="connector", daemon=True).start()
+    def start(self, hand_over: Callable[[Session], object]) -> None:
+        """Start a thread that opens the sessions asked for by connect(), and hands them over."""
+        threading.Thread(target=self._work, args=(hand_over,), name="connector", daemon=True).start()
 
     def connect(self, epochs: Sequence[str]) -> None:
-        """Begin to connect, with back-off since the last time that settled() was called.
+        """Let the thread connect, with back-off since the last time that settled() was called.
 
         The session will know the ledger's rows of `epochs`. Does not block.
         """
@@ -4629,24 +4642,23 @@ class Connector:
         self._backoff = 0.0
 
     def stop(self) -> None:
-        """End the thread soon; does not wait for it."""
+        """Give up soon; does not wait for it."""
         self._stop.set()
 
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            self._open_one(self._wanted.get())
-
-    def _open_one(self, epochs: Sequence[str]) -> None:
+    def open(self, epochs: Sequence[str]) -> Session | None:
+        """Return a session, or None after stop(). Blocks as long as it takes."""
         while not self._stop.wait(self._backoff * random.uniform(0.5, 1)):
             self._backoff = min(max(self._backoff * 2, BACKOFF_FIRST_S), BACKOFF_MAX_S)
             try:
-                session = self._open(epochs)
+                return self._open(epochs)
             except (DatabaseError, OperatorError) as error:
                 self.reason = str(error)
-                self._complaints.add(logging.WARNING, f"cannot use the database: {error}")
-            else:
-                self._hand_over(session)
-                return
+                self._complaints.add(logging.WARNING, f"{self._complaint}: {error}")
+        return None
+
+    def _work(self, hand_over: Callable[[Session], object]) -> None:
+        while session := self.open(self._wanted.get()):
+            hand_over(session)
 
 
 class Progress:
@@ -4693,6 +4705,131 @@ class Flight:
     waiting: Sequence[Pending]
     number: int
     is_spooled: bool = False  # It took long: its batches have their verdict, and it is in the spool too
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a lane puts into the writer's inbox: that it is open, or what became of its flush.
+
+    After DatabaseAway the flush may be stored or not; after any other error it is not.
+    """
+
+    lane: Lane
+    started: float = 0.0
+    skipped: Mapping[tuple[str, ...], int] = field(default_factory=dict)  # rows that were there already
+    error: DatabaseError | None = None
+    is_over: bool = False  # The lane has ended
+
+
+class Lane:
+    """A second session, with a thread and an epoch of its own, so that nobody waits behind large batches.
+
+    It stores one flush at a time, and tells the writer within twice PATIENCE_S what became of it. When that
+    is unknown, the lane ends, and its epoch with it: the writer's next session is told how far each epoch
+    has come, and knows.
+    """
+
+    def __init__(
+        self,
+        epoch: str,
+        connector: Connector,
+        tell: Callable[[Outcome], object],
+        clock: Callable[[], float],
+    ) -> None:
+        self.epoch = epoch
+        # These belong to the writer's thread.
+        self.is_open = False
+        self.flight: Flight | None = None
+        self._number = 0  # of the last flush
+        # And these to the thread of the lane.
+        self._connector = connector
+        self._tell = tell
+        self._clock = clock
+        self._flights: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="lane", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect. The first Outcome says that it is open."""
+        self._thread.start()
+
+    def store(self, pending: Pending) -> None:
+        """Store a batch in a flush of its own. Does not block; there must be no other flight."""
+        self._number += 1
+        self.flight = Flight([pending], self._number)
+        self._flights.put(self.flight)
+
+    def end(self) -> None:
+        """Let it close its session; waits for that, but not long."""
+        self._connector.stop()
+        self._flights.put(None)
+        self._thread.join(2 * GOODBYE_S)
+
+    def _work(self) -> None:
+        session = self._connector.open([self.epoch])
+        if session is None:
+            return
+        outcome = Outcome(self)
+        self._tell(outcome)
+        while not outcome.is_over and (flight := self._flights.get()):
+            outcome = self._store(session, flight)
+            self._tell(outcome)
+        # What takes long is spooled by now. Let it end by itself: the replay can begin when it has.
+        with contextlib.suppress(DatabaseError):
+            session.database.finish(STATEMENT_TIMEOUT_S + ANSWER_GRACE_S)
+        session.database.close()
+
+    def _store(self, session: Session, flight: Flight) -> Outcome:
+        started = self._clock()
+        raising = Raise(self.epoch, session.ledger[self.epoch], flight.number)
+        message = flush_message(session.begin(raising), [pending.batch.rows for pending in flight.waiting])
+        if session.database.is_stale():  # so nothing of it is sent
+            return Outcome(self, error=DatabaseConflict(CLOSED), is_over=True)
+        try:
+            self._run(session, message)
+        except DatabaseAway as error:
+            return Outcome(self, error=error, is_over=True)
+        except DatabaseError as error:
+            if error.sqlstate == UNPREPARED_STATE:
+                session.distrust()
+            return Outcome(self, error=error, is_over=not self._is_rolled_back(session))
+        session.ledger[self.epoch] = flight.number
+        sent = [pending.batch.counts for pending in flight.waiting]
+        return Outcome(self, started, skipped_rows(message, session.database.inserted(), sent))
+
+    def _run(self, session: Session, message: Message) -> None:
+        session.database.start(message)
+        if session.database.finish(PATIENCE_S) is None:
+            raise DatabaseAway(NO_ANSWER)
+
+    def _is_rolled_back(self, session: Session) -> bool:
+        try:
+            self._run(session, Message("ROLLBACK"))
+        except DatabaseError:
+            return False
+        return True
+
+
+def is_large(batch: Batch) -> bool:
+    """Return whether a batch takes the database so long that others should not wait behind it."""
+    return batch.accepted > LARGE_BATCH_EVENTS or len(batch.body) > LARGE_BATCH_CHARS
+
+
+def skipped_rows(
+    message: Message, inserted: Sequence[int], sent: Iterable[Mapping[str, int]]
+) -> Counter[tuple[str, ...]]:
+    """Return how many rows of a message were there already, by table.
+
+    `inserted` has the rows that each of its INSERTs stored, `sent` those of its batches by table.
+    """
+    stored: Counter[str] = Counter()
+    for table, rows in zip(message.inserts, inserted, strict=False):
+        stored[table] += rows
+    return Counter(
+        {
+            (table,): max(sum(counts.get(table, 0) for counts in sent) - rows, 0)
+            for table, rows in stored.items()
+        }
+    )
 
 
 @dataclass(slots=True)
@@ -4821,6 +4958,17 @@ class CheckUp:
         self.done = threading.Event()
 
 
+class Prod:
+    """An item of the inbox that shows whether the writer takes it."""
+
+
+class Stop:
+    """The last item of the inbox."""
+
+
+Item = Pending | Session | Outcome | CheckUp | Replacement | Prod | Stop
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     """How the writer found itself when it was asked last."""
@@ -4859,10 +5007,9 @@ class Writer:
         self.metrics = Metrics(schema)
         self.spool_limit = spool.bytes_max
         self.spool_path = spool.path
-        self._inbox: queue.SimpleQueue[Pending | Session | CheckUp | Replacement | Prod | Stop] = (
-            queue.SimpleQueue()
-        )
-        self._connector = Connector(open_session, self._inbox.put, self.complaints) if open_session else None
+        self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._open_session = open_session
+        self._connector = Connector(open_session, self.complaints) if open_session else None
         # Guards _check_up.
         self._lock = threading.Lock()
         self._check_up = CheckUp(0)
@@ -4876,7 +5023,12 @@ class Writer:
         self._session: Session | None = None
         self._number = 0  # of the last flush
         self._flight: Flight | None = None
-        self._held: Pending | None = None  # a large batch that waits for the next flush
+        self._lane: Lane | None = None
+        self._has_ended_lane = False  # so that its epoch can be finished
+        # Batches that are committed, and not told so before the database has the next flush to work on.
+        self._landed: list[tuple[Sequence[Pending], float]] = []
+        self._queued: list[Pending] = []  # large batches that wait for the lane
+        self._held: Pending | None = None  # a large batch that waits for the next flush, without a lane
         self._replacement: Replacement | None = None  # taken out of the inbox, not in use yet
         self._stopping = False
         self._patient_until = 0.0
@@ -4920,10 +5072,10 @@ class Writer:
         self._session = session
         self.metrics.sessions += session is not None
         if self._connector:
-            self._connector.start()
+            self._connector.start(self._inbox.put)
         if session is None and self._connector:
             self._away_since = self._clock()
-            self._connector.connect(self._spool.epochs)
+            self._connector.connect(self._open_epochs())
         thread = threading.Thread(target=self._work, name="writer", daemon=True)
         thread.start()
         return thread
@@ -4979,15 +5131,19 @@ class Writer:
 
     def _work(self) -> None:
         self._finish_epochs()
-        while not self._stopping:
+        while not self._stopping or (self._lane and self._lane.flight):
             if self._replacement:
                 self._replace(self._replacement)
+            if self._has_ended_lane and self._is_direct:
+                self._has_ended_lane = False
+                self._patient_until = self._clock() + PATIENCE_S
+                self._finish_epochs()
             if self._session and self._spool.events:
                 self._spool_waiting()
                 self._replay(self._session)
             elif waiting := self._take(wait=True):
                 # A flush must not overtake those in the spool: its number would declare them stored.
-                if self._session and not self._spool.events:
+                if self._session and self._is_direct:
                     self._patient_until = self._clock() + PATIENCE_S
                     self._store(self._session, waiting)
                 else:
@@ -5005,36 +5161,61 @@ class Writer:
         is_idle = wait
         with contextlib.suppress(queue.Empty):
             while events < FLUSH_EVENTS_MAX and chars < FLUSH_CHARS_MAX:
-                item = self._held or self._inbox.get(block=wait)
+                item = self._held or self._next(wait)
                 self._held = None
                 wait = False
                 if isinstance(item, Pending):
                     is_idle = False
-                    if waiting and item.batch.accepted > FLUSH_ALONE_EVENTS:
+                    if self._queue(item):
+                        continue
+                    if waiting and is_large(item.batch):
                         self._held = item
                         break
                     waiting.append(item)
                     events += item.batch.accepted
                     chars += len(item.batch.body)
+                elif isinstance(item, Outcome):
+                    waiting += self._hear(item)
                 elif isinstance(item, CheckUp):
-                    self._look_at_ourselves(is_idle)
-                    item.done.set()
-                    if is_idle and self._session:
-                        self._probe(self._session)
-                elif isinstance(item, Session):
-                    self.metrics.sessions += 1
-                    self._session = item
-                    self._finish_epochs()
-                    break
-                elif isinstance(item, Replacement):
-                    self._replacement = item  # not before the replay that may run now is over
-                    break
-                elif isinstance(item, Prod):
-                    continue
-                else:
-                    self._stopping = True
+                    self._examine(item, is_idle)
+                elif self._notice(item):
                     break
         return waiting
+
+    def _examine(self, check_up: CheckUp, is_idle: bool) -> None:
+        """Answer the monitor; `is_idle` when nobody waits and no message to the database is under way."""
+        self._look_at_ourselves(is_idle)
+        check_up.done.set()
+        if is_idle and self._session:
+            self._probe(self._session)
+
+    def _notice(self, item: Session | Replacement | Prod | Stop) -> bool:
+        """Note what is no batch; return whether it changes where those behind it go."""
+        if isinstance(item, Session):
+            self.metrics.sessions += 1
+            self._session = item
+            self._finish_epochs()
+        elif isinstance(item, Replacement):
+            self._replacement = item  # not before the replay that may run now is over
+        elif isinstance(item, Stop):
+            self._stopping = True
+        return not isinstance(item, Prod)
+
+    def _next(self, wait: bool) -> Item:
+        """Return the next item of the inbox; raise queue.Empty if there is none, and it is not waited for."""
+        with contextlib.suppress(queue.Empty):
+            return self._inbox.get_nowait()
+        if wait:
+            self._tell_landed()
+        return self._inbox.get(block=wait)
+
+    @property
+    def _is_direct(self) -> bool:
+        return self._session is not None and not self._spool.events
+
+    def _open_epochs(self) -> list[str]:
+        """Return the epochs that the ledger is to tell about: not the lane's, which knows itself."""
+        return [epoch for epoch in self._spool.epochs if self._lane is None or epoch != self._lane.epoch]
 
     def _replace(self, replacement: Replacement) -> None:
         self._replacement = None
@@ -5045,7 +5226,7 @@ class Writer:
             log.warning("the views of the spool stay as they are: %s", error.reason)
 
     def _look_at_ourselves(self, is_idle: bool) -> None:
-        """Renew the condition; `is_idle` when nobody waits and no message to the database is under way."""
+        """Renew the condition; is_idle as for _examine()."""
         if is_idle and self._session and self._session.database.is_stale():
             self._lose(DatabaseAway(CLOSED))
         try:
@@ -5073,7 +5254,7 @@ class Writer:
         reason = (self._connector.reason if self._connector else "") or self._database_reason
         self._condition = Condition(
             is_up=self._session is not None,
-            is_direct=self._session is not None and not self._spool.events,
+            is_direct=self._is_direct,
             database_reason="" if self._session else reason,
             spool_reason=spool_reason,
             spool_events=self._spool.events,
@@ -5087,10 +5268,15 @@ class Writer:
 
     def _close(self) -> None:
         """Leave nothing behind in the ledger unless the spool needs it, and close what is open."""
+        self._tell_landed()
         self._patient_until = self._clock() + CLOSE_S
+        if self._lane:
+            self._lane.end()
+            if self._lane.is_open:  # or else it may be about to get its row in the ledger
+                self._lane = None
         try:
-            if self._session and not self._spool.events:
-                self._spool.finish(self._spool.epochs)
+            if self._session and self._is_direct:
+                self._spool.finish(self._open_epochs())
                 self._forget_finished(self._session)
         except (DatabaseError, SpoolError) as error:
             log.debug("the ledger keeps the row of this process: %s", error)
@@ -5098,7 +5284,63 @@ class Writer:
             self._session.database.close()
         self._spool.close()
 
-    # To the database.
+    # To the database: large batches by a lane.
+
+    def _queue(self, pending: Pending) -> bool:
+        """Let a large batch wait for the lane; return False when it is to go with the others."""
+        if not is_large(pending.batch) or not self._is_direct:
+            return False
+        if self._lane is None:
+            self._open_lane()
+        if self._lane is None or not self._lane.is_open:
+            return False
+        self._queued.append(pending)
+        self._store_queued(self._lane)
+        return True
+
+    def _store_queued(self, lane: Lane) -> None:
+        while self._queued and not lane.flight:
+            for pending in self._keep_quarantined([self._queued.pop(0)]):
+                lane.store(pending)
+
+    def _open_lane(self) -> None:
+        if self._open_session is None:
+            return
+        epoch = str(uuid.uuid4())
+        try:
+            self._spool.begin(epoch)
+        except SpoolError as error:
+            self.complaints.add(logging.WARNING, f"{NO_LANE}: {error.reason}")
+            return
+        connector = Connector(self._open_session, self.complaints, NO_LANE)
+        self._lane = Lane(epoch, connector, self._inbox.put, self._clock)
+        self._lane.start()
+
+    def _hear(self, outcome: Outcome) -> Sequence[Pending]:
+        """Note what the lane says; return the batches that it leaves to us."""
+        lane = outcome.lane
+        lane.is_open = True
+        flight, lane.flight = lane.flight, None
+        left: list[Pending] = []
+        if flight and outcome.error is None:
+            self.metrics.duplicates.update(outcome.skipped)
+            self.metrics.database_seconds.observe(self._clock() - outcome.started)
+            self._settle(flight.waiting, outcome.started, DATABASE)
+        elif flight and isinstance(outcome.error, DatabaseAway):
+            text = f"a large batch goes to {self._spool.path}: {outcome.error.reason}"
+            self.complaints.add(logging.WARNING, text)
+            self._append(flight.waiting, flight.number, lane.epoch)
+        elif flight:
+            left += flight.waiting
+        if outcome.is_over:
+            self._lane = None
+            self._has_ended_lane = True
+        elif self._is_direct:
+            self._store_queued(lane)
+            return left
+        left += self._queued
+        self._queued.clear()
+        return left
 
     def _store(self, session: Session, waiting: Sequence[Pending]) -> None:
         """Store batches in one transaction, or else in the spool; give each its verdict."""
@@ -5138,7 +5380,10 @@ class Writer:
         self._succeed(session, raised)
         self.metrics.database_seconds.observe(self._clock() - started)
         if not flight.is_spooled:
-            self._settle(flight.waiting, DATABASE, started)
+            self._landed.append((flight.waiting, started))
+            # Before a short flush it is better to wait for what the clients send next.
+            if sum(pending.batch.accepted for pending in flight.waiting) < LONG_FLUSH_EVENTS:
+                self._tell_landed()
             return
         events = sum(pending.batch.accepted for pending in flight.waiting if pending.place)
         try:
@@ -5147,10 +5392,14 @@ class Writer:
         except SpoolError as error:  # the next session says that it is there
             self._lose(DatabaseAway(error.reason))
 
-    def _settle(self, waiting: Sequence[Pending], place: str, started: float) -> None:
-        self._count(waiting)
+    def _tell_landed(self) -> None:
+        while self._landed:
+            self._settle(*self._landed.pop(0), DATABASE)
+
+    def _settle(self, waiting: Sequence[Pending], started: float, place: str) -> None:
         for pending in waiting:
             pending.settle(place)
+        self._count(waiting)
         if log.isEnabledFor(TRACE):
             events = sum(pending.batch.accepted for pending in waiting)
             milliseconds = (self._clock() - started) * 1e3
@@ -5172,14 +5421,8 @@ class Writer:
                 self.metrics.quarantined += len(pending.kept) + len(batch.quarantined)
         self.metrics.flush_events.observe(events)
 
-    def _note_skipped(self, session: Session, message: Message, sent: Sequence[Mapping[str, int]]) -> None:
-        """Note which rows of a message were skipped, of those that were sent by table."""
-        stored: Counter[str] = Counter()
-        for table, inserted in zip(message.inserts, session.database.inserted(), strict=False):
-            stored[table] += inserted
-        for table, inserted in stored.items():
-            rows = sum(counts.get(table, 0) for counts in sent)
-            self._skipped[(table,)] += max(rows - inserted, 0)
+    def _note_skipped(self, session: Session, message: Message, sent: Iterable[Mapping[str, int]]) -> None:
+        self._skipped += skipped_rows(message, session.database.inserted(), sent)
 
     def _succeed(self, session: Session, raised: Raise) -> None:
         self.metrics.duplicates.update(self._skipped)
@@ -5312,7 +5555,10 @@ class Writer:
         deadline = self._clock() + self._statement_timeout + ANSWER_GRACE_S
         if self._clock() > self._patient_until:
             self._spool_waiting()
-        session.database.start(message)
+        try:
+            session.database.start(message)
+        finally:
+            self._tell_landed()
         while True:
             patience = self._patient_until - self._clock()
             try:
@@ -5347,13 +5593,16 @@ class Writer:
             text = f"the database cannot store events: {error.reason}; they go to {self._spool.path}"
             self.complaints.add(level, text)
         self._database_reason = error.reason
+        self._reconnect()
+
+    def _reconnect(self) -> None:
         if self._session:
             self._session.database.close()
         self._session = None
         self._progress = None
         self._away_since = self._clock() if self._away_since is None else self._away_since
         if self._connector:
-            self._connector.connect(self._spool.epochs)
+            self._connector.connect(self._open_epochs())
 
     # To the spool, and from there to the database.
 
@@ -5379,8 +5628,12 @@ class Writer:
                 self._refuse([pending], error)
         return going
 
-    def _append(self, waiting: Sequence[Pending], number: int) -> None:
-        """Store batches in the spool, as the flush of that number, and give each its verdict."""
+    def _append(self, waiting: Sequence[Pending], number: int, epoch: str = "") -> None:
+        """Store batches in the spool, as the flush of that number, and give each its verdict.
+
+        It is a flush of ours, or of the lane that had the epoch.
+        """
+        self._tell_landed()
         started = self._clock()
         texts, going = [], []
         for pending in waiting:
@@ -5392,13 +5645,13 @@ class Writer:
         events = sum(pending.batch.accepted for pending in going)
         quarantined = [item for pending in going for item in pending.batch.quarantined]
         try:
-            self._spool.append(number, events, texts, quarantined)
+            self._spool.append(number, events, texts, quarantined, epoch)
         except SpoolError as error:
             self._refuse(going, error)
         else:
             self.metrics.spooled += events
             self.metrics.spool_seconds.observe(self._clock() - started)
-            self._settle(going, SPOOL, started)
+            self._settle(going, started, SPOOL)
 
     def _refuse(self, waiting: Sequence[Pending], error: SpoolError) -> None:
         text = f"requests are answered with 503: {error.reason}"
@@ -5415,7 +5668,11 @@ class Writer:
         self._progress = self._progress or Progress(self._spool.events, self._clock, self.complaints)
         self._patient_until = self._clock()  # nobody waits for this
         try:
-            self._replay_group(session, self._spool.head(self._replay_events))
+            flushes = self._spool.head(self._replay_events)
+            if flushes[0].epoch not in session.ledger:  # A lane had it
+                self._reconnect()
+                return
+            self._replay_group(session, flushes)
             if not self._spool.events:
                 self._finish_replay()
         except SpoolError as error:
@@ -5541,7 +5798,7 @@ class Writer:
 
     def _finish_epochs(self) -> None:
         """Take processes that have ended, and whose events are all replayed, out of the ledger."""
-        others = [epoch for epoch in self._spool.epochs if epoch != self._spool.epoch]
+        others = [epoch for epoch in self._open_epochs() if epoch != self._spool.epoch]
         if not self._session or self._spool.events:
             return
         try:
