@@ -174,10 +174,12 @@ LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kern
 ACCEPT_PAUSE_S = 0.1  # When file descriptors ran out, instead of spinning.
 
 FLUSH_EVENTS_MAX = 2_000  # About 25 ms; more at once is no faster, and small batches wait behind it.
+TABLES_REMEMBERED = 256  # Their statements are not made anew for each flush.
 LONG_FLUSH_EVENTS = 500  # The clients of a flush with so many are told after the next one is under way.
 LARGE_BATCH_EVENTS = 1_000  # A batch of more, or ...
 LARGE_BATCH_CHARS = 256 << 10  # ... a longer one, takes 10 ms and more: it is stored apart from others.
 FLUSH_CHARS_MAX = 8 << 20  # Bounds memory and the time one flush takes.
+PROVEN_S = 0.05  # A database that has answered so lately is not asked whether it is there.
 PATIENCE_S = 0.8  # Clients wait so long for the database; then the flush goes to the spool.
 LOCK_TIMEOUT_MS = 5_000  # Another session holds a lock on a table: the database is busy.
 STATEMENT_TIMEOUT_S = 9  # Cancels a flush that hangs in the server ...
@@ -2413,6 +2415,7 @@ class Message:
     inserts: Sequence[str] = ()
 
 
+@lru_cache(TABLES_REMEMBERED)
 def insert_sql(table: TableIntake) -> tuple[str, str]:
     """Return what stands before and after the rows of an INSERT, or a COPY statement and ""."""
     columns = ",".join(identifier(column.name) for column in table.columns)
@@ -5344,7 +5347,7 @@ class Writer:
 
     def _store(self, session: Session, waiting: Sequence[Pending]) -> None:
         """Store batches in one transaction, or else in the spool; give each its verdict."""
-        if session.database.is_stale():
+        if self._clock() - self._proven_at > PROVEN_S and session.database.is_stale():
             self._lose(DatabaseAway(CLOSED))
             self._append(waiting, self._next_number())
             return
@@ -5377,13 +5380,15 @@ class Writer:
 
     def _land(self, session: Session, raised: Raise, flight: Flight, started: float) -> None:
         """Give the batches of a flush that is committed their verdict, if they do not have one."""
-        self._succeed(session, raised)
-        self.metrics.database_seconds.observe(self._clock() - started)
+        seconds = self._clock() - started
         if not flight.is_spooled:
             self._landed.append((flight.waiting, started))
             # Before a short flush it is better to wait for what the clients send next.
             if sum(pending.batch.accepted for pending in flight.waiting) < LONG_FLUSH_EVENTS:
-                self._tell_landed()
+                self._tell_landed()  # before we do our books: nobody waits for those
+        self._succeed(session, raised)
+        self.metrics.database_seconds.observe(seconds)
+        if not flight.is_spooled:
             return
         events = sum(pending.batch.accepted for pending in flight.waiting if pending.place)
         try:
@@ -5422,7 +5427,8 @@ class Writer:
         self.metrics.flush_events.observe(events)
 
     def _note_skipped(self, session: Session, message: Message, sent: Iterable[Mapping[str, int]]) -> None:
-        self._skipped += skipped_rows(message, session.database.inserted(), sent)
+        if message.inserts:
+            self._skipped += skipped_rows(message, session.database.inserted(), sent)
 
     def _succeed(self, session: Session, raised: Raise) -> None:
         self.metrics.duplicates.update(self._skipped)
