@@ -217,6 +217,7 @@ GOODBYE_S = 0.05  # To tell PostgreSQL that a connection ends; it would notice a
 SPOOL_DEPTH_SAFE = 500  # Levels of JSON that Python reads from anywhere; it gives up at about 1,000.
 SPOOL_DEPTH_SLACK = 50  # Levels that must be left when a batch is spooled.
 REPLAY_EVENTS_MAX = 4_000  # In one transaction: about 50 ms.
+REPLAY_ALLOWANCE = 2_000  # New events for each such transaction; more wait for the next, up to PATIENCE_S.
 REPLAY_POLL_S = 0.002  # Between looks at new batches while the database works on a replay.
 CHANGES_MAX = 20  # Named in the line about a reload.
 PROGRESS_LOG_S = 5  # Between two lines about a replay.
@@ -4532,10 +4533,13 @@ SPOOL = "spool"
 class Pending:
     """A batch on its way through the writer. One verdict on it is given, by the writer."""
 
-    __slots__ = ("_tell", "batch", "done", "kept", "place")
+    __slots__ = ("_tell", "batch", "done", "kept", "place", "since")
 
-    def __init__(self, batch: Batch, tell: Callable[[Batch, str | RequestError], object]) -> None:
+    def __init__(
+        self, batch: Batch, tell: Callable[[Batch, str | RequestError], object], since: float
+    ) -> None:
         self.batch = batch
+        self.since = since
         self.place = ""  # where it is stored
         self.kept: list[int] = []  # ids of its events that are in the quarantine already
         self._tell = tell
@@ -5042,6 +5046,8 @@ class Writer:
         self._retried: Counter[str] | None = None  # why events of --retry_quarantine stay there
         self._retried_events = 0
         self._retried_until = 0  # the last flush that has such events
+        self._taken_since = 0.0  # when the last batch that was taken had come
+        self._allowance = sys.maxsize  # of events that may be spooled while others are replayed
         self._replay_events = REPLAY_EVENTS_MAX  # fewer while the database is too slow for so many
         self._statement_timeout = STATEMENT_TIMEOUT_S
         self._conflicts = 0
@@ -5090,7 +5096,7 @@ class Writer:
         committed, DATABASE or SPOOL; or with StorageAway when it cannot be stored now, or InvalidEvents
         when the database refuses it. It must not block or raise.
         """
-        pending = Pending(batch, tell)
+        pending = Pending(batch, tell, self._clock())
         self._inbox.put(pending)
         return pending.done
 
@@ -5142,8 +5148,10 @@ class Writer:
                 self._patient_until = self._clock() + PATIENCE_S
                 self._finish_epochs()
             if self._session and self._spool.events:
+                self._allowance = REPLAY_ALLOWANCE
                 self._spool_waiting()
                 self._replay(self._session)
+                self._allowance = sys.maxsize
             elif waiting := self._take(wait=True):
                 # A flush must not overtake those in the spool: its number would declare them stored.
                 if self._session and self._is_direct:
@@ -5153,7 +5161,7 @@ class Writer:
                     self._append(waiting, self._next_number())
         self._close()
 
-    def _take(self, wait: bool) -> list[Pending]:
+    def _take(self, wait: bool, events_max: int = FLUSH_EVENTS_MAX) -> list[Pending]:
         """Return the batches that are waiting, up to a flush; notice what else is in the inbox.
 
         With `wait`, blocks until there is something.
@@ -5163,7 +5171,7 @@ class Writer:
         events = chars = 0
         is_idle = wait
         with contextlib.suppress(queue.Empty):
-            while events < FLUSH_EVENTS_MAX and chars < FLUSH_CHARS_MAX:
+            while events < min(events_max, FLUSH_EVENTS_MAX) and chars < FLUSH_CHARS_MAX:
                 item = self._held or self._next(wait)
                 self._held = None
                 wait = False
@@ -5175,6 +5183,7 @@ class Writer:
                         self._held = item
                         break
                     waiting.append(item)
+                    self._taken_since = item.since
                     events += item.batch.accepted
                     chars += len(item.batch.body)
                 elif isinstance(item, Outcome):
@@ -5618,7 +5627,11 @@ class Writer:
             self.complaints.add(logging.WARNING, SLOW)
             self._flight.is_spooled = True
             self._append(self._flight.waiting, self._flight.number)
-        if waiting := self._take(wait=False):
+        self.beat += 1
+        # Clients that send a lot must not fill the spool faster than it is replayed.
+        is_late = self._clock() - self._taken_since > PATIENCE_S
+        if waiting := self._take(wait=False, events_max=sys.maxsize if is_late else self._allowance):
+            self._allowance -= sum(pending.batch.accepted for pending in waiting)
             self._append(waiting, self._next_number())
 
     def _keep_quarantined(self, waiting: Sequence[Pending]) -> list[Pending]:

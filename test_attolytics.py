@@ -4625,6 +4625,30 @@ class FaultTest(ProcessCase):
         wait_until(lambda: not self.query(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"))
         self.assertEqual(self.stored(), [1, 2])
 
+    def test_a_replay_gets_on_while_clients_send_all_they_can(self) -> None:
+        server = self.run_server()
+        self.postgres.stop()
+        body = body_of(*[mark(number, table="plain") for number in range(1000)], key="key")
+        stop = threading.Event()
+        places: list[str] = []
+
+        def send() -> None:
+            while not stop.is_set():
+                places.append(server.post("/apps/app/events", body).json["stored"])
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            senders = [pool.submit(send) for _ in range(4)]
+            try:
+                wait_until(lambda: len(places) > 200)
+                self.assertEqual(set(places), {"spool"})
+                self.postgres.start()
+                wait_until(lambda: "database" in places, 40)
+            finally:
+                stop.set()
+            for sender in senders:
+                sender.result()
+        self.assertEqual(len(self.stored()), len(places) * 1000)
+
     def test_a_server_that_starts_before_postgresql_spools_and_then_prepares_the_tables(self) -> None:
         self.postgres.stop()
         server = self.run_server()
@@ -5714,7 +5738,7 @@ class Storm:
             size = 1 + client
             if client == self.CLIENTS - 1:
                 size = attolytics.LARGE_BATCH_EVENTS + 1
-                time.sleep(0.05)  # without a pause the spool would fill up faster than it is replayed
+                time.sleep(0.05)  # so that there is not too much to count
             numbers = range(number, number + size)
             number += len(numbers)
             body = body_of(*[mark(n, table="plain") for n in numbers], key="key")
