@@ -2671,21 +2671,18 @@ class LaneTest(WriterCase):
         events[-1]["text"] = text
         return self.batch(*events, app=app)
 
-    def lane(self) -> int | None:
-        """Return the process of the lane's session, if there is one."""
+    def backend(self) -> int:
+        """Return the process of the lane's session, 0 if there is none."""
         rows = self.query(
             "SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'"
             f" AND datname = '{self.database}' ORDER BY backend_start OFFSET 1"
         )
-        return int(rows[0][0]) if rows else None
+        return int(rows[0][0]) if rows else 0
 
-    def open_lane(self) -> int:
-        """Store a large batch, and return the process of the lane that is open afterwards."""
+    def open_lane(self) -> None:
+        """Store a large batch, and wait for the lane that is opened because of it."""
         self.assertEqual(store(self.writer, self.large()), DATABASE)
         wait_until(lambda: self.writer._lane and self.writer._lane.is_open)
-        pid = self.lane()
-        assert pid
-        return pid
 
     def sleep_on(self, text: str, seconds: float) -> None:
         """Let an insert of a text take its time."""
@@ -2707,9 +2704,10 @@ class LaneTest(WriterCase):
         self.writer.stop()
         wait_until(lambda: not self.query("SELECT 1 FROM attolytics_ledger"))
 
-    @not_pooled("there is a backend for every session only while it works")
+    @not_pooled("it looks at the backend")
     def test_small_batches_do_not_wait_behind_large_ones(self) -> None:
-        pid = self.open_lane()
+        self.open_lane()
+        pid = self.backend()
         self.sleep_on("slow", 0.5)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             futures = [pool.submit(store, self.writer, self.large(text="slow")) for _ in range(2)]
@@ -2720,7 +2718,7 @@ class LaneTest(WriterCase):
                 self.assertLess(time.monotonic() - started, 0.2)
             self.assertFalse(any(future.done() for future in futures))
             self.assertEqual([future.result() for future in futures], [DATABASE] * 2)
-        self.assertEqual(self.lane(), pid)
+        self.assertEqual(self.backend(), pid)
         self.check_exactly_once()
         counts = self.writer.metrics.accepted["app", "plain"], self.writer.metrics.accepted["app", "marks"]
         self.assertEqual(counts, (len(self.numbers), 10))
@@ -2761,7 +2759,8 @@ class LaneTest(WriterCase):
         for how in ("pg_terminate_backend", "pg_cancel_backend"):
             with self.subTest(how):
                 self.query("DROP FUNCTION IF EXISTS slow() CASCADE")
-                pid = self.open_lane()
+                self.open_lane()
+                pid = self.backend()
                 self.sleep_on("slow", 0.5)
                 with concurrent.futures.ThreadPoolExecutor(3) as pool:
                     futures = [pool.submit(store, self.writer, self.large(text="slow")) for _ in range(3)]
@@ -2774,12 +2773,13 @@ class LaneTest(WriterCase):
 
     @not_pooled("it chooses the backend")
     def test_a_lane_that_broke_while_it_was_idle_is_replaced(self) -> None:
-        pid = self.open_lane()
-        self.query(f"SELECT pg_terminate_backend({pid})")
-        wait_until(lambda: self.lane() is None)
+        self.open_lane()
+        self.query(f"SELECT pg_terminate_backend({self.backend()})")
+        wait_until(lambda: not self.backend())
         with self.assertNoLogs("attolytics", "WARNING"):
             self.assertEqual(store(self.writer, self.large()), DATABASE)
-            self.assertNotEqual(self.open_lane(), pid)
+            self.open_lane()
+        self.assertTrue(self.backend())
         wait_until(lambda: len(self.spool.epochs) == 2)  # that of the lane that broke is finished
         self.check_exactly_once()
         self.stop()
@@ -2799,7 +2799,8 @@ class LaneTest(WriterCase):
 
     @not_pooled("it chooses the backend")
     def test_a_flush_that_runs_late_stores_nothing_twice(self) -> None:
-        pid = self.open_lane()
+        self.open_lane()
+        pid = self.backend()
         os.kill(pid, signal.SIGSTOP)
         try:
             self.assertEqual(store(self.writer, self.large()), SPOOL)
