@@ -218,6 +218,7 @@ SPOOL_DEPTH_SAFE = 500  # Levels of JSON that Python reads from anywhere; it giv
 SPOOL_DEPTH_SLACK = 50  # Levels that must be left when a batch is spooled.
 REPLAY_EVENTS_MAX = 4_000  # In one transaction: about 50 ms.
 REPLAY_ALLOWANCE = 2_000  # New events for each such transaction; more wait for the next, up to PATIENCE_S.
+REPLAY_TURN_S = 0.3  # A transaction that takes longer has had its turn: the database is slow, or away.
 REPLAY_POLL_S = 0.002  # Between looks at new batches while the database works on a replay.
 CHANGES_MAX = 20  # Named in the line about a reload.
 PROGRESS_LOG_S = 5  # Between two lines about a replay.
@@ -5628,8 +5629,9 @@ class Writer:
             self._flight.is_spooled = True
             self._append(self._flight.waiting, self._flight.number)
         self.beat += 1
-        # Clients that send a lot must not fill the spool faster than it is replayed.
-        is_late = self._clock() - self._taken_since > PATIENCE_S
+        # Clients that send a lot must not fill the spool faster than it is replayed, if it is.
+        now = self._clock()
+        is_late = now - self._taken_since > PATIENCE_S or now - self._patient_until > REPLAY_TURN_S
         if waiting := self._take(wait=False, events_max=sys.maxsize if is_late else self._allowance):
             self._allowance -= sum(pending.batch.accepted for pending in waiting)
             self._append(waiting, self._next_number())
