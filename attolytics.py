@@ -3833,6 +3833,9 @@ class Session:
         return f"BEGIN;\n{raising.prepared_sql()}" if self.is_own else FLUSH_START + raising.sql()
 
 
+LEDGER_EMPTIED = "somebody else deletes rows of the ledger"
+
+
 def enlist(database: Database, schema: Schema, user: str, epochs: Sequence[str]) -> dict[str, int]:
     """Give epochs their rows in the ledger, and return the last flush that each has stored.
 
@@ -3853,7 +3856,7 @@ def enlist(database: Database, schema: Schema, user: str, epochs: Sequence[str])
         ) from None
     ledger = {epoch: int(flush) for epoch, flush in rows}
     if ledger.keys() != set(epochs):
-        raise DatabaseAway("somebody else deletes rows of the ledger")
+        raise DatabaseAway(LEDGER_EMPTIED)
     return ledger
 
 
@@ -4534,7 +4537,7 @@ SPOOL = "spool"
 class Pending:
     """A batch on its way through the writer. One verdict on it is given, by the writer."""
 
-    __slots__ = ("_tell", "batch", "done", "kept", "place", "since")
+    __slots__ = ("_tell", "batch", "done", "is_left", "kept", "place", "since")
 
     def __init__(
         self, batch: Batch, tell: Callable[[Batch, str | RequestError], object], since: float
@@ -4542,6 +4545,7 @@ class Pending:
         self.batch = batch
         self.since = since
         self.place = ""  # where it is stored
+        self.is_left = False  # The lane does not store it
         self.kept: list[int] = []  # ids of its events that are in the quarantine already
         self._tell = tell
         # Held until the verdict has been told; a bare lock wakes its thread faster than an Event.
@@ -4717,13 +4721,13 @@ class Flight:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a lane puts into the writer's inbox: that it is open, or what became of its flush.
+    """What a lane tells: that it is open, or what became of its flush.
 
     After DatabaseAway the flush may be stored or not; after any other error it is not.
     """
 
     lane: Lane
-    started: float = 0.0
+    seconds: float = 0.0  # that the flush took
     skipped: Mapping[tuple[str, ...], int] = field(default_factory=dict)  # rows that were there already
     error: DatabaseError | None = None
     is_over: bool = False  # The lane has ended
@@ -4733,8 +4737,8 @@ class Lane:
     """A second session, with a thread and an epoch of its own, so that nobody waits behind large batches.
 
     It stores one flush at a time, and tells the writer within twice PATIENCE_S what became of it. When that
-    is unknown, the lane ends, and its epoch with it: the writer's next session is told how far each epoch
-    has come, and knows.
+    is unknown, the lane ends, and its epoch with it: the ledger's row of that knows, as soon as the flush
+    has come to its end.
     """
 
     def __init__(
@@ -4757,7 +4761,7 @@ class Lane:
         self._thread = threading.Thread(target=self._work, name="lane", daemon=True)
 
     def start(self) -> None:
-        """Begin to connect. The first Outcome says that it is open."""
+        """Begin to connect. The first Outcome says that it is open. Raises RuntimeError without a thread."""
         self._thread.start()
 
     def store(self, pending: Pending) -> None:
@@ -4799,10 +4803,12 @@ class Lane:
         except DatabaseError as error:
             if error.sqlstate == UNPREPARED_STATE:
                 session.distrust()
-            return Outcome(self, error=error, is_over=not self._is_rolled_back(session))
+            is_lost = error.sqlstate == UNPREPARED_STATE or f"{LEDGER_MOVED} {self.epoch}" in error.reason
+            return Outcome(self, error=error, is_over=is_lost or not self._is_rolled_back(session))
         session.ledger[self.epoch] = flight.number
         sent = [pending.batch.counts for pending in flight.waiting]
-        return Outcome(self, started, skipped_rows(message, session.database.inserted(), sent))
+        skipped = skipped_rows(message, session.database.inserted(), sent)
+        return Outcome(self, self._clock() - started, skipped)
 
     def _run(self, session: Session, message: Message) -> None:
         session.database.start(message)
@@ -4974,7 +4980,7 @@ class Stop:
     """The last item of the inbox."""
 
 
-Item = Pending | Session | Outcome | CheckUp | Replacement | Prod | Stop
+Item = Pending | Session | CheckUp | Replacement | Prod | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -5016,6 +5022,7 @@ class Writer:
         self.spool_limit = spool.bytes_max
         self.spool_path = spool.path
         self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()  # which pass what is in the inbox
         self._open_session = open_session
         self._connector = Connector(open_session, self.complaints) if open_session else None
         # Guards _check_up.
@@ -5033,10 +5040,11 @@ class Writer:
         self._flight: Flight | None = None
         self._lane: Lane | None = None
         self._has_ended_lane = False  # so that its epoch can be finished
+        self._no_lane_until = 0.0  # after a failure
+        self._queued: list[Pending] = []  # large batches that wait for the lane
+        self._left: list[Pending] = []  # batches that were taken, and wait for the next flush
         # Batches that are committed, and not told so before the database has the next flush to work on.
         self._landed: list[tuple[Sequence[Pending], float]] = []
-        self._queued: list[Pending] = []  # large batches that wait for the lane
-        self._held: Pending | None = None  # a large batch that waits for the next flush, without a lane
         self._replacement: Replacement | None = None  # taken out of the inbox, not in use yet
         self._stopping = False
         self._patient_until = 0.0
@@ -5141,7 +5149,7 @@ class Writer:
 
     def _work(self) -> None:
         self._finish_epochs()
-        while not self._stopping or (self._lane and self._lane.flight):
+        while not self._stopping or self._left or (self._lane and self._lane.flight):
             if self._replacement:
                 self._replace(self._replacement)
             if self._has_ended_lane and self._is_direct:
@@ -5173,22 +5181,19 @@ class Writer:
         is_idle = wait
         with contextlib.suppress(queue.Empty):
             while events < min(events_max, FLUSH_EVENTS_MAX) and chars < FLUSH_CHARS_MAX:
-                item = self._held or self._next(wait)
-                self._held = None
+                item = self._next(wait)
                 wait = False
                 if isinstance(item, Pending):
                     is_idle = False
                     if self._queue(item):
                         continue
                     if waiting and is_large(item.batch):
-                        self._held = item
+                        self._left.insert(0, item)
                         break
                     waiting.append(item)
                     self._taken_since = item.since
                     events += item.batch.accepted
                     chars += len(item.batch.body)
-                elif isinstance(item, Outcome):
-                    waiting += self._hear(item)
                 elif isinstance(item, CheckUp):
                     self._examine(item, is_idle)
                 elif self._notice(item):
@@ -5215,7 +5220,11 @@ class Writer:
         return not isinstance(item, Prod)
 
     def _next(self, wait: bool) -> Item:
-        """Return the next item of the inbox; raise queue.Empty if there is none, and it is not waited for."""
+        """Return the next item; raise queue.Empty if there is none, and it is not waited for."""
+        while not self._outcomes.empty():
+            self._hear(self._outcomes.get())
+        if self._left:
+            return self._left.pop(0)
         with contextlib.suppress(queue.Empty):
             return self._inbox.get_nowait()
         if wait:
@@ -5231,6 +5240,7 @@ class Writer:
         return [epoch for epoch in self._spool.epochs if self._lane is None or epoch != self._lane.epoch]
 
     def _replace(self, replacement: Replacement) -> None:
+        self._tell_landed()
         self._replacement = None
         self._replayer = replacement.replayer
         try:
@@ -5301,9 +5311,9 @@ class Writer:
 
     def _queue(self, pending: Pending) -> bool:
         """Let a large batch wait for the lane; return False when it is to go with the others."""
-        if not is_large(pending.batch) or not self._is_direct:
+        if not is_large(pending.batch) or pending.is_left or not self._is_direct:
             return False
-        if self._lane is None:
+        if self._lane is None and self._clock() > self._no_lane_until:
             self._open_lane()
         if self._lane is None or not self._lane.is_open:
             return False
@@ -5319,41 +5329,56 @@ class Writer:
     def _open_lane(self) -> None:
         if self._open_session is None:
             return
-        epoch = str(uuid.uuid4())
+        self._tell_landed()
+        lane = Lane(
+            str(uuid.uuid4()),
+            Connector(self._open_session, self.complaints, NO_LANE),
+            self._tell_from_lane,
+            self._clock,
+        )
         try:
-            self._spool.begin(epoch)
-        except SpoolError as error:
-            self.complaints.add(logging.WARNING, f"{NO_LANE}: {error.reason}")
+            self._spool.begin(lane.epoch)
+            lane.start()
+        except (SpoolError, RuntimeError) as error:  # no disk, no thread
+            self.complaints.add(logging.WARNING, f"{NO_LANE}: {one_line(error)}")
+            self._no_lane_until = self._clock() + COMPLAINT_S
+            self._has_ended_lane = True
             return
-        connector = Connector(self._open_session, self.complaints, NO_LANE)
-        self._lane = Lane(epoch, connector, self._inbox.put, self._clock)
-        self._lane.start()
+        self._lane = lane
 
-    def _hear(self, outcome: Outcome) -> Sequence[Pending]:
-        """Note what the lane says; return the batches that it leaves to us."""
+    def _tell_from_lane(self, outcome: Outcome) -> None:
+        """Let the writer hear of an outcome soon. Called by the lane's thread."""
+        self._outcomes.put(outcome)
+        self._inbox.put(Prod())
+
+    def _hear(self, outcome: Outcome) -> None:
+        """Note what the lane says, and what it leaves to us."""
         lane = outcome.lane
         lane.is_open = True
         flight, lane.flight = lane.flight, None
-        left: list[Pending] = []
         if flight and outcome.error is None:
             self.metrics.duplicates.update(outcome.skipped)
-            self.metrics.database_seconds.observe(self._clock() - outcome.started)
-            self._settle(flight.waiting, outcome.started, DATABASE)
+            self.metrics.database_seconds.observe(outcome.seconds)
+            self._settle(flight.waiting, self._clock() - outcome.seconds, DATABASE)
         elif flight and isinstance(outcome.error, DatabaseAway):
             text = f"a large batch goes to {self._spool.path}: {outcome.error.reason}"
             self.complaints.add(logging.WARNING, text)
             self._append(flight.waiting, flight.number, lane.epoch)
         elif flight:
-            left += flight.waiting
+            self._leave(flight.waiting)
         if outcome.is_over:
             self._lane = None
             self._has_ended_lane = True
-        elif self._is_direct:
+        if self._lane and self._is_direct:
             self._store_queued(lane)
-            return left
-        left += self._queued
-        self._queued.clear()
-        return left
+        else:
+            self._leave(self._queued)
+            self._queued.clear()
+
+    def _leave(self, waiting: Iterable[Pending]) -> None:
+        for pending in waiting:
+            pending.is_left = True
+            self._left.append(pending)
 
     def _store(self, session: Session, waiting: Sequence[Pending]) -> None:
         """Store batches in one transaction, or else in the spool; give each its verdict."""
@@ -5609,9 +5634,6 @@ class Writer:
             text = f"the database cannot store events: {error.reason}; they go to {self._spool.path}"
             self.complaints.add(level, text)
         self._database_reason = error.reason
-        self._reconnect()
-
-    def _reconnect(self) -> None:
         if self._session:
             self._session.database.close()
         self._session = None
@@ -5642,6 +5664,7 @@ class Writer:
         for pending in waiting:
             try:
                 if pending.batch.quarantined:
+                    self._tell_landed()  # they should not wait for the disk
                     pending.kept += self._spool.quarantine(pending.batch.quarantined)
                     pending.batch.quarantined = []
                 going.append(pending)
@@ -5690,9 +5713,8 @@ class Writer:
         self._patient_until = self._clock()  # nobody waits for this
         try:
             flushes = self._spool.head(self._replay_events)
-            if flushes[0].epoch not in session.ledger:  # A lane had it
-                self._reconnect()
-                return
+            if flushes[0].epoch not in session.ledger:
+                self._look_up(session, flushes[0].epoch)
             self._replay_group(session, flushes)
             if not self._spool.events:
                 self._finish_replay()
@@ -5713,6 +5735,13 @@ class Writer:
             self._replay_events = max(self._replay_events // 4, 1)
             self._lose(error)
         self._statement_timeout = STATEMENT_TIMEOUT_S
+
+    def _look_up(self, session: Session, epoch: str) -> None:
+        """Find out what is stored of an epoch that a lane had. Waits for a flush of it that still runs."""
+        rows = self._run(session, Message(f"{FLUSH_START}{read_ledger_sql([epoch])};\nCOMMIT"))
+        if not rows:
+            raise DatabaseAway(LEDGER_EMPTIED)
+        session.ledger[epoch] = int(rows[0][1])
 
     def _replay_group(self, session: Session, flushes: Sequence[SpooledFlush]) -> None:
         epoch = flushes[0].epoch
@@ -5822,9 +5851,12 @@ class Writer:
         others = [epoch for epoch in self._open_epochs() if epoch != self._spool.epoch]
         if not self._session or self._spool.events:
             return
+        self._tell_landed()
         try:
             if others:
                 self._spool.finish(others)
+                for epoch in others:
+                    self._session.ledger.pop(epoch, None)
             self._forget_finished(self._session)
         except DatabaseAway as error:
             self._lose(error)

@@ -2797,6 +2797,38 @@ class LaneTest(WriterCase):
         self.check_exactly_once()
         self.stop()
 
+    def test_one_that_is_only_slow_does_not_cost_us_our_session(self) -> None:
+        self.open_lane()
+        self.sleep_on("slow", attolytics.PATIENCE_S + 0.5)
+        self.assertEqual(store(self.writer, self.large(text="slow")), SPOOL)
+        self.wait_for_database()
+        self.check_exactly_once()
+        self.assertEqual(self.writer.metrics.sessions, 1)
+        self.stop()
+
+    def test_a_lane_whose_row_is_gone_is_replaced(self) -> None:
+        self.open_lane()
+        lane = self.writer._lane
+        assert lane
+        self.query(f"DELETE FROM attolytics_ledger WHERE epoch = '{lane.epoch}'")
+        self.assertEqual(store(self.writer, self.large()), DATABASE)
+        self.open_lane()
+        self.assertIsNot(self.writer._lane, lane)
+        self.check_exactly_once()
+        self.stop()
+
+    def test_a_spool_that_somebody_locks_is_waited_for_once(self) -> None:
+        self.assertEqual(store(self.writer, self.batch(mark(1))), DATABASE)
+        with contextlib.closing(sqlite3.connect(self.spool.path)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            started = time.monotonic()
+            with self.assertLogs("attolytics", "WARNING") as logged:
+                for _ in range(3):
+                    self.assertEqual(store(self.writer, self.large()), DATABASE)
+            self.assertLess(time.monotonic() - started, attolytics.SPOOL_BUSY_S + 1)
+            self.assertIn(attolytics.NO_LANE, logged.output[0])
+        self.check_exactly_once()
+
     @not_pooled("it chooses the backend")
     def test_a_flush_that_runs_late_stores_nothing_twice(self) -> None:
         self.open_lane()
