@@ -5225,11 +5225,13 @@ class Writer:
             self._hear(self._outcomes.get())
         if self._left:
             return self._left.pop(0)
-        with contextlib.suppress(queue.Empty):
+        try:
             return self._inbox.get_nowait()
-        if wait:
-            self._tell_landed()
-        return self._inbox.get(block=wait)
+        except queue.Empty:
+            if not wait:
+                raise
+        self._tell_landed()
+        return self._inbox.get()
 
     @property
     def _is_direct(self) -> bool:
