@@ -165,9 +165,7 @@ TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
 SPARE_FILES = 64  # File descriptors beside the client connections: database, log, libraries.
 TLS_SEND_BYTES = 16 << 10  # At once, to the database: one record.
 RECEIVE_BYTES = 64 << 10  # Read at once: the head and the body of nearly every request.
-MAPPED_BYTES = (
-    128 << 10
-)  # Larger pieces of memory go back to the system at once; what is read at once is less.
+MAPPED_BYTES = 128 << 10  # Larger pieces of memory go back to the system at once; RECEIVE_BYTES is less.
 LARGE_BODY_BYTES = 32 << 10  # Larger ones are converted one at a time ...
 LARGE_BATCHES_MAX = 6  # ... and so many are between that and their answer: enough for two flushes.
 LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kernel caps it.
@@ -2534,14 +2532,17 @@ def touch_sql(schema: Schema) -> str:
     return ";".join(f"EXPLAIN INSERT INTO {identifier(name)} DEFAULT VALUES" for name in schema.tables)
 
 
-def insert_message(start: str, texts: Mapping[TableIntake, Sequence[str]], end: str) -> Message:
-    """Return the message that stores rows between two statements.
+def insert_message(start: str, texts: Iterable[tuple[TableIntake, str]], end: str) -> Message:
+    """Return the message that stores rows between two statements; a text has one or more of a table.
 
     Each table says itself which columns its rows have: while a schema is replaced, rows of both may meet.
     """
+    by_table: dict[TableIntake, list[str]] = {}
+    for table, text in texts:
+        by_table.setdefault(table, []).append(text)
     sql, copies, inserts = start, [], []
     # Always in the same order of tables, so that instances do not lock each other out.
-    for table, rows in sorted(texts.items(), key=lambda item: item[0].name):
+    for table, rows in sorted(by_table.items(), key=lambda item: item[0].name):
         before_rows, after_rows = insert_sql(table)
         if table.format is COPY_ROWS:
             sql += f"{before_rows};\n"
@@ -2554,11 +2555,7 @@ def insert_message(start: str, texts: Mapping[TableIntake, Sequence[str]], end: 
 
 def flush_message(start: str, parts: Iterable[Mapping[TableIntake, str]]) -> Message:
     """Return the message that stores rows, as texts by table, in the transaction that `start` begins."""
-    merged: dict[TableIntake, list[str]] = {}
-    for rows in parts:
-        for table, text in rows.items():
-            merged.setdefault(table, []).append(text)
-    return insert_message(start, merged, "COMMIT")
+    return insert_message(start, (text for texts in parts for text in texts.items()), "COMMIT")
 
 
 def attempt_message(rows: Iterable[tuple[TableIntake, str]]) -> Message:
@@ -2566,11 +2563,8 @@ def attempt_message(rows: Iterable[tuple[TableIntake, str]]) -> Message:
 
     After an error, UNDO_ATTEMPT takes back what it did.
     """
-    by_table: dict[TableIntake, list[str]] = {}
-    for table, row in rows:
-        by_table.setdefault(table, []).append(row)
     end = "SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED; RELEASE SAVEPOINT attempt"
-    return insert_message("SAVEPOINT attempt;\n", by_table, end)
+    return insert_message("SAVEPOINT attempt;\n", rows, end)
 
 
 UNDO_ATTEMPT = "ROLLBACK TO SAVEPOINT attempt"
@@ -3219,13 +3213,13 @@ class Database:
         self._timeout = timeout  # of run(), in seconds
         self.limit_sending(timeout)
 
-    def run(self, sql: str) -> list[list[Any]]:
-        """Send one message and return the rows it brings.
+    def run(self, message: str | Message) -> list[list[Any]]:
+        """Send one message, or the SQL of one without COPY, and return the rows it brings.
 
         Raises DatabaseAway when the connection is lost or the database cannot work now, and
         DataRefused, DatabaseConflict or DatabaseMisconfigured for what the server says.
         """
-        self.start(Message(sql))
+        self.start(Message(message) if isinstance(message, str) else message)
         rows = self.finish(self._timeout)
         if rows is None:
             raise DatabaseAway(NO_ANSWER)
@@ -3831,6 +3825,15 @@ class Session:
         if is_patient:
             return PATIENT_FLUSH_START + raising.sql()
         return f"BEGIN;\n{raising.prepared_sql()}" if self.is_own else FLUSH_START + raising.sql()
+
+    def end_reason(self, error: DatabaseError) -> str:
+        """Return why the session is not what we take it for, if an error says so, or ""."""
+        if error.sqlstate == UNPREPARED_STATE:
+            self.distrust()
+            return "a pooler gave our session to somebody else"
+        if any(f"{LEDGER_MOVED} {epoch}" in error.reason for epoch in self.ledger):
+            return "the ledger does not stand where we left it"
+        return ""
 
 
 LEDGER_EMPTIED = "somebody else deletes rows of the ledger"
@@ -4543,7 +4546,7 @@ class Pending:
         self, batch: Batch, tell: Callable[[Batch, str | RequestError], object], since: float
     ) -> None:
         self.batch = batch
-        self.since = since
+        self.since = since  # when it came, by the writer's clock
         self.place = ""  # where it is stored
         self.is_left = False  # The lane does not store it
         self.kept: list[int] = []  # ids of its events that are in the quarantine already
@@ -4780,6 +4783,7 @@ class Lane:
         session = self._connector.open([self.epoch])
         if session is None:
             return
+        session.database.set_timeout(PATIENCE_S)
         outcome = Outcome(self)
         self._tell(outcome)
         while not outcome.is_over and (flight := self._flights.get()):
@@ -4797,27 +4801,20 @@ class Lane:
         if session.database.is_stale():  # so nothing of it is sent
             return Outcome(self, error=DatabaseConflict(CLOSED), is_over=True)
         try:
-            self._run(session, message)
+            session.database.run(message)
         except DatabaseAway as error:
             return Outcome(self, error=error, is_over=True)
         except DatabaseError as error:
-            if error.sqlstate == UNPREPARED_STATE:
-                session.distrust()
-            is_lost = error.sqlstate == UNPREPARED_STATE or f"{LEDGER_MOVED} {self.epoch}" in error.reason
-            return Outcome(self, error=error, is_over=is_lost or not self._is_rolled_back(session))
+            is_over = bool(session.end_reason(error)) or not self._is_rolled_back(session)
+            return Outcome(self, error=error, is_over=is_over)
         session.ledger[self.epoch] = flight.number
         sent = [pending.batch.counts for pending in flight.waiting]
         skipped = skipped_rows(message, session.database.inserted(), sent)
         return Outcome(self, self._clock() - started, skipped)
 
-    def _run(self, session: Session, message: Message) -> None:
-        session.database.start(message)
-        if session.database.finish(PATIENCE_S) is None:
-            raise DatabaseAway(NO_ANSWER)
-
     def _is_rolled_back(self, session: Session) -> bool:
         try:
-            self._run(session, Message("ROLLBACK"))
+            session.database.run("ROLLBACK")
         except DatabaseError:
             return False
         return True
@@ -5140,7 +5137,7 @@ class Writer:
         return self._condition, late
 
     def stop(self) -> None:
-        """End the thread after what is in the inbox. Does not wait; no store() may follow."""
+        """End the thread after what is in the inbox. Does not wait; no submit() may follow."""
         if self._connector:
             self._connector.stop()
         self._inbox.put(Stop())
@@ -5606,14 +5603,9 @@ class Writer:
             patience = self._patient_until - self._clock()
             try:
                 rows = session.database.finish(max(patience, REPLAY_POLL_S))
-            except DataRefused as error:
-                if any(f"{LEDGER_MOVED} {epoch}" in error.reason for epoch in session.ledger):
-                    raise DatabaseAway("the ledger does not stand where we left it") from None
-                raise
-            except DatabaseMisconfigured as error:
-                if error.sqlstate == UNPREPARED_STATE:
-                    session.distrust()
-                    raise DatabaseAway("a pooler gave our session to somebody else") from None
+            except (DataRefused, DatabaseMisconfigured) as error:
+                if reason := session.end_reason(error):
+                    raise DatabaseAway(reason) from None
                 raise
             if rows is not None:
                 self._proven_at = self._clock()

@@ -1383,6 +1383,12 @@ class DatabaseCase(unittest.TestCase):
         finally:
             connection.close()
 
+    def session(self) -> pg8000.native.Connection:
+        """Return a session of the test's own, closed when the test ends."""
+        session = self.postgres.connect(self.database)
+        self.addCleanup(session.close)
+        return session
+
     def open(self, schema: Schema | None = None, **changes: Any) -> Database:
         """Return a prepared connection, closed when the test ends."""
         target = self.postgres.target(self.database, **changes)
@@ -1580,8 +1586,7 @@ class PrepareTest(DatabaseCase):
 
     def test_a_lock_on_a_table_does_not_hold_up_the_start_for_ever(self) -> None:
         self.query("CREATE TABLE marks (mark int8, text text)")
-        session = self.postgres.connect(self.database)
-        self.addCleanup(session.close)
+        session = self.session()
         session.run("BEGIN; INSERT INTO marks VALUES (1)")
         with self.assertRaisesRegex(attolytics.DatabaseAway, "lock timeout"):
             self.open()
@@ -1621,11 +1626,6 @@ class MigrateTest(DatabaseCase):
             plan = attolytics.check_database(database, self.schema, self.target.user)
         self.assertEqual(plan.reasons, [])
         self.assertEqual(attolytics.script(plan), "")
-
-    def session(self) -> pg8000.native.Connection:
-        session = self.postgres.connect(self.database)
-        self.addCleanup(session.close)
-        return session
 
     def indexes(self) -> list[tuple[str, bool]]:
         rows = self.query(
@@ -2317,9 +2317,8 @@ class WriterCase(DatabaseCase):
 
     def hold_flush(self, table: str = "marks") -> tuple[pg8000.native.Connection, Callable[[], None]]:
         """Lock a table so that a flush waits; return the session and what lets it go on."""
-        session = self.postgres.connect(self.database)
+        session = self.session()
         session.run(f"BEGIN; LOCK TABLE {table}")
-        self.addCleanup(session.close)
         return session, lambda: session.run("COMMIT")
 
     def wait_for_blocked(self) -> None:
@@ -4503,8 +4502,7 @@ apps:
 
     def test_a_new_required_column_does_not_refuse_what_the_old_schema_takes(self) -> None:
         server = self.run_server("--migrate")
-        session = self.postgres.connect(self.database)
-        self.addCleanup(session.close)
+        session = self.session()
         # Keeps the build of the index from ending, so that the reload is half-way.
         session.run("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM plain")
         self.schema_file.write_text(self.LARGE)
@@ -4542,8 +4540,7 @@ apps:
             self.assertEqual(first, "RELOADING=1")
             self.assertLess(abs(int(second.removeprefix("MONOTONIC_USEC=")) - now), 5_000_000)
             self.assertRegex(sock.recv(1000).decode(), r"^READY=1\nSTATUS=listening on ")
-        session = self.postgres.connect(self.database)
-        self.addCleanup(session.close)
+        session = self.session()
         session.run("BEGIN; LOCK TABLE pg_class")  # whoever looks at the tables has to wait
         for _ in range(10):
             server.process.send_signal(signal.SIGHUP)
@@ -4555,8 +4552,7 @@ apps:
 
     def test_a_signal_to_end_does_not_wait_for_a_reload(self) -> None:
         server = self.run_server("--migrate")
-        session = self.postgres.connect(self.database)
-        self.addCleanup(session.close)
+        session = self.session()
         session.run("BEGIN; LOCK TABLE plain IN SHARE UPDATE EXCLUSIVE MODE")
         self.schema_file.write_text(self.LARGE)
         server.process.send_signal(signal.SIGHUP)
