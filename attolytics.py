@@ -177,6 +177,7 @@ LONG_FLUSH_EVENTS = 500  # The clients of a flush with so many are told after th
 LARGE_BATCH_EVENTS = 1_000  # A batch of more, or ...
 LARGE_BATCH_CHARS = 256 << 10  # ... a longer one, takes 10 ms and more: it is stored apart from others.
 FLUSH_CHARS_MAX = 8 << 20  # Bounds memory and the time one flush takes.
+AHEAD_S = 0.02  # Flushes that follow so soon are begun ahead; rolled back when nothing came for so long.
 PROVEN_S = 0.05  # A database that has answered so lately is not asked whether it is there.
 PATIENCE_S = 0.8  # Clients wait so long for the database; then the flush goes to the spool.
 LOCK_TIMEOUT_MS = 5_000  # Another session holds a lock on a table: the database is busy.
@@ -2407,12 +2408,14 @@ LEDGER_MOVED = "rows raised in the ledger for"
 class Message:
     """A simple-protocol message, and the data of its COPY statements in their order.
 
-    `inserts` has the tables of its INSERT statements, also in their order.
+    `inserts` has the tables of its INSERT statements, also in their order; `ahead` how the next message will
+    probably begin: the database works on that while we do not have the rest yet.
     """
 
     sql: str
     copies: Sequence[bytes] = ()
     inserts: Sequence[str] = ()
+    ahead: str = ""
 
 
 @lru_cache(TABLES_REMEMBERED)
@@ -2500,6 +2503,10 @@ class Raise:
         """Return the statement that takes the step in a session prepared by OWN_SESSION."""
         return f"EXECUTE {PREPARED_RAISE} ('{self.epoch}', {self.start}, {self.end});\n"
 
+    def next(self) -> Raise:
+        """Return the step to the flush after this one."""
+        return Raise(self.epoch, self.end, self.end + 1)
+
 
 def enlist_sql(epochs: Iterable[str]) -> str:
     """Return the transaction that gives epochs their rows in the ledger."""
@@ -2532,7 +2539,9 @@ def touch_sql(schema: Schema) -> str:
     return ";".join(f"EXPLAIN INSERT INTO {identifier(name)} DEFAULT VALUES" for name in schema.tables)
 
 
-def insert_message(start: str, texts: Iterable[tuple[TableIntake, str]], end: str) -> Message:
+def insert_message(
+    start: str, texts: Iterable[tuple[TableIntake, str]], end: str, ahead: str = ""
+) -> Message:
     """Return the message that stores rows between two statements; a text has one or more of a table.
 
     Each table says itself which columns its rows have: while a schema is replaced, rows of both may meet.
@@ -2550,12 +2559,12 @@ def insert_message(start: str, texts: Iterable[tuple[TableIntake, str]], end: st
         else:
             sql += f"{before_rows}{','.join(rows)}{after_rows};\n"
             inserts.append(table.name)
-    return Message(sql + end, copies, inserts)
+    return Message(sql + end, copies, inserts, ahead)
 
 
-def flush_message(start: str, parts: Iterable[Mapping[TableIntake, str]]) -> Message:
+def flush_message(start: str, parts: Iterable[Mapping[TableIntake, str]], ahead: str = "") -> Message:
     """Return the message that stores rows, as texts by table, in the transaction that `start` begins."""
-    return insert_message(start, (text for texts in parts for text in texts.items()), "COMMIT")
+    return insert_message(start, (text for texts in parts for text in texts.items()), "COMMIT", ahead)
 
 
 def attempt_message(rows: Iterable[tuple[TableIntake, str]]) -> Message:
@@ -3059,24 +3068,39 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
     inserted: list[int]  # by each INSERT of the last message
     _unread = b""  # from the server
     _unsent = memoryview(b"")  # of the message that it works on
-    _context: Any = None
-    _answered = True
+    _context: Any = None  # what the message brings
+    _awaited: Sequence[Any] = ()  # the same, and before it what was sent ahead of it, until answered
+    ahead = ""  # what the last message had the database begin with
     _waits_s = 0.0  # what limit_wait() was told last
 
     def send(self, message: Message) -> None:
         """Send a message and its COPY data in one go.
 
         The server takes the data when it comes to the COPY, and drops it if an error comes first
-        (PostgreSQL manual, 55.2.6). pg8000 by itself needs three round trips for a COPY.
+        (PostgreSQL manual, 55.2.6). pg8000 by itself needs three round trips for a COPY. Of a message that
+        begins with what was sent ahead, the rest is sent; any other one takes that back.
         """
-        parts = [frame(b"Q", message.sql.encode() + b"\0")]
+        parts = [frame(b"Q", self._go_on(message.sql).encode() + b"\0")]
         for data in message.copies:
             parts += [frame(b"d", data), frame(b"c", b"")]
-        self._context = pg8000.core.Context(message.sql)
+        self.ahead = message.ahead
+        if self.ahead:
+            parts.append(frame(b"Q", self.ahead.encode() + b"\0"))
         self.inserted = []
-        self._answered = False
         self._unsent = memoryview(b"".join(parts))
         self._send_some()
+
+    def _go_on(self, sql: str) -> str:
+        """Return what of a message is to be sent after what was sent ahead; expect the answers to both."""
+        is_begun = bool(self.ahead) and sql.startswith(self.ahead)
+        if is_begun:
+            sql = sql[len(self.ahead) :]
+        elif self.ahead:
+            sql = f"ROLLBACK;\n{sql}"
+        self._context = pg8000.core.Context(sql)
+        before = self._context if is_begun else pg8000.core.Context(self.ahead)
+        self._awaited = [before, self._context] if self.ahead else [self._context]
+        return sql
 
     def receive(self, seconds: float) -> bool:
         """Return whether the server has answered the whole message; wait at most `seconds` for that.
@@ -3165,17 +3189,18 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
         PostgreSQL manual, 55.7: a byte for the kind, and a length that counts itself.
         """
         data, at = self._unread, 0
-        while not self._answered and len(data) - at >= 5:
+        while self._awaited and len(data) - at >= 5:
             end = at + 1 + int.from_bytes(data[at + 1 : at + 5])
             if end > len(data):
                 break
             kind = data[at : at + 1]
-            self.message_types[kind](data[at + 5 : end], self._context)
-            self._answered = kind == pg8000.core.READY_FOR_QUERY
+            self.message_types[kind](data[at + 5 : end], self._awaited[0])
+            if kind == pg8000.core.READY_FOR_QUERY:
+                self._awaited = self._awaited[1:]
             at = end
         self._unread = data[at:]
         # After an error the server still wants the rest of the message, to drop it.
-        return self._answered and not self._unsent
+        return not self._awaited and not self._unsent
 
     def handle_COPY_IN_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802
         """Do nothing: the data is on its way already."""
@@ -3186,8 +3211,11 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
             self.inserted.append(int(data[:-1].rpartition(b" ")[2]))
 
     def handle_ERROR_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802  # pg8000's name
+        first = context.error
         super().handle_ERROR_RESPONSE(data, context)
         self.last_error = context.error.args[0]
+        # What was sent ahead says what is wrong; its message then only that the transaction has failed.
+        context.error = first or context.error
 
 
 # What pg8000 raises when the connection ends, or when the peer does not speak PostgreSQL's protocol.
@@ -3227,16 +3255,22 @@ class Database:
 
     def start(self, message: Message) -> None:
         """Send a message; finish() waits for the answer. Raises DatabaseAway."""
-        with self._translated():
+        try:
             self._connection.send(message)
+        except BROKEN as error:
+            raise self._lost(error) from None
 
     def finish(self, seconds: float) -> list[list[Any]] | None:
         """Return the rows that the message brought, or None if its answer is not there after `seconds`.
 
         Raises what run() does.
         """
-        with self._translated():
+        try:
             return self._connection.result() if self._connection.receive(seconds) else None
+        except pg8000.exceptions.DatabaseError as error:
+            raise server_error(error.args[0]) from None
+        except BROKEN as error:
+            raise self._lost(error) from None
 
     def inserted(self) -> list[int]:
         """Return how many rows each INSERT of the last message inserted."""
@@ -3261,18 +3295,15 @@ class Database:
     def is_stale(self) -> bool:
         """Return whether the server closed the idle connection, or says something unasked for.
 
-        Does not block. Noticing this before a flush is sent keeps its outcome from being unknown.
+        Does not block. Noticing this before a flush is sent keeps its outcome from being unknown. False
+        while the answer to something sent ahead may be there.
         """
-        return self._connection.is_readable()
+        return not self.is_ahead and self._connection.is_readable()
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except pg8000.exceptions.DatabaseError as error:
-            raise server_error(error.args[0]) from None
-        except BROKEN as error:
-            raise self._lost(error) from None
+    @property
+    def is_ahead(self) -> bool:
+        """Return whether a transaction has been begun ahead of its message."""
+        return bool(self._connection.ahead)
 
     def close(self) -> None:
         """Close the connection, which may be dead already."""
@@ -4529,6 +4560,9 @@ class Spool:
 # it is unknown whether a COMMIT came through, its flush is spooled under its number;
 # the next session says up to which number everything is there.
 #
+# While flushes follow each other closely, each carries the beginning of the next one's
+# transaction: the database raises the ledger while the next events are still on their way.
+#
 # Large batches take the database long, so while we are direct a lane stores them: a
 # second session with an epoch of its own. What it cannot store comes back to the writer.
 
@@ -5170,7 +5204,7 @@ class Writer:
     def _take(self, wait: bool, events_max: int = FLUSH_EVENTS_MAX) -> list[Pending]:
         """Return the batches that are waiting, up to a flush; notice what else is in the inbox.
 
-        With `wait`, blocks until there is something.
+        With `wait`, blocks until there is something, or a transaction that was begun ahead is taken back.
         """
         self.beat += 1
         waiting: list[Pending] = []
@@ -5217,7 +5251,10 @@ class Writer:
         return not isinstance(item, Prod)
 
     def _next(self, wait: bool) -> Item:
-        """Return the next item; raise queue.Empty if there is none, and it is not waited for."""
+        """Return the next item; raise queue.Empty if there is none, and it is not waited for.
+
+        A transaction that was begun ahead is taken back when nothing has come for AHEAD_S.
+        """
         while not self._outcomes.empty():
             self._hear(self._outcomes.get())
         if self._left:
@@ -5228,7 +5265,14 @@ class Writer:
             if not wait:
                 raise
         self._tell_landed()
-        return self._inbox.get()
+        if not self._session or not self._session.database.is_ahead:
+            return self._inbox.get()
+        try:
+            return self._inbox.get(timeout=max(self._proven_at + AHEAD_S - self._clock(), 0))
+        except queue.Empty:
+            self._patient_until = self._clock() + PATIENCE_S
+            self._roll_back(self._session)
+            raise
 
     @property
     def _is_direct(self) -> bool:
@@ -5388,8 +5432,10 @@ class Writer:
         waiting = self._keep_quarantined(waiting)
         number = self._next_number()
         raising = Raise(self._spool.epoch, session.ledger[self._spool.epoch], number)
-        message = flush_message(session.begin(raising), [pending.batch.rows for pending in waiting])
         started = self._clock()
+        follows_closely = started - self._proven_at < AHEAD_S
+        ahead = session.begin(raising.next()) if session.is_own and follows_closely else ""
+        message = flush_message(session.begin(raising), [pending.batch.rows for pending in waiting], ahead)
         flight = self._flight = Flight(waiting, number)
         self._skipped.clear()
         try:

@@ -2068,6 +2068,49 @@ class ConnectTest(DatabaseCase):
                 form.database.run(f"{form.begin(attolytics.Raise(epoch, 4, 5))}COMMIT")
             form.database.run("ROLLBACK")
 
+    def test_what_is_sent_ahead_is_gone_on_with_or_taken_back(self) -> None:
+        encrypted = [True] if self.postgres.has_tls and not POOLED else []
+        for is_encrypted in [False, *encrypted]:
+            with self.subTest(is_encrypted=is_encrypted):
+                epoch = str(uuid.uuid4())
+                target = self.postgres.target(self.database, sslmode="require" if is_encrypted else "disable")
+                session = attolytics.Opener(target, self.schema).open([epoch])
+                self.addCleanup(session.database.close)
+                self.check_ahead(session, attolytics.Raise(epoch, 0, 1))
+
+    def check_ahead(self, session: attolytics.Session, step: attolytics.Raise) -> None:
+        database, begin, followed = session.database, session.begin(step), session.begin(step.next())
+        insert = "INSERT INTO plain VALUES (1); COMMIT"
+        read_flush = f"SELECT flush FROM attolytics_ledger WHERE epoch = '{step.epoch}'"
+        self.query("TRUNCATE plain")
+
+        self.assertEqual(database.run(attolytics.Message("SELECT 1", ahead=begin)), [[1]])
+        time.sleep(0.05)
+        self.assertEqual((database.is_ahead, database.is_stale()), (True, False))
+        database.run(attolytics.Message(begin + insert, ahead=followed))
+        self.assertEqual((self.query("SELECT * FROM plain"), self.query(read_flush)), ([[1, None]], [[1]]))
+
+        self.assertEqual(database.run("SELECT 2"), [[2]])
+        self.assertEqual((database.is_ahead, database.run(read_flush)), (False, [[1]]))
+
+        # One that fails: its error comes with the message, if that goes on with it.
+        for statement in (insert, "COMMIT"):
+            database.run(attolytics.Message("SELECT 3", ahead=begin))
+            with self.assertRaises(attolytics.DataRefused) as caught:
+                database.run(attolytics.Message(begin + statement, ahead=followed))
+            self.assertIn(attolytics.LEDGER_MOVED, caught.exception.reason)
+            database.run("ROLLBACK")
+        database.run(attolytics.Message("SELECT 3", ahead=begin))
+        self.assertEqual(database.run("SELECT 4"), [[4]])
+
+        # A message that fails leaves nothing for the next one to go on with.
+        with self.assertRaises(attolytics.DataRefused) as caught:
+            database.run(attolytics.Message("BEGIN; SELECT 1 / 0; COMMIT", ahead=followed))
+        self.assertEqual(caught.exception.sqlstate, "22012")
+        database.run("ROLLBACK")
+        self.assertEqual(database.run("SELECT 5"), [[5]])
+        self.assertEqual((self.query("SELECT * FROM plain"), self.query(read_flush)), ([[1, None]], [[1]]))
+
     def tls_in_use(self, **changes: Any) -> bool:
         database = attolytics.connect(self.postgres.target(self.database, **changes))
         try:
@@ -2323,6 +2366,14 @@ class WriterCase(DatabaseCase):
         session.run(f"BEGIN; LOCK TABLE {table}")
         return session, lambda: session.run("COMMIT")
 
+    def backends(self) -> list[int]:
+        """Return the processes of our sessions, the oldest one first."""
+        rows = self.query(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'"
+            f" AND datname = '{self.database}' ORDER BY backend_start"
+        )
+        return [int(pid) for [pid] in rows]
+
     def wait_for_blocked(self) -> None:
         wait_until(lambda: self.query("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
 
@@ -2344,6 +2395,60 @@ class WriterTest(WriterCase):
         wait_until(lambda: self.marks() == [1])
         self.assertEqual(store(writer, self.batch(mark(2))), DATABASE)
         self.assertEqual(owned, [True, False])
+
+    @unittest.skipIf(POOLED, "in a session that is shared nothing is begun ahead")
+    def test_flushes_that_follow_each_other_closely_are_begun_ahead(self) -> None:
+        writer, watcher = self.start_writer(), self.session()
+        [backend], numbers = self.backends(), itertools.count()
+
+        def state() -> object:
+            return watcher.run(f"SELECT state FROM pg_stat_activity WHERE pid = {backend}")[0][0]
+
+        def store_next(count: int) -> None:
+            for _ in range(count):
+                self.assertEqual(store(writer, self.batch(mark(next(numbers)))), DATABASE)
+
+        def begins_ahead() -> bool:
+            store_next(2)
+            return state() == "idle in transaction"
+
+        for _ in range(3):
+            time.sleep(2 * attolytics.AHEAD_S)
+            store_next(1)
+            self.assertEqual(state(), "idle")
+        for _ in range(2):
+            wait_until(begins_ahead)
+            wait_until(lambda: state() == "idle")  # nothing has followed
+            time.sleep(2 * attolytics.AHEAD_S)
+        count = next(numbers)
+        self.assertEqual(self.query("SELECT flush FROM attolytics_ledger"), [[count]])
+        self.assertEqual(self.marks(), list(range(count)))
+
+    @unittest.skipIf(POOLED, "in a session that is shared nothing is begun ahead")
+    def test_a_flush_that_was_begun_ahead_and_gets_lost_is_stored_once(self) -> None:
+        writer = self.start_writer()
+        numbers = itertools.count()
+
+        def store_next() -> str:
+            return store(writer, self.batch(mark(next(numbers))))
+
+        [backend] = self.backends()
+        self.assertEqual([store_next(), store_next()], [DATABASE] * 2)
+        os.kill(backend, signal.SIGSTOP)
+        try:
+            self.assertEqual(store_next(), SPOOL)
+            wait_until(lambda: writer._session is None, 20)
+            self.assertEqual(store_next(), SPOOL)
+        finally:
+            os.kill(backend, signal.SIGCONT)  # It stores the flush late, and the replay knows that.
+        wait_until(lambda: store_next() == DATABASE)
+        wait_until(lambda: len(self.backends()) == 1)
+        [backend] = self.backends()
+        self.assertEqual([store_next(), store_next()], [DATABASE] * 2)
+        os.kill(backend, signal.SIGTERM)
+        self.assertEqual(store_next(), SPOOL)
+        wait_until(lambda: store_next() == DATABASE)
+        self.assertEqual(self.marks(), list(range(next(numbers))))
 
     def test_batches_that_wait_share_a_transaction(self) -> None:
         self.query("CREATE TABLE IF NOT EXISTS nothing ()")
@@ -2674,11 +2779,7 @@ class LaneTest(WriterCase):
 
     def backend(self) -> int:
         """Return the process of the lane's session, 0 if there is none."""
-        rows = self.query(
-            "SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'"
-            f" AND datname = '{self.database}' ORDER BY backend_start OFFSET 1"
-        )
-        return int(rows[0][0]) if rows else 0
+        return next(iter(self.backends()[1:]), 0)
 
     def open_lane(self) -> None:
         """Store a large batch, and wait for the lane that is opened because of it."""
