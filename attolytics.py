@@ -177,7 +177,8 @@ LONG_FLUSH_EVENTS = 500  # The clients of a flush with so many are told after th
 LARGE_BATCH_EVENTS = 1_000  # A batch of more, or ...
 LARGE_BATCH_CHARS = 256 << 10  # ... a longer one, takes 10 ms and more: it is stored apart from others.
 FLUSH_CHARS_MAX = 8 << 20  # Bounds memory and the time one flush takes.
-AHEAD_S = 0.02  # Flushes that follow so soon are begun ahead; rolled back when nothing came for so long.
+AHEAD_S = 0.02  # Flushes that follow so soon are begun ahead; rolled back when nothing came for so long ...
+AHEAD_S_MAX = 10  # ... or by PostgreSQL, should we be stopped or cut off.
 PROVEN_S = 0.05  # A database that has answered so lately is not asked whether it is there.
 PATIENCE_S = 0.8  # Clients wait so long for the database; then the flush goes to the spool.
 LOCK_TIMEOUT_MS = 5_000  # Another session holds a lock on a table: the database is busy.
@@ -2483,6 +2484,7 @@ PREPARED_RAISE = "attolytics_raise"
 # the statement once, takes a quarter of the time off a flush of one row.
 OWN_SESSION = (
     f"{settings(STATEMENT_TIMEOUT_S, 'SESSION')}"
+    f"SET SESSION idle_in_transaction_session_timeout = '{AHEAD_S_MAX}s';\n"
     f"PREPARE {PREPARED_RAISE} (uuid, bigint, bigint) AS {raise_sql('$1', '$2', '$3')}"
 )
 
@@ -2577,6 +2579,19 @@ def attempt_message(rows: Iterable[tuple[TableIntake, str]]) -> Message:
 
 
 UNDO_ATTEMPT = "ROLLBACK TO SAVEPOINT attempt"
+
+
+# Where a message may go on that was begun ahead. Without the savepoint, which needs a transaction that is
+# open and has not failed, its rows could be stored when nothing of the beginning was.
+AHEAD_END = "SAVEPOINT begun"
+AHEAD_REST = "RELEASE begun;\n"
+
+
+def sql_after(ahead: str, sql: str) -> str:
+    """Return what of a message's SQL is to be sent when its beginning, or another one, was sent ahead."""
+    if sql.startswith(ahead):
+        return AHEAD_REST + sql[len(ahead) :]
+    return sql if sql == "ROLLBACK" else f"ROLLBACK;\n{sql}"
 
 
 # --- Database URL -------------------------------------------------------------
@@ -3068,9 +3083,9 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
     inserted: list[int]  # by each INSERT of the last message
     _unread = b""  # from the server
     _unsent = memoryview(b"")  # of the message that it works on
+    ahead = ""  # the beginning of the next message, as far as it was sent along with the last one
     _context: Any = None  # what the message brings
-    _awaited: Sequence[Any] = ()  # the same, and before it what was sent ahead of it, until answered
-    ahead = ""  # what the last message had the database begin with
+    _awaited: Sequence[Any] = ()  # what each answer to come is for: what was ahead of it, and the message
     _waits_s = 0.0  # what limit_wait() was told last
 
     def send(self, message: Message) -> None:
@@ -3080,27 +3095,23 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
         (PostgreSQL manual, 55.2.6). pg8000 by itself needs three round trips for a COPY. Of a message that
         begins with what was sent ahead, the rest is sent; any other one takes that back.
         """
-        parts = [frame(b"Q", self._go_on(message.sql).encode() + b"\0")]
+        sql, ahead = message.sql, self.ahead
+        if ahead:
+            sql = sql_after(ahead, sql)
+        self._context = pg8000.core.Context(sql)
+        self._awaited = [self._context]
+        if ahead:  # Its errors are those of a message that goes on with it, and nobody's otherwise.
+            goes_on = message.sql.startswith(ahead)
+            self._awaited.insert(0, self._context if goes_on else pg8000.core.Context(ahead))
+        parts = [frame(b"Q", sql.encode() + b"\0")]
         for data in message.copies:
             parts += [frame(b"d", data), frame(b"c", b"")]
         self.ahead = message.ahead
         if self.ahead:
-            parts.append(frame(b"Q", self.ahead.encode() + b"\0"))
+            parts.append(frame(b"Q", f"{self.ahead}{AHEAD_END}".encode() + b"\0"))
         self.inserted = []
         self._unsent = memoryview(b"".join(parts))
         self._send_some()
-
-    def _go_on(self, sql: str) -> str:
-        """Return what of a message is to be sent after what was sent ahead; expect the answers to both."""
-        is_begun = bool(self.ahead) and sql.startswith(self.ahead)
-        if is_begun:
-            sql = sql[len(self.ahead) :]
-        elif self.ahead:
-            sql = f"ROLLBACK;\n{sql}"
-        self._context = pg8000.core.Context(sql)
-        before = self._context if is_begun else pg8000.core.Context(self.ahead)
-        self._awaited = [before, self._context] if self.ahead else [self._context]
-        return sql
 
     def receive(self, seconds: float) -> bool:
         """Return whether the server has answered the whole message; wait at most `seconds` for that.
@@ -5080,6 +5091,7 @@ class Writer:
         self._stopping = False
         self._patient_until = 0.0
         self._proven_at = 0.0  # when the database answered last
+        self._landed_at = 0.0  # when it had stored the last flush
         self._away_since: float | None = None
         self._progress: Progress | None = None
         self._quarantined = 0  # events, in the replay that runs
@@ -5268,7 +5280,7 @@ class Writer:
         if not self._session or not self._session.database.is_ahead:
             return self._inbox.get()
         try:
-            return self._inbox.get(timeout=max(self._proven_at + AHEAD_S - self._clock(), 0))
+            return self._inbox.get(timeout=max(self._landed_at + AHEAD_S - self._clock(), 0))
         except queue.Empty:
             self._patient_until = self._clock() + PATIENCE_S
             self._roll_back(self._session)
@@ -5432,10 +5444,11 @@ class Writer:
         waiting = self._keep_quarantined(waiting)
         number = self._next_number()
         raising = Raise(self._spool.epoch, session.ledger[self._spool.epoch], number)
-        started = self._clock()
-        follows_closely = started - self._proven_at < AHEAD_S
+        follows_closely = self._clock() - self._landed_at < AHEAD_S
         ahead = session.begin(raising.next()) if session.is_own and follows_closely else ""
         message = flush_message(session.begin(raising), [pending.batch.rows for pending in waiting], ahead)
+        is_early = session.database.is_ahead
+        started = self._clock()
         flight = self._flight = Flight(waiting, number)
         self._skipped.clear()
         try:
@@ -5448,7 +5461,7 @@ class Writer:
             self._flight = None
             self._roll_back(session)
             if not flight.is_spooled and not isinstance(error, DatabaseConflict):
-                self._store_apart(waiting, error)
+                self._store_apart(waiting, error, is_early)
                 return
             number = self._next_number()  # of new flushes some may be in the spool by now
         else:
@@ -5460,7 +5473,8 @@ class Writer:
 
     def _land(self, session: Session, raised: Raise, flight: Flight, started: float) -> None:
         """Give the batches of a flush that is committed their verdict, if they do not have one."""
-        seconds = self._clock() - started
+        self._landed_at = self._clock()
+        seconds = self._landed_at - started
         if not flight.is_spooled:
             self._landed.append((flight.waiting, started))
             # Before a short flush it is better to wait for what the clients send next.
@@ -5525,9 +5539,13 @@ class Writer:
             )
             self._away_since = None
 
-    def _store_apart(self, waiting: Sequence[Pending], error: DatabaseError) -> None:
-        """Store each batch of a refused flush by itself, so that a bad one does not harm the others."""
-        if len(waiting) == 1:
+    def _store_apart(self, waiting: Sequence[Pending], error: DatabaseError, is_early: bool) -> None:
+        """Store each batch of a refused flush by itself, so that a bad one does not harm the others.
+
+        If the transaction was begun before the events were there, even a single one is tried again: to the
+        database they came from the future, which is wrong for a check against now().
+        """
+        if len(waiting) == 1 and not is_early:
             self._blame(waiting[0], error)
             return
         for position, pending in enumerate(waiting):

@@ -2093,13 +2093,18 @@ class ConnectTest(DatabaseCase):
         self.assertEqual(database.run("SELECT 2"), [[2]])
         self.assertEqual((database.is_ahead, database.run(read_flush)), (False, [[1]]))
 
-        # One that fails: its error comes with the message, if that goes on with it.
+        # One that fails: its error comes with the message, if that goes on with it; nothing of that is stored
+        # either, be there a failed transaction or none.
         for statement in (insert, "COMMIT"):
             database.run(attolytics.Message("SELECT 3", ahead=begin))
             with self.assertRaises(attolytics.DataRefused) as caught:
                 database.run(attolytics.Message(begin + statement, ahead=followed))
             self.assertIn(attolytics.LEDGER_MOVED, caught.exception.reason)
             database.run("ROLLBACK")
+        database.run(attolytics.Message("SELECT 3", ahead="BEGIN; nonsense;"))
+        with self.assertRaises(attolytics.DatabaseMisconfigured) as misconfigured:
+            database.run(f"BEGIN; nonsense;{insert}")
+        self.assertEqual(misconfigured.exception.sqlstate, "42601")
         database.run(attolytics.Message("SELECT 3", ahead=begin))
         self.assertEqual(database.run("SELECT 4"), [[4]])
 
@@ -2396,59 +2401,87 @@ class WriterTest(WriterCase):
         self.assertEqual(store(writer, self.batch(mark(2))), DATABASE)
         self.assertEqual(owned, [True, False])
 
-    @unittest.skipIf(POOLED, "in a session that is shared nothing is begun ahead")
+    def is_begun(self, watcher: pg8000.native.Connection) -> bool:
+        """Return whether a session has begun a transaction for which there are no events yet."""
+        return bool(
+            watcher.run(
+                "SELECT 1 FROM pg_stat_activity WHERE application_name = 'attolytics'"
+                f" AND datname = '{self.database}' AND state = 'idle in transaction'"
+            )
+        )
+
+    def begin_ahead(self, writer: Writer, watcher: pg8000.native.Connection, first: int = 0) -> int:
+        """Store events, numbered from `first` on, until the next flush is begun; return its number."""
+        numbers = itertools.count(first)
+        deadline = time.monotonic() + 20
+        while not self.is_begun(watcher):
+            self.assertLess(time.monotonic(), deadline)
+            for _ in range(2):
+                self.assertEqual(store(writer, self.batch(mark(next(numbers), table="plain"))), DATABASE)
+        return next(numbers)
+
+    @not_pooled("nothing is begun ahead in a session that is shared")
     def test_flushes_that_follow_each_other_closely_are_begun_ahead(self) -> None:
+        self.query(f"ALTER DATABASE {self.database} SET log_min_messages = warning")
         writer, watcher = self.start_writer(), self.session()
-        [backend], numbers = self.backends(), itertools.count()
-
-        def state() -> object:
-            return watcher.run(f"SELECT state FROM pg_stat_activity WHERE pid = {backend}")[0][0]
-
-        def store_next(count: int) -> None:
-            for _ in range(count):
-                self.assertEqual(store(writer, self.batch(mark(next(numbers)))), DATABASE)
-
-        def begins_ahead() -> bool:
-            store_next(2)
-            return state() == "idle in transaction"
-
+        number = 0
         for _ in range(3):
-            time.sleep(2 * attolytics.AHEAD_S)
-            store_next(1)
-            self.assertEqual(state(), "idle")
-        for _ in range(2):
-            wait_until(begins_ahead)
-            wait_until(lambda: state() == "idle")  # nothing has followed
-            time.sleep(2 * attolytics.AHEAD_S)
-        count = next(numbers)
-        self.assertEqual(self.query("SELECT flush FROM attolytics_ledger"), [[count]])
-        self.assertEqual(self.marks(), list(range(count)))
+            number = self.begin_ahead(writer, watcher, number)
+            for _ in range(4):
+                time.sleep(1.5 * attolytics.AHEAD_S)
+                self.assertFalse(self.is_begun(watcher))  # nothing has followed
+                store(writer, self.batch(mark(number, table="plain")))
+                number += 1
+                self.assertFalse(self.is_begun(watcher))
+        self.assertEqual(self.query("SELECT flush FROM attolytics_ledger"), [[number]])
+        self.assertEqual(self.marks("plain"), list(range(number)))
+        self.assertNotIn("no transaction in progress", (self.postgres.directory / "log").read_text())
 
-    @unittest.skipIf(POOLED, "in a session that is shared nothing is begun ahead")
+    def test_nothing_is_begun_ahead_in_a_session_that_others_share(self) -> None:
+        opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
+        writer = self.start_writer(
+            open_session=lambda epochs: dataclasses.replace(opener.open(epochs), is_own=False)
+        )
+        watcher = self.session()
+        for number in range(10):
+            store(writer, self.batch(mark(number)))
+            self.assertFalse(self.is_begun(watcher))
+
+    @not_pooled("nothing is begun ahead in a session that is shared")
     def test_a_flush_that_was_begun_ahead_and_gets_lost_is_stored_once(self) -> None:
-        writer = self.start_writer()
-        numbers = itertools.count()
+        writer, watcher = self.start_writer(), self.session()
+        [backend] = self.backends()
+        numbers = itertools.count(self.begin_ahead(writer, watcher))
 
         def store_next() -> str:
-            return store(writer, self.batch(mark(next(numbers))))
+            return store(writer, self.batch(mark(next(numbers), table="plain")))
 
-        [backend] = self.backends()
-        self.assertEqual([store_next(), store_next()], [DATABASE] * 2)
         os.kill(backend, signal.SIGSTOP)
         try:
             self.assertEqual(store_next(), SPOOL)
-            wait_until(lambda: writer._session is None, 20)
+            wait_until(lambda: writer._session is None)
             self.assertEqual(store_next(), SPOOL)
         finally:
             os.kill(backend, signal.SIGCONT)  # It stores the flush late, and the replay knows that.
         wait_until(lambda: store_next() == DATABASE)
         wait_until(lambda: len(self.backends()) == 1)
         [backend] = self.backends()
-        self.assertEqual([store_next(), store_next()], [DATABASE] * 2)
+        numbers = itertools.count(self.begin_ahead(writer, watcher, next(numbers)))
         os.kill(backend, signal.SIGTERM)
         self.assertEqual(store_next(), SPOOL)
         wait_until(lambda: store_next() == DATABASE)
-        self.assertEqual(self.marks(), list(range(next(numbers))))
+        self.assertEqual(self.marks("plain"), list(range(next(numbers))))
+
+    def test_an_event_may_be_younger_than_its_transaction(self) -> None:
+        writer = self.start_writer()
+        self.query("ALTER TABLE plain ADD CHECK (text::timestamptz <= now())")
+        for number in range(20):
+            time.sleep(attolytics.AHEAD_S / 4)
+            moment = datetime.fromtimestamp(time.time()).astimezone().isoformat()
+            self.assertEqual(store(writer, self.batch(mark(number, moment, "plain"))), DATABASE)
+        moment = datetime.fromtimestamp(time.time() + 60).astimezone().isoformat()
+        with self.assertRaises(InvalidEvents):
+            store(writer, self.batch(mark(20, moment, "plain")))
 
     def test_batches_that_wait_share_a_transaction(self) -> None:
         self.query("CREATE TABLE IF NOT EXISTS nothing ()")
@@ -5803,6 +5836,7 @@ class Storm:
             self.kill_both,
             self.kill_backend,
             self.terminate_backend,
+            self.cancel_statements,
             self.pause_backend,
             self.cut_network,
             self.lose_answers,
@@ -5919,6 +5953,14 @@ class Storm:
         if pid := self.backend():
             self.sql(f"SELECT pg_terminate_backend({pid})")
 
+    def cancel_statements(self) -> None:
+        for _ in range(20):
+            self.sql(
+                "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'attolytics'"
+                f" AND datname = '{self._database}'"
+            )
+            self.pause(0, 0.05)
+
     def pause_backend(self) -> None:
         if pid := self.backend():
             os.kill(pid, signal.SIGSTOP)
@@ -5971,7 +6013,7 @@ class StormTest(DatabaseCase):
         self.addCleanup(shutil.rmtree, directory)
         storm = Storm(self.postgres, self.database, directory, seed=1)
         try:
-            storm.rage(14)
+            storm.rage(15)
             stored = storm.end()
         except BaseException:
             storm.abandon()
