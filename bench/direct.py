@@ -160,3 +160,9 @@ def fill_table(postgres: Postgres, rows: int) -> None:
     postgres.connection.run(FILL.replace(":rows", str(rows)))
     postgres.connection.run("VACUUM ANALYZE events")
     postgres.settle()
+
+
+def trim_table(postgres: Postgres) -> None:
+    """Leave only what fill_table() filled the table with."""
+    postgres.connection.run(f"DELETE FROM events WHERE time >= to_timestamp({START})")
+    postgres.connection.run("VACUUM events")

@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from direct import Inserted, fill_table, run_commits, run_copy, run_pgbench, write_rows
+from direct import Inserted, fill_table, run_commits, run_copy, run_pgbench, trim_table, write_rows
 from load import MIXED, Load, Traffic, big_bodies, check_load, run_wrk, send_all, write_script
 from report import Bound, Figure, Measurement, Result, Round, difference, only, ratio, result_json, tables
 from rig import (
@@ -489,31 +489,37 @@ def memory() -> Scenario:
 
 
 # --- Growth -------------------------------------------------------------------
-# The same load on an empty table and on a full one. The table is filled once, so all rounds on the
-# empty one come first; and it is not emptied again in between, so it grows a little from round to round.
+# The same load on an empty table and, in turn, on a full one in another database. That is filled once;
+# what a measurement adds is taken out before the next one.
 
 FULL, COPY_FULL = f"{OURS}, full table", f"{COPY}, full table"
 
 
 def measure_full(traffic: Traffic, bench: Bench) -> Measurement:
-    """Measure Attolytics on the table as it is."""
+    """Measure Attolytics on the full table."""
+    trim_table(bench.postgres)
     before = {"events": bench.postgres.rows()}
     start = serving(ATTOLYTICS, ONE_TABLE, bench.postgres, bench.home, filled=True)
     bench.postgres.settle()
     return measure(bench, FULL, traffic, start, before)
 
 
+def measure_copy_full(bench: Bench) -> Measurement:
+    """Measure `\\copy` on the full table."""
+    trim_table(bench.postgres)
+    return measure_direct(COPY_FULL, copy, bench, clear=False)
+
+
 def measure_growth(contestants: Contestants, bench: Bench, title: str, count: int) -> list[Round]:
-    """Measure all rounds on an empty table, fill it, and measure all rounds again."""
-    empty = {who: contestants[who] for who in (OURS, COPY)}
-    full = {who: contestants[who] for who in (FULL, COPY_FULL)}
-    first = alternate(empty, bench, f"{title}, empty", count)
-    progress(f"filling the table with {bench.growth_rows:,} rows")
-    bench.postgres.clear()
-    fill_table(bench.postgres, bench.growth_rows)
-    second = alternate(full, bench, f"{title}, full", count)
-    bench.postgres.clear()
-    return [{**one, **other} for one, other in zip(first, second, strict=True)]
+    """Fill a table in another database, and measure on that and on the empty one in turn."""
+    with another_database(bench.postgres, bench.home, "filled", bench.postgres.tables) as filled:
+        there = replace(bench, postgres=filled)
+        with serving(ATTOLYTICS, ONE_TABLE, filled, bench.home):
+            pass  # It has created the table.
+        progress(f"filling the table with {bench.growth_rows:,} rows")
+        fill_table(filled, bench.growth_rows)
+        on_full = {who: lambda _bench, who=who: contestants[who](there) for who in (FULL, COPY_FULL)}
+        return alternate({**contestants, **on_full}, bench, title, count)
 
 
 def share_lost(who: str, full: str) -> Callable[[Round], float]:
@@ -531,7 +537,7 @@ def growth(rows: int) -> Scenario:
             OURS: partial(measure_server, ATTOLYTICS, hundred),
             COPY: partial(measure_direct, COPY, copy),
             FULL: partial(measure_full, hundred),
-            COPY_FULL: partial(measure_direct, COPY_FULL, copy, clear=False),
+            COPY_FULL: measure_copy_full,
         },
         (
             Figure(f"share of the events/s that {OURS} loses", ours_lost),
