@@ -7638,6 +7638,16 @@ def wait_for_end(ends: queue.SimpleQueue[str], complaints: Complaints, watchdog:
         complaints.summarise()
 
 
+def end_start_on_signals() -> None:
+    """Until there are requests to answer, let SIGTERM end the start as Ctrl-C does, PID 1 included.
+
+    A signal that arrives just before a system call waits does not interrupt it; the next alarm does.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+    signal.setitimer(signal.ITIMER_REAL, SIGNAL_CHECK_S, SIGNAL_CHECK_S)
+
+
 def catch_signals(ends: queue.SimpleQueue[str]) -> None:
     """Let the first SIGTERM or SIGINT end the server gently, and a second one at once."""
 
@@ -7648,6 +7658,7 @@ def catch_signals(ends: queue.SimpleQueue[str]) -> None:
 
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, end)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # wait_for_end() looks by itself
 
 
 BUG = "a thread ended that must not"
@@ -7907,8 +7918,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     journal = under_systemd(os.environ.get("JOURNAL_STREAM"))
     set_up_logging(options.verbose, options.quiet, journal)
-    # Until there are requests to answer, SIGTERM ends the start as Ctrl-C does, PID 1 included.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_start_on_signals()
     try:
         if options.check:
             return check(options, os.environ)
