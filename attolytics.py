@@ -3076,7 +3076,7 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
     """A pg8000 connection that remembers the last error the server sent, and how many rows it inserted.
 
     pg8000 loses the text of a FATAL error, because the connection ends right after it; of the numbers of
-    rows it only keeps their sum.
+    rows it only keeps their sum. The beginning of a message may be sent ahead of the rest.
     """
 
     last_error: Mapping[str, str] | None = None
