@@ -6025,6 +6025,12 @@ class StormTest(DatabaseCase):
 # --- The examples -------------------------------------------------------------
 
 
+def code_blocks(path: Path, language: str) -> list[str]:
+    """Return what stands in the code blocks of a page that are in a language."""
+    fences = re.finditer(r"^( *)```(\w*)\n(.*?)^ *```$", path.read_text(), re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(fence[3]) for fence in fences if fence[2] == language]
+
+
 def replaced(text: str, changes: Mapping[str, object]) -> str:
     """Return a text with all of `changes` made, each of which must have something to change."""
     for old, new in changes.items():
@@ -6444,6 +6450,23 @@ class PgBouncerTest(unittest.TestCase):
 # --- The repository -----------------------------------------------------------
 
 
+PAGES = [
+    *(HERE / name for name in ("README.md", "docs/schema.md", "docs/operating.md", "docs/promises.md")),
+    *(HERE / name for name in ("bench/README.md", "examples/cube/README.md")),
+]
+
+
+def prose(page: Path) -> str:
+    """Return a page without its blocks of code."""
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the places that a link may name, as GitHub calls them."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 class RepositoryTest(DatabaseCase):
     def test_the_script_metadata_names_the_same_as_the_project(self) -> None:
         project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
@@ -6459,26 +6482,104 @@ class RepositoryTest(DatabaseCase):
         imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
         self.assertEqual(imported - sys.stdlib_module_names, {"pg8000", "yaml"})
 
-    def test_the_readmes_first_request_works_with_the_example_schema(self) -> None:
+    def test_the_readmes_first_steps_lead_to_rows_in_the_database(self) -> None:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
         readme = (HERE / "README.md").read_text()
-        command = re.search(r"^curl .*(?:\n .*)*", readme, re.MULTILINE)
-        assert command
-        server = Attolytics("-s", HERE / "schema-example.conf.yaml", "-d", self.url, "-p", "0")
+        curl = re.search(r"^curl .*(?:\n .*)*", readme, re.MULTILINE)
+        look = re.search(r"^sqlite3 attolytics.sqlite3 '(.*)'$", readme, re.MULTILINE)
+        assert curl and look
+        where = Path(directory.name)
+        server = Attolytics("-s", HERE / "schema-example.conf.yaml", "-p", "0", directory=where)
         self.addCleanup(server.stop)
         result = subprocess.run(
-            ["bash", "-c", command[0].replace(":8000", f":{server.port}")],
+            ["bash", "-c", curl[0].replace(":8000", f":{server.port}")],
             capture_output=True,
             text=True,
             check=True,
         )
-        self.assertEqual(json.loads(result.stdout), {"accepted": 1, "stored": "database"})
+        self.assertIn(f"The answer is `{result.stdout.strip()}`", readme)
+        self.assertEqual(json.loads(result.stdout), {"accepted": 1, "stored": "spool"})
+        with contextlib.closing(sqlite3.connect(where / "attolytics.sqlite3")) as spool:
+            self.assertEqual(len(spool.execute(look[1]).fetchall()), 1)
+        server.stop()
+        server = Attolytics(
+            "-s", HERE / "schema-example.conf.yaml", "-d", self.url, "-p", "0", directory=where
+        )
+        self.addCleanup(server.stop)
+        wait_until(lambda: self.query("SELECT 1 FROM events"))
         self.assertEqual(self.query("SELECT count(*) FROM events"), [[1]])
 
-    def test_the_readme_has_every_option(self) -> None:
-        options = re.findall(r"--[a-z_]+", attolytics.build_parser().format_help())
-        readme = (HERE / "README.md").read_text()
-        for option in options:
-            self.assertIn(f"`{option}", readme)
+    def test_the_readmes_requests_and_answers_are_so(self) -> None:
+        request, answer = code_blocks(HERE / "README.md", "json")
+        server = Attolytics("-s", HERE / "schema-example.conf.yaml", "-d", self.url, "-p", "0")
+        self.addCleanup(server.stop)
+        result = server.post(PATH, request.encode())
+        self.assertEqual((result.status, result.json), (200, {"accepted": 2, "stored": "database"}))
+        result = server.post(PATH, replaced(request, {'"score": 7': '"score": "7"'}).encode())
+        self.assertEqual((result.status, result.json), (400, json.loads(answer)))
+
+    def test_the_readmes_schema_file_is_right(self) -> None:
+        whole, column = code_blocks(HERE / "README.md", "yaml")
+        self.assertEqual([*schema_of(whole).tables], ["events"])
+        schema_of(replaced(whole, {"apps:\n": f"{textwrap.indent(column, '      ')}apps:\n"}))
+
+    def test_the_quarantine_is_read_as_the_page_says(self) -> None:
+        [command] = code_blocks(HERE / "docs" / "promises.md", "sh")
+        [_, file, query] = shlex.split(command)
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        schema = Path(directory.name) / "schema.yaml"
+        text = (HERE / "schema-example.conf.yaml").read_text()
+        schema.write_text(replaced(text, {"invalid_events: refuse": "invalid_events: quarantine"}))
+        server = Attolytics("-s", schema, "-p", "0", directory=Path(directory.name))
+        self.addCleanup(server.stop)
+        answer = server.post(PATH, body_of(example(score="7"), key=KEY))
+        self.assertEqual(answer.json["accepted"], 0)
+        with contextlib.closing(sqlite3.connect(Path(directory.name) / file)) as spool:
+            [[_, app, table, column, reason, _]] = spool.execute(query).fetchall()
+        self.assertEqual((app, table, column), ("com.example.myapp", "events", "score"))
+        self.assertIn("expected an integer", reason)
+
+    def test_the_readme_is_short(self) -> None:
+        self.assertLessEqual(len((HERE / "README.md").read_text().splitlines()), 250)
+
+    def test_links_between_the_pages_lead_somewhere(self) -> None:
+        for page in PAGES:
+            for target in re.findall(r"\]\(([^)]+)\)", prose(page)):
+                if re.match(r"[a-z]+:", target):
+                    continue
+                with self.subTest(page=page.name, target=target):
+                    path, _, place = target.partition("#")
+                    found = page.parent / path if path else page
+                    self.assertTrue(found.exists())
+                    if place:
+                        self.assertIn(place, anchors(found))
+
+    def test_the_readme_leads_to_every_page(self) -> None:
+        readme = prose(HERE / "README.md")
+        for page in (HERE / "docs").glob("*.md"):
+            self.assertIn(f"](docs/{page.name})", readme)
+
+    def test_the_pages_name_only_options_that_there_are(self) -> None:
+        options = set(re.findall(r"--[a-z_]+", attolytics.build_parser().format_help()))
+        for page in PAGES[:4]:
+            text = page.read_text()
+            ours = set(re.findall(r"`(--[a-z_]+)", text))
+            for line in re.findall(r"(?<!cp )attolytics\.py (-.*)$", text, re.MULTILINE):
+                ours |= set(re.findall(r"--[a-z_]+", line.partition("|")[0]))
+            self.assertEqual(ours - options, set(), page.name)
+
+    def test_the_page_of_the_schema_has_every_type_and_source(self) -> None:
+        text = (HERE / "docs" / "schema.md").read_text()
+        for name in (*attolytics.Type, *Source):
+            self.assertIn(f"`{name}`", text)
+
+    def test_the_page_on_operating_has_every_metric(self) -> None:
+        text = (HERE / "docs" / "operating.md").read_text()
+        for name in itertools.chain(*METRICS.values()):
+            if not name.startswith("process_"):
+                self.assertTrue(re.search(rf"`{name}[`_{{]", text), name)
 
     def test_the_service_file_is_hardened(self) -> None:
         analyze = shutil.which("systemd-analyze")
