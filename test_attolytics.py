@@ -6139,6 +6139,24 @@ class NginxTest(ProcessCase):
         self.addCleanup(nginx.stop)
         return nginx
 
+    def test_the_shortest_configuration_does_its_work(self) -> None:
+        self.start_instance(0)
+        directory = self.directory / "nginx"
+        directory.mkdir()
+        nginx = Nginx(directory, self.ports)
+        [text] = code_blocks(HERE / "docs" / "operating.md", "nginx")
+        changes = {
+            "/etc/letsencrypt/live/events.example.com": directory,
+            "listen 443 ssl;": f"listen 127.0.0.1:{nginx.port} ssl;",
+            "127.0.0.1:8005": f"127.0.0.1:{self.ports[0]}",
+        }
+        (directory / "attolytics.conf").write_text(replaced(text, changes))
+        self.assertIn("test is successful", nginx.check())
+        nginx.start()
+        self.addCleanup(nginx.stop)
+        answer = nginx.post(body_of(mark(1), key="key"))
+        self.assertEqual(answer.json, {"accepted": 1, "stored": "database"})
+
     def start_instance(self, number: int) -> Attolytics:
         options = ("-s", self.schema_file, "-d", self.url, "-p", self.ports[number])
         server = Attolytics(*options, "--spool", self.directory / f"{number}.sqlite3")
