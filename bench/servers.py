@@ -24,7 +24,7 @@ from load import (
     encode,
     post,
 )
-from rig import BENCH, REPOSITORY, BenchError, Child, Postgres, database_account, free_port, running
+from rig import BENCH, PROGRAM, REPOSITORY, BenchError, Child, Postgres, database_account, free_port, running
 
 EXAMPLE_SCHEMA = REPOSITORY / "schema-example.conf.yaml"
 MIX_SCHEMA = BENCH / "mix.conf.yaml"
@@ -186,7 +186,7 @@ def other_copy(program: Path) -> Server:
     return Server(OTHER, partial(attolytics_command, program))
 
 
-ATTOLYTICS = Server("Attolytics", partial(attolytics_command, REPOSITORY / "attolytics.py"))
+ATTOLYTICS = Server("Attolytics", partial(attolytics_command, PROGRAM))
 OTHER = "the other copy"
 FASTAPI = Server("FastAPI + asyncpg", fastapi_command)
 PEER_MODULES = ("asyncpg", "fastapi", "httptools", "uvicorn", "uvloop")
