@@ -1,6 +1,8 @@
-"""Measures Attolytics beside the same service in FastAPI and asyncpg, psql's \\copy and a commit per row.
+"""Measures Attolytics beside the same service in FastAPI and asyncpg, psql's \\copy and a commit per row,
+and beside another copy of itself.
 
     python bench/ingest.py [--rounds 5] [--seconds 5] [--only keepalive,batch100] [--json PATH] [--plot PATH]
+    python bench/ingest.py --against /elsewhere/attolytics.py --no_peers
 
 Starts a private PostgreSQL and the servers, in turn, on this machine; drives them with wrk; checks that
 what was acknowledged is in the tables; prints medians of ratios. Nothing of it remains afterwards.
@@ -14,6 +16,7 @@ Command line.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -33,7 +36,19 @@ from typing import NoReturn
 
 from direct import Inserted, fill_table, run_commits, run_copy, run_pgbench, trim_table, write_rows
 from load import MIXED, Load, Traffic, big_bodies, check_load, run_wrk, send_all, write_script
-from report import Bound, Figure, Measurement, Result, Round, difference, only, ratio, result_json, tables
+from report import (
+    Bound,
+    Figure,
+    Formula,
+    Measurement,
+    Result,
+    Round,
+    difference,
+    only,
+    ratio,
+    result_json,
+    tables,
+)
 from rig import (
     BENCH,
     STOP_S,
@@ -51,16 +66,19 @@ from servers import (
     FASTAPI,
     MIX_JOB,
     ONE_TABLE,
+    OTHER,
     PEER_MODULES,
     Running,
     Server,
     behind_nginx,
+    other_copy,
     serving,
 )
 
 MEMORY_EVENTS = 1_000_000
 IDLE_LOOK_S = 0.1
 IDLE_SHARE = 0.2  # Of a CPU; a server that used less has nothing to do.
+DIGEST_CHARS = 12
 DEFAULT_ROUNDS = 5
 DEFAULT_SECONDS = 5  # All scenarios together then take about 13 minutes.
 DEFAULT_GROWTH_ROWS = 10_000_000
@@ -216,11 +234,11 @@ def commits(bench: Bench) -> Inserted:
     return run_commits(bench.postgres.connection, bench.seconds)
 
 
-def measure_beside_big_bodies(who: str, traffic: Traffic, bench: Bench) -> Measurement:
+def measure_beside_big_bodies(who: str, server: Server, traffic: Traffic, bench: Bench) -> Measurement:
     """Measure small requests while one client sends the largest there are. Raises BenchError."""
     postgres = bench.postgres
     script = write_script(bench.home, traffic)
-    with serving(ATTOLYTICS, ONE_TABLE, postgres, bench.home) as running:
+    with serving(server, ONE_TABLE, postgres, bench.home) as running:
         meter = Meter(running, postgres)
         with big_bodies(running.port) as acknowledged:
             load = run_wrk(running.port, script, bench.seconds, traffic.clients)
@@ -234,21 +252,21 @@ def measure_beside_big_bodies(who: str, traffic: Traffic, bench: Bench) -> Measu
     return say(replace(found, rows=rows))
 
 
-def measure_memory(bench: Bench) -> Measurement:
-    """Send Attolytics MEMORY_EVENTS events and return its memory. Raises BenchError."""
+def measure_memory(server: Server, bench: Bench) -> Measurement:
+    """Send a server MEMORY_EVENTS events and return its memory. Raises BenchError."""
     traffic = Traffic(100)
     requests = MEMORY_EVENTS // traffic.events_per_request
-    with serving(ATTOLYTICS, ONE_TABLE, bench.postgres, bench.home) as running:
+    with serving(server, ONE_TABLE, bench.postgres, bench.home) as running:
         start = time.monotonic()
         send_all(running.port, requests, traffic)
         seconds = time.monotonic() - start
         [pid] = running.pids
         resident_mb, peak_mb = memory_mb(pid, "VmRSS"), memory_mb(pid, "VmHWM")
     # Every answer was received, so here the numbers must be equal.
-    check_rows(ATTOLYTICS.name, bench.postgres.rows(), MEMORY_EVENTS, 0)
+    check_rows(server.name, bench.postgres.rows(), MEMORY_EVENTS, 0)
     return say(
         Measurement(
-            who=ATTOLYTICS.name,
+            who=server.name,
             events=MEMORY_EVENTS,
             seconds=seconds,
             rows=MEMORY_EVENTS,
@@ -287,26 +305,39 @@ class Scenario:
     programs: Mapping[str, str]  # That it needs, and the Debian packages that have them.
     measure: Callable[[Contestants, Bench, str, int], list[Round]] = alternate
 
+    def without_peers(self) -> Scenario:
+        """Return the scenario with copies of Attolytics only."""
+        kept = {who: measure for who, measure in self.contestants.items() if who not in PEERS}
+        return replace(self, contestants=kept, programs={})
+
     def result(self, bench: Bench, rounds: int) -> Result:
-        """Measure. Raises BenchError."""
+        """Measure, and keep the figures of those who were measured. Raises BenchError."""
         measured = self.measure(self.contestants, bench, self.title, rounds)
-        return Result(self.id, self.title, self.figures, measured)
+        figures = [figure for figure in self.figures if figure.formula.whom <= measured[0].keys()]
+        return Result(self.id, self.title, figures, measured)
 
 
 OURS, PEER = ATTOLYTICS.name, FASTAPI.name
 COPY, COMMIT = "psql \\copy", "pg8000, a commit per row"
 PGBENCH_64, PGBENCH_1 = "pgbench, a commit per row, 64 clients", "pgbench, a commit per row, 1 client"
+PEERS = frozenset([PEER, COPY, COMMIT, PGBENCH_64, PGBENCH_1])
 PSQL_PACKAGE = {"psql": "postgresql-client"}
 PGBENCH_PACKAGE = {"pgbench": "postgresql-contrib"}
 TIMES_PEER = "Events per second, times those of FastAPI + asyncpg"
 SHARE_OF_COPY = "Events per second, times the rows per second of psql \\copy"
 TIMES_COMMITS = "Events per second, times the commits per second of pgbench"
-TIMES_LATENCY = "Median latency, times that of a commit with one row (less is better)"
+TIMES_LATENCY = "Median latency of a lone client, times that of others (less is better)"
+TIMES_OTHER = f"Speed, times that of {OTHER}"
 TIMES_DIRECT = "Requests per second, times those of one instance without nginx"
 
 
-def servers(traffic: Traffic) -> Contestants:
-    return {server.name: partial(measure_server, server, traffic) for server in (ATTOLYTICS, FASTAPI)}
+def copies(other: Server | None) -> list[Server]:
+    return [ATTOLYTICS, other] if other else [ATTOLYTICS]
+
+
+def servers(traffic: Traffic, other: Server | None) -> Contestants:
+    contestants = [*copies(other), FASTAPI]
+    return {server.name: partial(measure_server, server, traffic) for server in contestants}
 
 
 def direct(who: str, insert: Callable[[Bench], Inserted]) -> Contestants:
@@ -318,6 +349,11 @@ def times_peer(at_least: float | None = None) -> Figure:
     return Figure(f"events/s, times {PEER}", ratio(OURS, PEER, "events_per_s"), bound, TIMES_PEER)
 
 
+def times_other(at_least: float | None = None) -> Figure:
+    bound = Bound(">=", at_least) if at_least else None
+    return Figure(f"events/s, times {OTHER}", ratio(OURS, OTHER, "events_per_s"), bound, TIMES_OTHER)
+
+
 def share_of_copy(at_least: float) -> Figure:
     share = ratio(OURS, COPY, "events_per_s")
     return Figure(f"events/s, times rows/s of {COPY}", share, Bound(">=", at_least), SHARE_OF_COPY)
@@ -327,19 +363,20 @@ def peak_memory(below: float, who: str = OURS) -> Figure:
     return Figure("peak memory, MB", only(who, "peak_mb"), Bound("<", below), worst=True)
 
 
-def plain_scenarios() -> list[Scenario]:
-    """Return the scenarios in which Attolytics and its peers get the same load."""
+def plain_scenarios(other: Server | None) -> list[Scenario]:
+    """Return the scenarios in which Attolytics, another copy of it and its peers get the same load."""
     one = Traffic()
     hundred, thousand = Traffic(100), Traffic(1_000)
     return [
         Scenario(
             "keepalive",
             "1 event per request, keep-alive",
-            servers(one)
+            servers(one, other)
             | direct(PGBENCH_64, partial(pgbench, one.clients))
             | direct(PGBENCH_1, partial(pgbench, 1)),
             (
-                times_peer(7),
+                times_peer(5.5),
+                times_other(0.93),
                 Figure(
                     "events/s, times commits/s of pgbench with 64 clients",
                     ratio(OURS, PGBENCH_64, "events_per_s"),
@@ -352,50 +389,60 @@ def plain_scenarios() -> list[Scenario]:
         Scenario(
             "newconn",
             "1 event per request, a new connection each",
-            servers(Traffic(new_connections=True)),
-            (times_peer(4), peak_memory(60)),
+            servers(Traffic(new_connections=True), other),
+            (times_peer(4), times_other(0.75), peak_memory(60)),
             {},
         ),
         Scenario(
             "batch100",
             "100 events per request",
-            servers(hundred) | direct(COPY, copy),
-            (share_of_copy(0.6), times_peer(3), peak_memory(60)),
+            servers(hundred, other) | direct(COPY, copy),
+            (share_of_copy(0.75), times_peer(2), times_other(0.9), peak_memory(60)),
             PSQL_PACKAGE,
         ),
         Scenario(
             "batch1000",
             "1,000 events per request",
-            servers(thousand) | direct(COPY, copy),
-            (share_of_copy(0.7), times_peer(), peak_memory(60)),
+            servers(thousand, other) | direct(COPY, copy),
+            (share_of_copy(0.7), times_peer(), times_other(0.9), peak_memory(60)),
             PSQL_PACKAGE,
         ),
         Scenario(
             "mix",
             "3 tables, json and unique, 10 events per request",
-            servers(MIXED),
-            (times_peer(), peak_memory(60)),
+            servers(MIXED, other),
+            (times_peer(), times_other(0.9), peak_memory(60)),
             {},
         ),
         Scenario(
             "gzip",
             "100 events per request, gzipped",
-            servers(Traffic(100, gzipped=True)),
-            (times_peer(), peak_memory(60)),
+            servers(Traffic(100, gzipped=True), other),
+            (times_peer(), times_other(), peak_memory(60)),
             {},
         ),
         Scenario(
             "alone",
             "1 client alone, 1 event per request",
-            servers(Traffic(clients=1)) | direct(COMMIT, commits),
+            servers(Traffic(clients=1), other) | direct(COMMIT, commits),
             (
                 Figure(
                     f"median latency, times {COMMIT}",
                     ratio(OURS, COMMIT, "p50_ms"),
-                    Bound("<=", 1.6),
+                    panel=TIMES_LATENCY,
+                ),
+                Figure(
+                    f"median latency, times {PEER}",
+                    ratio(OURS, PEER, "p50_ms"),
+                    Bound("<=", 1),
                     TIMES_LATENCY,
                 ),
-                Figure(f"median latency, times {PEER}", ratio(OURS, PEER, "p50_ms")),
+                Figure(
+                    f"speed (1 / median latency), times {OTHER}",
+                    ratio(OTHER, OURS, "p50_ms"),
+                    Bound(">=", 0.7),
+                    TIMES_OTHER,
+                ),
                 peak_memory(60),
             ),
             {},
@@ -403,10 +450,11 @@ def plain_scenarios() -> list[Scenario]:
         Scenario(
             "clients500",
             "500 clients, 1 event per request",
-            servers(Traffic(clients=500)),
+            servers(Traffic(clients=500), other),
             (
                 times_peer(),
-                Figure("p99 / p50", lambda one: ratio_of_latencies(one[OURS]), Bound("<", 10)),
+                times_other(),
+                Figure("p99 / p50", ratio_of_latencies(OURS), Bound("<", 10)),
                 peak_memory(90),
             ),
             {},
@@ -414,26 +462,41 @@ def plain_scenarios() -> list[Scenario]:
     ]
 
 
-def ratio_of_latencies(found: Measurement) -> float:
-    return (found.p99_ms or 0) / (found.p50_ms or 1)
+def ratio_of_latencies(who: str) -> Formula:
+    p50, p99 = only(who, "p50_ms"), only(who, "p99_ms")
+    return Formula(p50.whom, lambda one: p99.of(one) / p50.of(one))
 
 
 QUIET, BESIDE = "8 clients with 1 event each", "the same beside 1 client with 1 MiB each"
+QUIET_OTHER, BESIDE_OTHER = f"{OTHER}: {QUIET}", f"{OTHER}: {BESIDE}"
 
 
-def fairness() -> Scenario:
+def measure_quiet(who: str, server: Server, traffic: Traffic, bench: Bench) -> Measurement:
+    """Measure small requests that have a server to themselves."""
+    return replace(measure_server(server, traffic, bench), who=who)
+
+
+def fairness(other: Server | None) -> Scenario:
     small = Traffic(clients=8)
-    alone = partial(measure_server, ATTOLYTICS, small)
+    contestants: Contestants = {}
+    for server in copies(other):
+        quiet, beside = (QUIET, BESIDE) if server is ATTOLYTICS else (QUIET_OTHER, BESIDE_OTHER)
+        contestants[quiet] = partial(measure_quiet, quiet, server, small)
+        contestants[beside] = partial(measure_beside_big_bodies, beside, server, small)
+    at_p99 = difference(BESIDE, QUIET, "p99_ms")
     return Scenario(
         "fairness",
         "small requests beside large ones",
-        {
-            QUIET: lambda bench: replace(alone(bench), who=QUIET),
-            BESIDE: partial(measure_beside_big_bodies, BESIDE, small),
-        },
+        contestants,
         (
             Figure("added delay at p50, ms", difference(BESIDE, QUIET, "p50_ms")),
-            Figure("added delay at p99, ms", difference(BESIDE, QUIET, "p99_ms"), Bound("<=", 50)),
+            # How long that is depends on the machine, so beside another copy only the difference counts.
+            Figure("added delay at p99, ms", at_p99, None if other else Bound("<=", 150)),
+            Figure(
+                f"added delay at p99, ms more than {OTHER}",
+                at_p99 - difference(BESIDE_OTHER, QUIET_OTHER, "p99_ms"),
+                Bound("<=", 120),
+            ),
             Figure("added delay of the slowest, ms", difference(BESIDE, QUIET, "max_ms")),
             peak_memory(60, BESIDE),
         ),
@@ -474,14 +537,15 @@ def nginx() -> Scenario:
     )
 
 
-def memory() -> Scenario:
+def memory(other: Server | None) -> Scenario:
     return Scenario(
         "memory",
         "1,000,000 events, 100 per request",
-        {OURS: measure_memory},
+        {server.name: partial(measure_memory, server) for server in copies(other)},
         (
             Figure("memory at the end, MB", only(OURS, "resident_mb"), Bound("<", 60), worst=True),
             peak_memory(60),
+            Figure(f"peak memory, times {OTHER}", ratio(OURS, OTHER, "peak_mb")),
         ),
         {},
         lambda contestants, bench, title, _count: alternate(contestants, bench, title, 1),
@@ -522,9 +586,9 @@ def measure_growth(contestants: Contestants, bench: Bench, title: str, count: in
         return alternate({**contestants, **on_full}, bench, title, count)
 
 
-def share_lost(who: str, full: str) -> Callable[[Round], float]:
+def share_lost(who: str, full: str) -> Formula:
     kept = ratio(full, who, "events_per_s")
-    return lambda one: 1 - kept(one)
+    return Formula(kept.whom, lambda one: 1 - kept.of(one))
 
 
 def growth(rows: int) -> Scenario:
@@ -544,7 +608,7 @@ def growth(rows: int) -> Scenario:
             Figure(f"share of the rows/s that {COPY} loses", copy_lost),
             Figure(
                 "the first minus the second (0.05 is noise)",
-                lambda one: ours_lost(one) - copy_lost(one),
+                ours_lost - copy_lost,
                 Bound("<=", 0.05),
             ),
         ),
@@ -556,10 +620,11 @@ def growth(rows: int) -> Scenario:
 # --- Command line -------------------------------------------------------------
 
 ONLY_WHEN_NAMED = "growth"  # It takes minutes.
+NOT_OF_COPIES = ("nginx", "growth")  # They compare our ways to run, and us with \\copy, but no two copies.
 
 
-def all_scenarios(growth_rows: int) -> list[Scenario]:
-    return [*plain_scenarios(), fairness(), nginx(), memory(), growth(growth_rows)]
+def all_scenarios(growth_rows: int, other: Server | None = None) -> list[Scenario]:
+    return [*plain_scenarios(other), fairness(other), nginx(), memory(other), growth(growth_rows)]
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -583,6 +648,13 @@ def scenario_ids(text: str) -> list[str]:
     return named
 
 
+def program_path(text: str) -> Path:
+    """Be an argparse type for another copy of attolytics.py."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"expected a copy of attolytics.py, but there is no file {text}")
+    return Path(text)
+
+
 def plot_path(text: str) -> Path:
     """Be an argparse type for the plot."""
     if not text.endswith((".svg", ".png")):
@@ -594,13 +666,17 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of our options."""
     parser = argparse.ArgumentParser(
         description="Measures Attolytics beside the same service written with FastAPI and asyncpg, psql's"
-        " \\copy, and a commit per row.",
+        " \\copy, and a commit per row; and beside another copy of itself.",
         epilog="Everything runs on this machine and is gone afterwards. bench/README.md says more.",
     )
     add = parser.add_argument
     add("--rounds", metavar="N", type=at_least(1), default=DEFAULT_ROUNDS, help="rounds per scenario (5)")
     add("--seconds", metavar="N", type=at_least(1), default=DEFAULT_SECONDS, help="of a measurement (5)")
     add("--only", metavar="NAME,...", type=scenario_ids, help="some scenarios; without it all but growth")
+    against_help = "another copy of attolytics.py, measured in turn with ours"
+    add("--against", metavar="PATH", type=program_path, help=against_help)
+    no_peers_help = "leave out all but copies of Attolytics, and scenarios that do not compare copies"
+    add("--no_peers", action="store_true", help=no_peers_help)
     rows_help = "rows in the full table of growth (10,000,000)"
     add("--growth_rows", metavar="N", type=at_least(1), default=DEFAULT_GROWTH_ROWS, help=rows_help)
     add("--json", metavar="PATH", type=Path, help="write everything that was measured to a file")
@@ -608,13 +684,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_tools(plot: bool) -> None:
-    """Raise BenchError for what no scenario can do without, and is not installed."""
+def check_tools(options: argparse.Namespace) -> None:
+    """Raise BenchError for what the options cannot do without, and is not installed."""
     if not Path("/proc/self/status").exists():
         raise BenchError("this needs Linux: memory and CPU are read from /proc")
     if not shutil.which("wrk"):
         raise BenchError("wrk is not installed (Debian: apt install wrk)")
-    needed = (*PEER_MODULES, "matplotlib") if plot else PEER_MODULES
+    needed = [*([] if options.no_peers else PEER_MODULES), *(["matplotlib"] if options.plot else [])]
     lacking = [module for module in needed if importlib.util.find_spec(module) is None]
     if lacking:
         raise BenchError(f"not installed: {', '.join(lacking)}; run pip install -e .[dev] in the repository")
@@ -625,9 +701,14 @@ def chosen_scenarios(options: argparse.Namespace) -> list[Scenario]:
 
     nginx alone may be missing, then its scenario is left out.
     """
+    other = other_copy(options.against.absolute()) if options.against else None
+    left_out = NOT_OF_COPIES if options.no_peers else (ONLY_WHEN_NAMED,)
     chosen = []
-    for scenario in all_scenarios(options.growth_rows):
-        if scenario.id not in options.only if options.only else scenario.id == ONLY_WHEN_NAMED:
+    for scenario in all_scenarios(options.growth_rows, other):
+        if scenario.id not in options.only if options.only else scenario.id in left_out:
+            continue
+        if options.no_peers and scenario.id not in NOT_OF_COPIES:
+            chosen.append(scenario.without_peers())
             continue
         if "nginx" in scenario.programs and not shutil.which("nginx"):
             progress("the scenario nginx is left out: nginx is not installed (Debian: apt install nginx)")
@@ -656,8 +737,17 @@ def machine_text(facts: Mapping[str, object], options: argparse.Namespace) -> st
     return (
         f"Python {facts['python']}, PostgreSQL {facts['postgresql']}, {facts['cpus']} CPUs"
         f" (load average {facts['load_average']:.1f} before the run); {options.rounds} rounds of"
-        f" {options.seconds} s.\n"
+        f" {options.seconds} s.\n{others_text(options)}"
     )
+
+
+def others_text(options: argparse.Namespace) -> str:
+    """Return which other copy was measured."""
+    if not options.against:
+        return ""
+    program = options.against.read_bytes()
+    lines, digest = program.count(b"\n"), hashlib.sha256(program).hexdigest()
+    return f"The other copy: {options.against}, {lines:,} lines, SHA-256 {digest[:DIGEST_CHARS]}.\n"
 
 
 def write_document(
@@ -666,7 +756,11 @@ def write_document(
     """Write the JSON and the plot that the options ask for. Raises BenchError."""
     document = {
         "machine": facts,
-        "settings": {"rounds": options.rounds, "seconds": options.seconds},
+        "settings": {
+            "rounds": options.rounds,
+            "seconds": options.seconds,
+            "against": str(options.against) if options.against else None,
+        },
         "scenarios": [result_json(result) for result in results],
     }
     path = options.json or home / "results.json"
@@ -713,7 +807,7 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, end)
     try:
-        check_tools(options.plot is not None)
+        check_tools(options)
         with tempfile.TemporaryDirectory(prefix="attolytics-bench-") as home:
             return run_all(options, Path(home))
     except BenchError as error:

@@ -1,21 +1,24 @@
 """Power cuts, simulated: is every acknowledged event in the spool, whatever the disk had written?
 
-    python bench/power_cut.py [--requests 300] [--seed 1]
+    python bench/power_cut.py [--requests 300] [--seed 1] [--file PATH]
 
 Needs strace (a Debian package). It runs a server without a database under strace, sends it requests one
 by one, and notes every write, truncation and sync of the spool's files, and every answer. Then it plays them
 back: after each of them the power could have failed, and the disk could have any of the writes since the last
 sync of their file: none, all, some, or the last one in part (by sectors of 512 bytes). Each such state is
-opened as a spool, and has to have every event that was answered with 200 until then.
+opened as a spool, and its view of the table has to have every event that was answered with 200 until then.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
+import importlib.util
 import random
 import re
 import signal
+import sqlite3
 import sys
 import tempfile
 import uuid
@@ -24,16 +27,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from load import answers, encode, post
-from rig import REPOSITORY, BenchError, free_port, running
-from servers import SAMPLE
-
-sys.path.insert(0, str(REPOSITORY))
-
-import attolytics
+from rig import PROGRAM, BenchError, free_port, running
+from servers import EXAMPLE_SCHEMA, SAMPLE
 
 SPOOL = "spool.sqlite3"
 SECTOR_BYTES = 512
-CALLS = "pwrite64,write,ftruncate,fsync,fdatasync,sendto,unlink"
+CALLS = "pwrite64,write,ftruncate,fsync,fdatasync,sendto,sendmsg,unlink"
 LINE = re.compile(r"(?P<pid>\d+) +(?P<call>\w+)\((?P<arguments>.*)\) += (?P<result>-?\d+)")
 UNFINISHED = re.compile(r"(?P<pid>\d+) +(?P<start>\w+\(.*) <unfinished \.\.\.>")
 RESUMED = re.compile(r"(?P<pid>\d+) +<\.\.\. \w+ resumed>(?P<rest>.*)")
@@ -92,24 +91,44 @@ def crash_states(disk: Disk, chance: random.Random) -> Iterator[bytearray]:
             yield apply(disk.content, [*before, (at, data[:cut])])
 
 
-def check(directory: Path, files: dict[str, bytearray], schema: attolytics.Schema, acknowledged: int) -> None:
+class Opener:
+    """What opens a file as the server does: all that is asked of the inside of attolytics.py."""
+
+    def __init__(self, program: Path) -> None:
+        spec = importlib.util.spec_from_file_location("attolytics", program)
+        if not spec or not spec.loader:
+            raise BenchError(f"{program} is no Python file")
+        self._module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = self._module  # Where its dataclasses look for their types.
+        spec.loader.exec_module(self._module)
+        self._schema = self._module.parse_schema(EXAMPLE_SCHEMA.read_text(), str(EXAMPLE_SCHEMA))
+
+    def open(self, path: Path) -> None:
+        """Open a spool, which may repair it, and close it. Raises BenchError."""
+        try:
+            spool = self._module.Spool(str(path), 1 << 30, self._schema, str(uuid.uuid4()))
+        except self._module.OperatorError as error:
+            raise BenchError(str(error)) from None
+        spool.close()
+
+
+def check(directory: Path, files: dict[str, bytearray], opener: Opener, acknowledged: int) -> None:
     """Raise BenchError unless a spool has the first so many events, each once."""
     for path in directory.iterdir():
         path.unlink()
     for name, content in files.items():
         (directory / name).write_bytes(content)
     try:
-        spool = attolytics.Spool(str(directory / SPOOL), 1 << 30, schema, str(uuid.uuid4()))
-    except attolytics.OperatorError as error:
+        opener.open(directory / SPOOL)
+    except BenchError as error:
         raise BenchError(f"after {acknowledged} answers: {error}") from None
-    flushes = spool.head(10_000_000)
-    spool.close()
-    scores = [event["score"] for f in flushes for b in attolytics.read_spooled(f.text) for event in b.events]  # type: ignore[index]
+    with contextlib.closing(sqlite3.connect(directory / SPOOL)) as spool:
+        scores = sorted(score for (score,) in spool.execute("SELECT score FROM events"))
     if scores[:acknowledged] != list(range(acknowledged)):
         raise BenchError(f"after {acknowledged} answers the spool has {len(scores)} events")
 
 
-def play_back(trace: str, home: Path, schema: attolytics.Schema, chance: random.Random) -> tuple[int, int]:
+def play_back(trace: str, home: Path, opener: Opener, chance: random.Random) -> tuple[int, int]:
     """Check every state after every call; return how many answers and states there were."""
     disks: dict[str, Disk] = {SPOOL: Disk(), f"{SPOOL}-wal": Disk()}
     acknowledged = states = 0
@@ -121,7 +140,7 @@ def play_back(trace: str, home: Path, schema: attolytics.Schema, chance: random.
         disk = disks.get(Path(unescape(path["path"]).decode()).name)
         text = TEXT.search(match["arguments"])
         data = unescape(text["hex"]) if text else b""
-        if match["call"] == "sendto" and data.startswith(b"HTTP/1.1 200"):
+        if match["call"] in ("sendto", "sendmsg") and data.startswith(b"HTTP/1.1 200"):
             acknowledged += 1
         elif disk and match["call"] == "pwrite64":
             disk.pending.append((int(match["arguments"].rpartition(", ")[2]), data[: int(match["result"])]))
@@ -136,16 +155,16 @@ def play_back(trace: str, home: Path, schema: attolytics.Schema, chance: random.
         main, journal = disks.values()
         for main_state in crash_states(main, chance):
             for journal_state in crash_states(journal, chance):
-                check(home / "cut", {SPOOL: main_state, f"{SPOOL}-wal": journal_state}, schema, acknowledged)
+                check(home / "cut", {SPOOL: main_state, f"{SPOOL}-wal": journal_state}, opener, acknowledged)
                 states += 1
     return acknowledged, states
 
 
-def record(home: Path, requests: int) -> str:
+def record(program: Path, home: Path, requests: int) -> str:
     """Run a server under strace, send it requests, and return the trace."""
     port = free_port()
-    server = [str(REPOSITORY / "attolytics.py"), "-q", "--host", "127.0.0.1", "--port", str(port)]
-    server += ["--schema", str(REPOSITORY / "schema-example.conf.yaml")]
+    server = [str(program), "-q", "--host", "127.0.0.1", "--port", str(port)]
+    server += ["--schema", str(EXAMPLE_SCHEMA)]
     server += ["--spool", str(home / SPOOL), "--spool_limit", "4M"]  # checkpoints come often then
     strace = [
         "strace",
@@ -178,14 +197,15 @@ def main() -> int:
     )
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--file", type=Path, default=PROGRAM, help="another copy of attolytics.py")
     options = parser.parse_args()
-    schema = attolytics.read_schema(str(REPOSITORY / "schema-example.conf.yaml"))
+    program = options.file.absolute()
     with tempfile.TemporaryDirectory(prefix="attolytics-bench-") as directory:
         home = Path(directory)
         (home / "cut").mkdir()
         try:
-            trace = record(home, options.requests)
-            acknowledged, states = play_back(trace, home, schema, random.Random(options.seed))
+            trace = record(program, home, options.requests)
+            acknowledged, states = play_back(trace, home, Opener(program), random.Random(options.seed))
         except BenchError as error:
             sys.stderr.write(f"power_cut.py: {error}\n")
             return 1

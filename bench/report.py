@@ -72,18 +72,29 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
+class Formula:
+    """How to compute a number from a round, and the contestants that it takes."""
+
+    whom: frozenset[str]
+    of: Callable[[Round], float]
+
+    def __sub__(self, other: Formula) -> Formula:
+        return Formula(self.whom | other.whom, lambda one: self.of(one) - other.of(one))
+
+
+@dataclass(frozen=True, slots=True)
 class Figure:
     """A number that each round gives; `panel` is the part of the plot it belongs to."""
 
     name: str
-    of: Callable[[Round], float]
+    formula: Formula
     bound: Bound | None = None
     panel: str | None = None
     worst: bool = False  # The largest of all rounds counts, not the median: memory.
 
     def values(self, rounds: Sequence[Round]) -> list[float]:
         """Return the figure of each round."""
-        return [self.of(one) for one in rounds]
+        return [self.formula.of(one) for one in rounds]
 
     def result(self, rounds: Sequence[Round]) -> float:
         """Return what counts, over all rounds."""
@@ -104,19 +115,19 @@ def value(measurement: Measurement, field: str) -> float:
     return float(number)
 
 
-def ratio(who: str, peer: str, field: str) -> Callable[[Round], float]:
-    """Return how to compute one contestant's field divided by another's."""
-    return lambda one: value(one[who], field) / value(one[peer], field)
-
-
-def difference(who: str, peer: str, field: str) -> Callable[[Round], float]:
-    """Return how to compute one contestant's field minus another's."""
-    return lambda one: value(one[who], field) - value(one[peer], field)
-
-
-def only(who: str, field: str) -> Callable[[Round], float]:
+def only(who: str, field: str) -> Formula:
     """Return how to take one contestant's field."""
-    return lambda one: value(one[who], field)
+    return Formula(frozenset([who]), lambda one: value(one[who], field))
+
+
+def ratio(who: str, peer: str, field: str) -> Formula:
+    """Return how to compute one contestant's field divided by another's."""
+    return Formula(frozenset([who, peer]), lambda one: value(one[who], field) / value(one[peer], field))
+
+
+def difference(who: str, peer: str, field: str) -> Formula:
+    """Return how to compute one contestant's field minus another's."""
+    return only(who, field) - only(peer, field)
 
 
 # --- Results ------------------------------------------------------------------

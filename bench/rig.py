@@ -24,6 +24,7 @@ import pg8000.native
 
 BENCH = Path(__file__).resolve().parent
 REPOSITORY = BENCH.parent
+PROGRAM = REPOSITORY / "attolytics.py"
 
 START_S = 30  # For PostgreSQL and for a server to come up.
 STOP_S = 20  # Attolytics drains for at most 9 s, PostgreSQL writes a checkpoint.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -22,7 +24,7 @@ from load import (
     encode,
     post,
 )
-from rig import BENCH, REPOSITORY, BenchError, Child, Postgres, database_account, free_port, running
+from rig import BENCH, PROGRAM, REPOSITORY, BenchError, Child, Postgres, database_account, free_port, running
 
 EXAMPLE_SCHEMA = REPOSITORY / "schema-example.conf.yaml"
 MIX_SCHEMA = BENCH / "mix.conf.yaml"
@@ -165,10 +167,11 @@ class Server:
     command: Callable[[int, str, Path, Path], Sequence[str | Path]]
 
 
-def attolytics_command(port: int, url: str, schema: Path, home: Path) -> Sequence[str | Path]:
+def attolytics_command(program: Path, port: int, url: str, schema: Path, home: Path) -> Sequence[str | Path]:
+    """Return the command of a copy of attolytics.py, with a spool that no other one had before."""
     where = ["--host", "127.0.0.1", "--port", str(port), "--db_url", url]
-    spool = ["--spool", str(home / f"spool-{port}.sqlite3")]
-    return [sys.executable, REPOSITORY / "attolytics.py", "-q", "--schema", schema, *where, *spool]
+    spool = Path(tempfile.mkdtemp(prefix="spool-", dir=home)) / "spool.sqlite3"
+    return [sys.executable, program, "-q", "--schema", schema, *where, "--spool", spool]
 
 
 def fastapi_command(port: int, _url: str, _schema: Path, _home: Path) -> Sequence[str | Path]:
@@ -178,7 +181,13 @@ def fastapi_command(port: int, _url: str, _schema: Path, _home: Path) -> Sequenc
     return [sys.executable, "-m", "uvicorn", "peer_fastapi:app", *where, *fast]
 
 
-ATTOLYTICS = Server("Attolytics", attolytics_command)
+def other_copy(program: Path) -> Server:
+    """Return the server in another copy of attolytics.py."""
+    return Server(OTHER, partial(attolytics_command, program))
+
+
+ATTOLYTICS = Server("Attolytics", partial(attolytics_command, PROGRAM))
+OTHER = "the other copy"
 FASTAPI = Server("FastAPI + asyncpg", fastapi_command)
 PEER_MODULES = ("asyncpg", "fastapi", "httptools", "uvicorn", "uvloop")
 
@@ -205,7 +214,7 @@ def serving(
     With `filled` the tables stay as they are, and the job is not checked.
     """
     port = free_port()
-    log = home / f"{server.name.split()[0].lower()}-{port}.log"
+    log = home / f"{server.name.replace(' ', '-').lower()}-{port}.log"
     command = server.command(port, postgres.url, job.schema, home)
     with running(command, log, signal.SIGTERM, DATABASE_URL=postgres.url) as child:
         child.wait_until(lambda: answers(port), server.name)

@@ -1,6 +1,6 @@
 """What the spool costs, and how fast it is replayed.
 
-    python bench/spool.py [--rounds 5] [--seconds 5] [--events 1000000]
+    python bench/spool.py [--rounds 5] [--seconds 5] [--events 1000000] [--file PATH]
 
 Needs what bench/ingest.py needs, and psql. Prints three things: the rate of one event per request, from
 64 clients, with the database there and with it away; the rate of a replay, next to psql's \\copy of the same
@@ -22,6 +22,7 @@ from pathlib import Path
 from direct import run_client
 from load import Traffic, answers, check_load, run_wrk, write_script
 from rig import (
+    PROGRAM,
     REPOSITORY,
     BenchError,
     Child,
@@ -35,14 +36,17 @@ from rig import (
 
 SPOOL_LIMIT = "100G"
 ROUND_S = 5
+REPLAY_S = 1_800  # As long as anybody waits for 10 million events.
 DONE = re.compile(r"replayed all (\d+) events in ([0-9.]+) s")
 AWAY = "postgres://bench@/postgres?host=%2Fnonexistent"
 
 
-def serve(home: Path, url: str, spool: str, port: int, *options: str) -> AbstractContextManager[Child]:
+def serve(
+    program: Path, home: Path, url: str, spool: str, port: int, *options: str
+) -> AbstractContextManager[Child]:
     command = [
         sys.executable,
-        str(REPOSITORY / "attolytics.py"),
+        str(program),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--schema", str(REPOSITORY / "schema-example.conf.yaml")),
         *("--spool", str(home / spool), "--spool_limit", SPOOL_LIMIT, *(["--db_url", url] if url else [])),
@@ -51,24 +55,24 @@ def serve(home: Path, url: str, spool: str, port: int, *options: str) -> Abstrac
     return running(command, home / "attolytics.log", signal.SIGTERM)
 
 
-def requests_per_s(home: Path, url: str, spool: str, seconds: int) -> float:
+def requests_per_s(program: Path, home: Path, url: str, spool: str, seconds: int) -> float:
     """Return the rate of one event per request."""
     script = write_script(home, Traffic())
     port = free_port()
-    with serve(home, url, spool, port, "-q") as child:
+    with serve(program, home, url, spool, port, "-q") as child:
         child.wait_until(lambda: answers(port), "Attolytics")
         load = run_wrk(port, script, seconds)
         check_load("Attolytics", load)
     return load.requests / load.duration_us * 1e6
 
 
-def compare_rates(postgres: Postgres, home: Path, rounds: int, seconds: int) -> None:
+def compare_rates(program: Path, postgres: Postgres, home: Path, rounds: int, seconds: int) -> None:
     ratios, rates = [], []
     for number in range(rounds):
         places = [(postgres.url, "there.sqlite3"), (AWAY, f"away{number}.sqlite3")]
         measured = {}
         for url, spool in places if number % 2 else places[::-1]:
-            measured[url] = requests_per_s(home, url, spool, seconds)
+            measured[url] = requests_per_s(program, home, url, spool, seconds)
         rates.append((measured[postgres.url], measured[AWAY]))
         ratios.append(measured[AWAY] / measured[postgres.url])
         postgres.clear()
@@ -79,12 +83,12 @@ def compare_rates(postgres: Postgres, home: Path, rounds: int, seconds: int) -> 
     )
 
 
-def fill(home: Path, events: int) -> int:
+def fill(program: Path, home: Path, events: int) -> int:
     """Fill a spool with at least so many events; return how many are acknowledged."""
     script = write_script(home, Traffic(100))
     port = free_port()
     acknowledged = 0
-    with serve(home, "", "full.sqlite3", port, "-q") as child:
+    with serve(program, home, "", "full.sqlite3", port, "-q") as child:
         child.wait_until(lambda: answers(port), "Attolytics")
         while acknowledged < events:
             load = run_wrk(port, script, ROUND_S)
@@ -93,14 +97,17 @@ def fill(home: Path, events: int) -> int:
     return acknowledged
 
 
-def replay(postgres: Postgres, home: Path, acknowledged: int) -> float:
+def replay(program: Path, postgres: Postgres, home: Path, acknowledged: int) -> float:
     """Replay the full spool and say how it went; return the events per second."""
     size = (home / "full.sqlite3").stat().st_size
     port = free_port()
-    with serve(home, postgres.url, "full.sqlite3", port) as child:
+    deadline = time.monotonic() + REPLAY_S
+    with serve(program, home, postgres.url, "full.sqlite3", port) as child:
         while not (done := DONE.search(child.log.read_text())):
             if child.process.poll() is not None:
                 raise child.failure("Attolytics ended:")
+            if time.monotonic() > deadline:
+                raise child.failure(f"the log does not say within {REPLAY_S} s that all was replayed:")
             time.sleep(0.5)
         peak_mb = memory_mb(child.process.pid, "VmHWM")
     events, seconds = int(done[1]), float(done[2])
@@ -134,7 +141,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--events", type=int, default=1_000_000)
+    parser.add_argument("--file", type=Path, default=PROGRAM, help="another copy of attolytics.py")
     options = parser.parse_args()
+    program = options.file.absolute()
     try:
         with (
             tempfile.TemporaryDirectory(prefix="attolytics-bench-") as directory,
@@ -142,9 +151,9 @@ def main() -> int:
         ):
             home = Path(directory)
             if options.rounds:
-                compare_rates(postgres, home, options.rounds, options.seconds)
+                compare_rates(program, postgres, home, options.rounds, options.seconds)
             if options.events:
-                rate = replay(postgres, home, fill(home, options.events))
+                rate = replay(program, postgres, home, fill(program, home, options.events))
                 limit = copy(postgres, home)
                 sys.stdout.write(f"psql \\copy: {limit:,.0f} rows per second; ratio {rate / limit:.2f}\n")
     except BenchError as error:
