@@ -1227,11 +1227,7 @@ MARKING_DECODER = json.JSONDecoder(object_pairs_hook=marked_object)
 
 def decode_json(decoder: json.JSONDecoder, text: str) -> object:
     try:
-        if text.startswith("{"):
-            value, end = decoder.scan_once(text, 0)  # type: ignore[attr-defined]
-            if end == len(text):
-                return value
-        return decoder.decode(text)  # white space around it, or an error
+        return decoder.decode(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise InvalidBody(f"the body is not JSON: {error.msg} at {place}") from None

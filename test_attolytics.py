@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import hypothesis
 import pg8000.native
@@ -3712,6 +3712,162 @@ class HttpTest(ServerCase):
     def test_no_request_left_a_traceback_in_the_log(self) -> None:
         self.assertNotIn("Traceback", "\n".join(self.attolytics.lines))
         self.assertNotIn("was cut", "\n".join(self.attolytics.lines))
+
+
+def is_json(body: bytes) -> bool:
+    """Return whether a body is JSON as RFC 8259 has it; Python's own decoder also takes three words."""
+
+    def refuse(word: str) -> NoReturn:
+        raise ValueError(word)
+
+    try:
+        json.loads(body.decode(), parse_constant=refuse)
+    except (ValueError, RecursionError):  # a UnicodeDecodeError is one, too
+        return False
+    return True
+
+
+# What is no value of JSON (RFC 8259), though something like it may stand where a value should.
+NO_VALUES = [
+    # Structure.
+    *rb"""[ ] { } , : [1,] [,1] [1,,2] [,] [1:2] [[] []] [1} [1 [1, [x] [1,x] ["a" ["a", [[],x] [""], {"a"}
+    {"a":} {:1} {"a":1,} {,"a":1} {"a":1,,"b":2} {"a":1] {a:1} {'a':1} {1:1} {null:1} {[]:1} {"a":1:2}
+    {"a","b"} {1} {,} {"a"::1} {"a":x} {"a":1,x} {"a":{} {"a": {"a" {"a {"a":1,"b"} 1] 1} "a""b" {}{} [][]
+    (1) <1> 1; =1 * $ @ `1`""".split(),
+    *(b"", b" ", b"[1 2]", b'{"a" 1}', b'{"a":1 "b":2}', b"1 2"),
+    # Words.
+    *b"tru truee True t nul nulll None NULL n fals False undefined x inf infinity nan".split(),
+    *b"Na Infinit -Infinit +Infinity".split(),
+    # Numbers.
+    *b"01 -01 00 - --1 +1 1. -1. .5 -.5 1.e1 1e 1e+ 1E- 0e 1e1.5 1e1e1 1.5.5 0x1 0b1 1_0 1a -x".split(),
+    *"\u0661 \uff11 1\u0660 1e\u00b2".encode().split(),
+    *(b"- 1", b"1 000", b"1,000", b"1n"),
+    # Strings.
+    *rb"""" "a 'a' a "\ "\" "\x" "\a" "\0" "\'" "a"b "\u" "\u1" "\u12" "\u123" "\u123g" "\U0041" "\u+123"
+    "\ud800\u" "\ud800\u1" \u0031 \n1""".split(),
+    *(b'"\\ "', b'"\\u 123"', b'"\\u00\xc3\xa9"', b'"\\\xc3\xa9"', b'"\\\0"', b'"\\\t"'),
+    *(b'"\t"', b'"\n"', b'"\r"', b'"\0"', b'"\x1f"'),
+    # Bytes that are not UTF-8.
+    *b'"\x80" "\xff" "\xc3" "\xe2\x82" "\xc0\x80" "\xe0\x80\x80" "\xed\xa0\x80" "\xf4\x90\x80\x80"'.split(),
+    *b'\xff "\xf0\x9f\x98" "\xe9" [\xff] \xe5 \xff\xfe1\0 \0\x001'.split(),
+    # White space of other languages.
+    *(b"\x0b1", b"\x0c1", b"\0", b"1\0", b"\x1e1", b"\x7f1"),
+    *(f"{space}1".encode() for space in "\x85\xa0\u2028\u2060\u3000\ufeff"),
+    # Comments.
+    *(b"/**/1", b"1/**/", b"1//", b"//\n1", b"#1", b"1#", b"--\n1", b"<!-- -->1"),
+]
+VALUES = [
+    *rb"""0 -0 -0.0 1E+2 1e-400 1.5e400 111111111111111111111111111111 {"":{"":[[[]]]}} "\u0000" "\ud800"
+    "\uD83D\uDE00" "\"\\\/\b\f\n\r\t" "[1,]" "\\" ["NaN","Infinity",{"-Infinity":"nan"}]""".split(),
+    *(b"[ ]", b"{ }", b"\t\r\n 1 \t\r\n", b'"\x7f"', '"\u2028\uffff\U0010ffff\u00a0"'.encode()),
+]
+
+
+class MutationTest(ServerCase):
+    """Whatever a body is, its sender is told what becomes of it; and goes on over the same connection."""
+
+    GOOD = (
+        '{"secret_key":"key","events":[{"_t":"plain","mark":1,"text":"\\u00e9 é",'
+        '"more":[-1.5e2,{},true,null]}]}'
+    ).encode()
+    OTHER_BYTES = b"\"'[]{},:0a \\\x80\0"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.sock = self.connect()
+        self.logged = len(self.attolytics.lines)
+
+    def tearDown(self) -> None:
+        self.assertEqual(self.attolytics.lines[self.logged :], [], "clients must not fill the log")
+
+    def answer(self, body: bytes) -> Answer:
+        """Send a body over the one connection; return the answer, which must explain a refusal."""
+        try:
+            self.sock.sendall(self.raw(body))
+            answer = read_answer(self.sock)
+        except (OSError, http.client.HTTPException) as error:
+            raise AssertionError(f"{body[:200]!r} is not answered: {error!r}") from None
+        self.assertFalse(answer.will_close, body[:200])
+        if answer.status != 200:
+            self.assertIn(answer.status, (400, 403, 404), body[:200])
+            self.assertGreater(len(answer.json["error"]), 10, body[:200])
+            for problem in answer.json.get("events", ()):
+                self.assertTrue(problem["reason"], body[:200])
+        return answer
+
+    def check(self, body: bytes) -> int:
+        """Check that what is not JSON is refused as such; return the status."""
+        answer = self.answer(body)
+        if not is_json(body):
+            self.assertEqual(answer.status, 400, body[:200])
+            self.assertNotIn("events", answer.json, body[:200])
+        return answer.status
+
+    def test_every_prefix_of_a_good_body(self) -> None:
+        for end in range(len(self.GOOD)):
+            self.check(self.GOOD[:end])
+        self.assertEqual(self.answer(self.GOOD).status, 200)
+
+    def test_every_change_of_one_byte_of_a_good_body(self) -> None:
+        accepted = 0
+        for at, byte in itertools.product(range(len(self.GOOD)), self.OTHER_BYTES):
+            body = bytearray(self.GOOD)
+            body[at] = byte
+            accepted += self.check(bytes(body)) == 200
+        self.assertGreater(accepted, 100)  # in texts, and in keys that are ignored
+
+    def test_every_byte_left_out_or_doubled(self) -> None:
+        for at in range(len(self.GOOD)):
+            self.check(self.GOOD[:at] + self.GOOD[at + 1 :])
+            self.check(self.GOOD[: at + 1] + self.GOOD[at:])
+
+    def test_what_is_no_value_wherever_a_value_may_stand(self) -> None:
+        for value, (before, after) in itertools.product(
+            NO_VALUES,
+            [
+                (b"", b""),
+                (b'{"secret_key":"key","events":[],"more":', b"}"),
+                (b'{"secret_key":', b',"events":[]}'),
+                (b'{"secret_key":"key","events":', b"}"),
+                (b'{"secret_key":"key","events":[{"_t":"plain","mark":1},', b"]}"),
+                (b'{"secret_key":"key","events":[{"_t":"plain","more":', b"}]}"),
+                (b'{"secret_key":"key","events":[{"_t":"plain","more":[1,', b",2]}]}"),
+            ],
+        ):
+            self.assertEqual(self.check(before + value + after), 400, (before, value))
+
+    def test_what_is_behind_or_before_a_good_body(self) -> None:
+        mark = "\ufeff".encode()
+        for body in [
+            *(self.GOOD + more for more in (b"x", b"}", b"]", b",", b"1", b"\0", b"\xff", mark, self.GOOD)),
+            *(more + self.GOOD for more in (b"x", b"{", b"[", b",", b"1", b"\0", b"\xff", mark + mark)),
+            self.GOOD.decode().encode("utf-16"),
+            self.GOOD.decode().encode("utf-32-le"),
+        ]:
+            self.assertEqual(self.check(body), 400, body)
+        self.assertEqual(self.check(b" \t\r\n" + self.GOOD + b" \t\r\n"), 200)
+
+    def test_every_value_may_stand_under_a_key_that_is_ignored(self) -> None:
+        for value in VALUES:
+            for before, after in [
+                (b'{"secret_key":"key","events":[],"more":', b"}"),
+                (b'{"secret_key":"key","events":[{"_t":"plain","more":', b"}]}"),
+            ]:
+                self.assertEqual(self.check(before + value + after), 200, (before, value))
+
+    def test_every_short_sequence_of_tokens(self) -> None:
+        accepted = 0
+        for count in range(4):
+            for tokens in itertools.product(["{", "}", "[", "]", ",", ":", '"a"', "1", "null"], repeat=count):
+                body = f'{{"secret_key":"key","events":[],"more":{"".join(tokens)}}}'.encode()
+                self.assertEqual(self.check(body), 200 if is_json(body) else 400, body)
+                accepted += is_json(body)
+        self.assertGreater(accepted, 5)
+
+    def test_what_is_nested_too_deeply(self) -> None:
+        for value in (b"[" * 100_000, b'[{"":' * 50_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000):
+            self.assertEqual(self.check(value), 400)
+            self.assertEqual(self.check(b'{"secret_key":"key","events":[],"more":' + value + b"}"), 400)
 
 
 class CrowdTest(ServerCase):
