@@ -1194,6 +1194,10 @@ class Repeating(dict[str, object]):
     key = ""
 
 
+class ConstantRefused(Exception):
+    """A JSON text has NaN or Infinity."""
+
+
 def marked_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) == len(pairs):
@@ -1221,16 +1225,32 @@ def exact_number(text: str) -> float | Decimal:
     return number if Decimal(repr(number)) == exact else exact
 
 
-DECODER = json.JSONDecoder(parse_float=exact_number)
+# Strings, and the words that Python's decoder takes for numbers.
+STRING_OR_CONSTANT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|(NaN|-?Infinity)')
+
+
+def refuse_constant(_name: str) -> NoReturn:
+    raise ConstantRefused
+
+
+DECODER = json.JSONDecoder(parse_float=exact_number, parse_constant=refuse_constant)
 MARKING_DECODER = json.JSONDecoder(object_pairs_hook=marked_object)
+
+
+def not_json(error: json.JSONDecodeError) -> InvalidBody:
+    place = f"line {error.lineno}, column {error.colno}"
+    return InvalidBody(f"the body is not JSON: {error.msg} at {place}")
 
 
 def decode_json(decoder: json.JSONDecoder, text: str) -> object:
     try:
         return decoder.decode(text)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise InvalidBody(f"the body is not JSON: {error.msg} at {place}") from None
+        raise not_json(error) from None
+    except ConstantRefused:
+        # All before it is JSON, so it is the first one that is not in a string.
+        found = next(match for match in STRING_OR_CONSTANT.finditer(text) if match[1])
+        raise not_json(json.JSONDecodeError(found[1], text, found.start())) from None
     except ValueError:
         raise InvalidBody("the body has a number that is too long to be read") from None
     except RecursionError:
@@ -3968,6 +3988,10 @@ class Opener:
 # owns it. First the pure part: texts of batches, and SQL of views.
 
 
+# Spools of former versions may have NaN under keys that are ignored.
+SPOOL_DECODER = json.JSONDecoder(parse_float=exact_number)
+
+
 def spooled_batch(app_id: str, delivery: Delivery, events: str) -> str:
     """Return the JSON of a batch for the spool; `events` is the JSON of its events, as they came."""
     about = {
@@ -4007,7 +4031,7 @@ def read_spooled(text: str) -> list[Spooled]:
                 Delivery(batch["headers"], batch["client_ip"], float(batch["received_at"])),
                 batch["events"],
             )
-            for batch in DECODER.decode(text)
+            for batch in SPOOL_DECODER.decode(text)
         ]
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {one_line(error)}") from None

@@ -2238,6 +2238,19 @@ def same_json(a: object, b: object) -> bool:
     return a == b
 
 
+def is_json(body: bytes) -> bool:
+    """Return whether a body is JSON as RFC 8259 has it; Python's own decoder also takes three words."""
+
+    def refuse(word: str) -> NoReturn:
+        raise ValueError(word)
+
+    try:
+        json.loads(body.decode(), parse_constant=refuse)
+    except (ValueError, RecursionError):  # a UnicodeDecodeError is one, too
+        return False
+    return True
+
+
 class RoundTripTest(DatabaseCase):
     COLUMNS = "b, i32, i64, f32, f64, s, extract(epoch FROM ts)::text, j::text, u::text, extra::text"
 
@@ -2290,6 +2303,10 @@ class RoundTripTest(DatabaseCase):
             for problem in error.problems:
                 self.assertTrue(problem.reason)
                 self.assertIn(problem.column, [*FITTING, "extra"])
+            return
+        except InvalidBody as error:
+            self.assertRegex(error.reason, "NaN|Infinity")
+            self.assertFalse(is_json(body_of(event, key="key")))
             return
         for name in FITTING:
             self.check_column(name, event.get(name), row[name])
@@ -3712,19 +3729,6 @@ class HttpTest(ServerCase):
     def test_no_request_left_a_traceback_in_the_log(self) -> None:
         self.assertNotIn("Traceback", "\n".join(self.attolytics.lines))
         self.assertNotIn("was cut", "\n".join(self.attolytics.lines))
-
-
-def is_json(body: bytes) -> bool:
-    """Return whether a body is JSON as RFC 8259 has it; Python's own decoder also takes three words."""
-
-    def refuse(word: str) -> NoReturn:
-        raise ValueError(word)
-
-    try:
-        json.loads(body.decode(), parse_constant=refuse)
-    except (ValueError, RecursionError):  # a UnicodeDecodeError is one, too
-        return False
-    return True
 
 
 # What is no value of JSON (RFC 8259), though something like it may stand where a value should.
@@ -5425,6 +5429,71 @@ class SpoolTest(ProcessCase):
         wait_until(lambda: len(self.stored()) >= 10_000)
         time.sleep(0.5)
         self.assertEqual(self.stored(), list(range(10_000)))
+
+
+class NotANumberTest(ProcessCase):
+    """NaN and Infinity, which many languages write into JSON, and which are none."""
+
+    SHAPES = (
+        "{word}",
+        "[{word}]",
+        '{"more":{word},"secret_key":"key","events":[]}',
+        '{"secret_key":{word},"events":[]}',
+        '{"secret_key":"key","events":{word}}',
+        '{"secret_key":"key","events":[{word}]}',
+        '{"secret_key":"key","events":[{"_t":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"plain","mark":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"plain","text":"\\"","more":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"plain","mark":1,"more":{"a":[1,{"b":{word}}]}}]}',
+        '{"secret_key":"key","events":[{"_t":"everything","f32":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"everything","f64":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"everything","ts":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"everything","j":[{word}]}]}',
+        '{"secret_key":"key","events":[{"_t":"everything","more":{word}}]}',
+    )
+
+    def check_refused(self, server: Attolytics) -> None:
+        for shape, word in itertools.product(self.SHAPES, ["NaN", "Infinity", "-Infinity"]):
+            body = shape.replace("{word}", word)
+            for app in ("app", "keeping"):
+                with self.subTest(body, app=app):
+                    answer = server.post(f"/apps/{app}/events", body.encode())
+                    self.assertEqual(answer.status, 400)
+                    self.assertRegex(answer.text, rf"(?<!-){word}")
+
+    def setUp(self) -> None:
+        super().setUp()
+        keeping = "  keeping: { secret_key: key, tables: [everything, plain], invalid_events: quarantine }\n"
+        self.schema_file.write_text(ALL_TYPES + keeping)
+        self.spool = self.directory / "attolytics.sqlite3"
+
+    def read(self, sql: str) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self.spool)) as db:
+            return db.execute(sql).fetchall()
+
+    def test_it_is_refused_wherever_it_stands(self) -> None:
+        self.check_refused(self.run_server())
+        self.assertEqual(self.stored(), [])
+        self.assertEqual(self.query("SELECT count(*) FROM everything"), [[0]])
+
+    def test_it_hides_nothing_in_the_views_of_the_spool(self) -> None:
+        server = self.run_server(url="", directory=self.directory)
+        with self.under_load(server, 4) as accepted:
+            self.check_refused(server)
+        self.assertEqual({mark for (mark,) in self.read("SELECT mark FROM plain")}, set(accepted))
+        self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(0,)])
+
+    def test_a_spool_that_has_it_is_replayed(self) -> None:
+        server = self.run_server(url="", directory=self.directory)
+        for number in (1, 2):
+            body = body_of({**mark(number, table="plain"), "more": 0}, key="key")
+            self.assertEqual(server.post("/apps/app/events", body).status, 200)
+        server.stop()
+        with contextlib.closing(sqlite3.connect(self.spool)) as db, db:
+            sql = "UPDATE attolytics_spool SET batches = replace(batches, '\"more\": 0', '\"more\": NaN')"
+            self.assertEqual(db.execute(sql).rowcount, 2)
+        self.run_server(directory=self.directory)
+        wait_until(lambda: self.stored() == [1, 2])
 
 
 # --- Monitor ------------------------------------------------------------------
