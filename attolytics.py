@@ -6453,26 +6453,32 @@ class Handler(BaseRequestHandler):
         self._body_unread = False
         self._started = 0.0
         self._is_large = False
-        self._unsent = b""  # of the answer, because the client does not read
+        self._unsent = b""  # of the last answer, because the client does not read
+        # Held by the thread that sends it: this one, or another while this one waits for the next request.
+        self._sending = threading.Lock()
 
     def handle(self) -> None:
         try:
             seconds: float = HEAD_DEADLINE_S
             while self._service.await_request(self.request, self._incoming, seconds):
                 self._await_answer()
+                self._send_unsent()  # before the next answer
                 if not self._exchange():
                     break
                 seconds = IDLE_CROWDED_S if self.server.pool.is_crowded() else IDLE_S
             if self.has_parted:  # The answer, and what of it may be unsent, is not ours any more.
                 return
             self._await_answer()
-            self._send(self._unsent)
+            self._send_unsent()
             if self._body_unread:
                 self._linger()
         except OSError as error:  # the client is gone: nobody to answer
             log.debug("%s: %s", self.client_address[0], reason_of(error))
         finally:
             self._await_answer()  # it must not meet a closed socket, nor that of another client
+            if not self.has_parted:
+                with self._sending:  # and neither must what is left of it
+                    self._unsent = b""
 
     def _await_answer(self) -> None:
         """Wait until the writer has sent the answer to the last batch, if there is one."""
@@ -6484,6 +6490,18 @@ class Handler(BaseRequestHandler):
         """Send what there is to send. Blocks up to SEND_TIMEOUT_S for a client that does not read."""
         if data:
             self.request.sendall(data)
+
+    def _send_unsent(self) -> None:
+        """Send what is left of the last answer. Blocks as _send() does, also while another thread sends."""
+        with self._sending:
+            data, self._unsent = self._unsent, b""
+            try:
+                self._send(data)
+            except OSError:
+                # Half an answer: nothing may follow it.
+                with contextlib.suppress(OSError):
+                    self.request.shutdown(socket.SHUT_RDWR)
+                raise
 
     def _exchange(self) -> bool:
         """Serve one request; return whether there may be another."""
@@ -6522,17 +6540,26 @@ class Handler(BaseRequestHandler):
             self._unsent = answer
         except OSError as error:
             log.debug("%s: %s", self.client_address[0], reason_of(error))
-        if not self.has_parted and (self._unsent or not keep):
-            self._wake()
-        elif self.has_parted and self._unsent:
+        if self.has_parted and self._unsent:
             self.server.pool.go_on(self._send_rest)
         elif self.has_parted:
             self.server.close_connection(self.request)
+        elif not keep:
+            self._wake()
+        elif self._unsent:
+            self.server.pool.go_on(self._send_meanwhile)
 
     def _wake(self) -> None:
         """Let the connection's own thread see that no other request will be served."""
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_RD)
+
+    def _send_meanwhile(self) -> None:
+        """Send what the writer's thread could not, while the connection's own thread waits for a request."""
+        try:
+            self._send_unsent()
+        except OSError as error:
+            log.debug("%s: %s", self.client_address[0], reason_of(error))
 
     def _send_rest(self) -> None:
         """Send what the writer's thread could not, and close the connection."""

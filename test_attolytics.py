@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, BinaryIO, ClassVar, NoReturn, TypeVar
 
 import hypothesis
 import pg8000.native
@@ -138,6 +138,9 @@ apps:
     tables: [marks]
     access_control_allow_origin: ["https://a.example", "http://b.example:8080"]
 """
+
+# For ALL_TYPES: an app whose bad events go to the quarantine.
+KEEPING_APP = "  keeping: { secret_key: key, tables: [everything, plain], invalid_events: quarantine }\n"
 
 # What became of a table with only the columns `a` and `b`, say.
 GROWN_SCHEMA = """
@@ -3874,6 +3877,90 @@ class MutationTest(ServerCase):
             self.assertEqual(self.check(b'{"secret_key":"key","events":[],"more":' + value + b"}"), 400)
 
 
+class LateReaderTest(ServerCase):
+    """Clients that send many requests before they read the answers, which are long."""
+
+    SCHEMA = ALL_TYPES + KEEPING_APP
+    REQUESTS = 60
+    COLUMNS = ("b", "i32", "i64", "f32", "f64", "ts", "u")
+    BAD_EVENTS = 140
+
+    def late_reader(self) -> tuple[socket.socket, BinaryIO]:
+        """Return a connection that takes little before it reads, and the reader of its answers."""
+        sock = socket.socket()
+        self.addCleanup(sock.close)
+        sock.settimeout(30)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 << 10)
+        sock.connect(("127.0.0.1", self.attolytics.port))
+        file = sock.makefile("rb")
+        self.addCleanup(file.close)
+        return sock, file
+
+    def request(self, number: int, text: str = "x", connection: str = "keep-alive") -> bytes:
+        """Return a request with one good event, and bad ones whose reasons have the number and the text."""
+        bad = dict.fromkeys(self.COLUMNS, f"{number} is bad {text}")
+        events = [*[{"_t": "everything", **bad}] * self.BAD_EVENTS, mark(number, table="plain")]
+        body = json.dumps({"secret_key": "key", "events": events}, ensure_ascii=False)
+        return self.raw(body.encode(), f"Connection: {connection}", path="/apps/keeping/events")
+
+    def check_answer(self, number: int, file: BinaryIO, connection: str = "keep-alive") -> None:
+        """Read the next answer, which must be the one to that request, and whole."""
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            line = file.readline(1000)
+            self.assertTrue(line, f"the connection ended before answer {number}")
+            head += line
+        self.assertTrue(head.startswith(b"HTTP/1.1 200 OK\r\n"), head)
+        self.assertIn(f"\r\nConnection: {connection}\r\n".encode(), head)
+        [length] = re.findall(rb"\r\nContent-Length: (\d+)\r\n", head)
+        answer = json.loads(file.read(int(length)))
+        self.assertEqual((answer["accepted"], answer["stored"]), (1, "database"))
+        places = [(problem["index"], problem["column"]) for problem in answer["quarantined"]]
+        self.assertEqual(places, list(itertools.product(range(self.BAD_EVENTS), self.COLUMNS)))
+        for problem in answer["quarantined"]:
+            self.assertIn(f' got "{number} is bad ', problem["reason"])
+
+    def check_others(self, seconds: float) -> None:
+        """Check that others are served meanwhile."""
+        end = time.monotonic() + seconds
+        while (started := time.monotonic()) < end:
+            self.assertEqual(self.attolytics.post("/apps/app/events", body_of(key="key")).status, 200)
+            self.assertLess(time.monotonic() - started, 1)
+            time.sleep(0.05)
+
+    def test_answers_that_are_read_late_are_whole_and_in_order(self) -> None:
+        sock, file = self.late_reader()
+        requests = [self.request(number, "x" * 40) for number in range(self.REQUESTS)]
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(sock.sendall, b"".join(requests))
+            self.check_others(2)
+            for number in range(self.REQUESTS):
+                self.check_answer(number, file)
+            sending.result()
+        # As a connection that is kept it serves more.
+        sock.sendall(self.request(self.REQUESTS))
+        self.check_answer(self.REQUESTS, file)
+        stored = self.query("SELECT mark FROM plain ORDER BY mark")
+        self.assertEqual(stored, [[number] for number in range(self.REQUESTS + 1)])
+
+    def test_the_rest_of_an_answer_needs_no_other_request_to_come(self) -> None:
+        # One of these numbers of answers, of 0.8 MB each, is one too many for what the kernel holds.
+        for count, last in itertools.product(range(1, 11), ["keep-alive", "close"]):
+            with self.subTest(count, last=last):
+                sock, file = self.late_reader()
+                for number in range(count):
+                    connection = "keep-alive" if number < count - 1 else last
+                    sock.sendall(self.request(number, "\U0001f600" * 60, connection))
+                time.sleep(0.2)
+                for number in range(count):
+                    self.check_answer(number, file, "keep-alive" if number < count - 1 else last)
+                if last == "close":
+                    self.assertEqual(file.read(), b"")
+                else:
+                    sock.sendall(self.request(count))
+                    self.check_answer(count, file)
+
+
 class CrowdTest(ServerCase):
     OPTIONS: ClassVar[list[str]] = ["--max_connections", "420", "--max_body", "2K"]
 
@@ -5463,8 +5550,7 @@ class NotANumberTest(ProcessCase):
 
     def setUp(self) -> None:
         super().setUp()
-        keeping = "  keeping: { secret_key: key, tables: [everything, plain], invalid_events: quarantine }\n"
-        self.schema_file.write_text(ALL_TYPES + keeping)
+        self.schema_file.write_text(ALL_TYPES + KEEPING_APP)
         self.spool = self.directory / "attolytics.sqlite3"
 
     def read(self, sql: str) -> list[Any]:
