@@ -6646,7 +6646,9 @@ class Handler(BaseRequestHandler):
             if not head.expects_continue and (head.length or 0) <= self._service.body_bytes_max:
                 self._read_body(head.length)
             raise
-        number = CONTENT_LENGTH.search(raw) if head.length is not None else None
+        # If a column takes the length, each request needs its own head.
+        repeats = head.length is not None and "content-length" not in intake.headers
+        number = CONTENT_LENGTH.search(raw) if repeats else None
         self._last_apps = apps
         self._last = (
             (raw[: number.start(1)], raw[number.end(1) :], head, intake, self._cors) if number else None

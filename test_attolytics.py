@@ -3961,6 +3961,42 @@ class LateReaderTest(ServerCase):
                     self.check_answer(count, file)
 
 
+class HeaderColumnTest(ServerCase):
+    """Columns that take what differs between requests that are nearly the same."""
+
+    SCHEMA = """
+        tables:
+          sizes:
+            columns:
+              - { name: number, type: i64 }
+              - { name: size, header: Content-Length }
+              - { name: agent, header: User-Agent }
+          plain: { columns: [{ name: mark, type: i64 }] }
+        apps:
+          app: { secret_key: key, tables: [sizes, plain] }
+          other: { secret_key: key, tables: [plain] }
+    """
+
+    def setUp(self) -> None:
+        self.postgres = postgres
+        self.database = self.shared_database
+
+    def test_each_request_of_a_connection_has_its_own_headers(self) -> None:
+        sock = self.connect()
+        expected = []
+        for number in range(12):
+            body = body_of({"_t": "sizes", "number": number, "more": "x" * (number // 2 * 5)}, key="key")
+            agent = f"agent {number // 3}"
+            sock.sendall(self.raw(body, f"User-Agent: {agent}"))
+            self.assertEqual(read_answer(sock).status, 200)
+            expected.append([number, str(len(body)), agent])
+            if number % 4 == 3:  # an app without such a column
+                body = body_of({"_t": "plain"}, key="key")
+                sock.sendall(self.raw(body, f"User-Agent: {agent}", path="/apps/other/events"))
+                self.assertEqual(read_answer(sock).status, 200)
+        self.assertEqual(self.query("SELECT number, size, agent FROM sizes ORDER BY number"), expected)
+
+
 class CrowdTest(ServerCase):
     OPTIONS: ClassVar[list[str]] = ["--max_connections", "420", "--max_body", "2K"]
 
