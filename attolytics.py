@@ -3097,6 +3097,7 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
 
     last_error: Mapping[str, str] | None = None
     inserted: list[int]  # by each INSERT of the last message
+    _tag = b""  # of the last statement
     _unread = b""  # from the server
     _unsent = memoryview(b"")  # of the message that it works on
     ahead = ""  # the beginning of the next message, as far as it was sent along with the last one
@@ -3126,6 +3127,7 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
         if self.ahead:
             parts.append(frame(b"Q", f"{self.ahead}{AHEAD_END}".encode() + b"\0"))
         self.inserted = []
+        self._tag = b""
         self._unsent = memoryview(b"".join(parts))
         self._send_some()
 
@@ -3147,6 +3149,13 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
         if self._context.error:
             raise self._context.error
         return self._context.rows or []
+
+    def is_rolled_back(self) -> bool:
+        """Return whether the answered message ends in a COMMIT that the server took for a ROLLBACK.
+
+        It does so in a transaction that has failed, and only the tag tells.
+        """
+        return self._context.statement.endswith("COMMIT") and self._tag != b"COMMIT"
 
     def limit_sending(self, seconds: float) -> None:
         """Bound the time that the server may take no data."""
@@ -3234,6 +3243,7 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
 
     def handle_COMMAND_COMPLETE(self, data: bytes, context: Any) -> None:  # noqa: N802
         super().handle_COMMAND_COMPLETE(data, context)
+        self._tag = data[:-1]
         if data.startswith(b"INSERT "):  # its row's identifier, which is 0, and the number of rows
             self.inserted.append(int(data[:-1].rpartition(b" ")[2]))
 
@@ -3293,11 +3303,16 @@ class Database:
         Raises what run() does.
         """
         try:
-            return self._connection.result() if self._connection.receive(seconds) else None
+            if not self._connection.receive(seconds):
+                return None
+            rows = self._connection.result()
         except pg8000.exceptions.DatabaseError as error:
             raise server_error(error.args[0]) from None
         except BROKEN as error:
             raise self._lost(error) from None
+        if self._connection.is_rolled_back():
+            raise DatabaseAway("the transaction was rolled back instead of committed")
+        return rows
 
     def inserted(self) -> list[int]:
         """Return how many rows each INSERT of the last message inserted."""

@@ -6093,7 +6093,7 @@ class MonitorTest(ProcessCase):
 
 
 class Proxy:
-    """A TCP proxy in front of PostgreSQL that can lose what goes through it."""
+    """A TCP proxy in front of PostgreSQL that can lose or change what goes through it."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -6101,6 +6101,7 @@ class Proxy:
         self.port = int(self._listener.getsockname()[1])
         self.drops_requests = False
         self.drops_answers = False
+        self.change: Callable[[bytes, bool], bytes] = lambda data, _is_request: data
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -6136,10 +6137,101 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 if not (self.drops_requests if is_request else self.drops_answers):
-                    sink.sendall(data)
+                    sink.sendall(self.change(data, is_request))
         for sock in (source, sink):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+
+def tag(text: bytes) -> bytes:
+    """Return the message that says what a statement did (PostgreSQL manual, 55.7: CommandComplete)."""
+    return b"C" + (len(text) + 5).to_bytes(4) + text + b"\0"
+
+
+class CommitTest(ProcessCase):
+    """A COMMIT is one only if PostgreSQL says so: of a transaction that has failed it makes a ROLLBACK."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.schema_file.write_text(ALL_TYPES + KEEPING_APP)
+        self.proxy = Proxy(self.postgres.front_port)
+        self.addCleanup(self.proxy.close)
+        self.changed = 0
+
+    def serve(self) -> Attolytics:
+        url = f"postgres://postgres@127.0.0.1:{self.proxy.port}/{self.database}?sslmode=disable"
+        return self.run_server(url=url, directory=self.directory)
+
+    def roll_back(self, data: bytes, is_request: bool) -> bytes:
+        """Let PostgreSQL roll back what should be committed."""
+        if not is_request or b"COMMIT\0" not in data:
+            return data
+        self.changed += 1
+        return data.replace(b"COMMIT\0", b" ABORT\0")
+
+    def roll_back_rows(self, data: bytes, is_request: bool) -> bytes:
+        """Do that to what stores events only."""
+        return self.roll_back(data, is_request) if b"\nCOPY " in data else data
+
+    def pretend(self, data: bytes, is_request: bool) -> bytes:
+        """Let PostgreSQL commit, and say that it has rolled back."""
+        if is_request or tag(b"COMMIT") not in data:
+            return data
+        self.changed += 1
+        return data.replace(tag(b"COMMIT"), tag(b"ROLLBACK"))
+
+    def pass_on(self, data: bytes, _is_request: bool) -> bytes:
+        return data
+
+    def check(self, change: Callable[[bytes, bool], bytes]) -> None:
+        """Change the COMMITs of flushes of all kinds; each event must end up in its table once."""
+        server = self.serve()
+        self.query("ALTER TABLE plain ADD CHECK (mark <> 13)")
+        large = [mark(number, table="plain") for number in range(100, 1700)]
+        for app, accepted, events in [
+            ("app", 1, [mark(1, table="plain")]),
+            ("app", 2, [mark(2), mark(2, table="plain")]),
+            ("keeping", 1, [mark(3, table="plain"), mark(13, table="plain")]),
+            ("app", 1600, large),
+        ]:
+            with self.subTest(app=app, accepted=accepted):
+                self.changed = 0
+                self.proxy.change = change
+                answer = server.post(f"/apps/{app}/events", body_of(*events, key="key"))
+                self.proxy.change = self.pass_on
+                self.assertGreater(self.changed, 0)
+                self.assertEqual(answer.status, 200)
+                self.assertEqual((answer.json["accepted"], answer.json["stored"]), (accepted, "spool"))
+                self.wait_for_database(server)
+        self.assertEqual(self.stored(), [1, 2, 3, *range(100, 1700)])
+        self.assertEqual(self.query("SELECT mark FROM marks"), [[2]])
+
+    def wait_for_database(self, server: Attolytics) -> None:
+        """Wait until events go to the database, so that the spool is empty."""
+        wait_until(
+            lambda: server.post("/apps/app/events", body_of(mark(2), key="key")).json["stored"] == "database"
+        )
+
+    def test_what_was_rolled_back_is_stored_later(self) -> None:
+        self.check(self.roll_back)
+
+    def test_what_was_committed_all_the_same_is_not_stored_twice(self) -> None:
+        self.check(self.pretend)
+
+    def test_a_replay_that_was_rolled_back_is_repeated(self) -> None:
+        server = self.run_server(url="", directory=self.directory)
+        for number in range(20):
+            body = body_of(mark(number, table="plain"), key="key")
+            self.assertEqual(server.post("/apps/app/events", body).status, 200)
+        server.stop()
+        self.proxy.change = self.roll_back_rows
+        server = self.serve()
+        wait_until(lambda: self.changed >= 2)
+        self.assertEqual(self.stored(), [])
+        self.proxy.change = self.pass_on
+        wait_until(lambda: self.stored() == list(range(20)))
+        self.wait_for_database(server)
+        self.assertEqual(self.stored(), list(range(20)))
 
 
 class Storm:
