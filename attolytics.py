@@ -67,7 +67,7 @@ def shed_syntax_tree() -> None:
         return
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and __spec__ is None:  # not under `python -m`, whose options are other ones
     shed_syntax_tree()  # before the imports, which it repeats
 
 import argparse

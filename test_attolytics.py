@@ -3279,7 +3279,7 @@ class Attolytics:
     It works in `directory`, where its spool is, or else in one that lasts as long as itself.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # ways to start a process
         self,
         *arguments: object,
         env: Mapping[str, str] | None = None,
@@ -3287,13 +3287,17 @@ class Attolytics:
         directory: Path | None = None,
         wrapper: Sequence[str] = (),
         sockets: Sequence[socket.socket] = (),
+        script: Sequence[str] = (str(HERE / "attolytics.py"),),
     ) -> None:
-        """Start it; `wrapper` is a command before its own, `sockets` are handed over as systemd does."""
+        """Start it; `wrapper` is a command before its own, `sockets` are handed over as systemd does.
+
+        `script` is what Python is told to run.
+        """
         self._directory = None if directory else tempfile.TemporaryDirectory()
         if sockets:
             descriptors = [str(sock.fileno()) for sock in sockets]
             wrapper = [sys.executable, "-c", HAND_OVER, str(len(sockets)), *descriptors]
-        command = [*wrapper, sys.executable, str(HERE / "attolytics.py"), *map(str, arguments)]
+        command = [*wrapper, sys.executable, *script, *map(str, arguments)]
         environ = {
             key: value for key, value in os.environ.items() if not key.startswith(("PG", "ATTOLYTICS"))
         }
@@ -4425,6 +4429,26 @@ class ProcessTest(ProcessCase):
             [*command[:2], "--version"], capture_output=True, text=True, check=True
         ).stdout
         self.assertEqual(version, f"attolytics {attolytics.__version__}\n")
+
+
+class CommandTest(ProcessCase):
+    """The ways to start it with Python."""
+
+    def test_as_a_script_or_as_a_module_and_with_options_of_python(self) -> None:
+        path = str(HERE / "attolytics.py")
+        scripts = [["-u", path], ["-m", "attolytics"], ["-um", "attolytics"], ["-u", "-mattolytics"]]
+        for number, script in enumerate(scripts):
+            with self.subTest(script):
+                server = Attolytics(
+                    *("-s", self.schema_file, "-d", self.url, "-p", "0"),
+                    script=script,
+                    env={"PYTHONPATH": str(HERE)},
+                )
+                self.addCleanup(self.kill, server)
+                body = body_of(mark(number, table="plain"), key="key")
+                self.assertEqual(server.post("/apps/app/events", body).json["stored"], "database")
+                self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.stored(), list(range(len(scripts))))
 
 
 class CheckTest(ProcessCase):
