@@ -4149,7 +4149,8 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SPOOL_VERSION};
 """
 
-QUARANTINE_VIEW = f"""CREATE VIEW quarantine AS SELECT
+QUARANTINE = "quarantine"
+QUARANTINE_VIEW = f"""CREATE VIEW {QUARANTINE} AS SELECT
   id, {readable_time("quarantined_at")} AS quarantined_at, app,
   table_name AS "table", column_name AS "column", reason,
   {readable_time("json_extract(batch, '$.received_at')")} AS received_at,
@@ -4508,8 +4509,14 @@ class Spool:
         return db
 
     def _create_views(self, db: sqlite3.Connection, schema: Schema) -> None:
-        views = [("quarantine", QUARANTINE_VIEW)]
-        views += [(table.name, view_sql(table)) for table in schema.tables.values()]
+        views = [(QUARANTINE, QUARANTINE_VIEW)]
+        for table in schema.tables.values():
+            if table.name.lower() == QUARANTINE:  # in SQLite that is one name
+                log.warning(
+                    'the spool has no view for the table "%s": the quarantine has its name', table.name
+                )
+            else:
+                views.append((table.name, view_sql(table)))
         there = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'view'"))
         for name, sql in views:
             if there.get(name) == sql:

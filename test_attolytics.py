@@ -5578,6 +5578,36 @@ class SpoolTest(ProcessCase):
         self.assertEqual(self.stored(), list(range(10_000)))
 
 
+class QuarantineTableTest(ProcessCase):
+    """A table that has the name of the quarantine's view in the spool."""
+
+    def test_the_quarantine_keeps_its_view_and_the_table_its_events(self) -> None:
+        spool = self.directory / "attolytics.sqlite3"
+
+        def read(sql: str) -> list[Any]:
+            with contextlib.closing(sqlite3.connect(spool)) as db:
+                return db.execute(sql).fetchall()
+
+        for name in ("quarantine", "Quarantine"):
+            with self.subTest(name):
+                self.schema_file.write_text(QUARANTINE_SCHEMA.replace("marks", name))
+                server = self.run_server(url="", directory=self.directory)
+                events = [mark(1, "x", name), mark("y", None, name), mark(2, None, name)]
+                answer = server.post("/apps/app/events", body_of(*events, key="key"))
+                self.assertEqual((answer.json["accepted"], answer.json["stored"]), (2, "spool"))
+                reason = 'mark: expected an integer, got "y"'
+                self.assertEqual(read('SELECT "table", reason FROM quarantine'), [(name, reason)])
+                [line] = [line for line in server.lines if "view" in line]
+                self.assertIn(f'"{name}"', line)
+                server.stop()
+                server = self.run_server(directory=self.directory)
+                sql = f'SELECT mark, text FROM "{name}" ORDER BY mark'
+                wait_until(lambda sql=sql: self.query(sql) == [[1, "x"], [2, None]])  # type: ignore[misc]
+                self.assertEqual(read('SELECT "table", reason FROM quarantine'), [(name, reason)])
+                server.stop()
+                spool.unlink()
+
+
 class NotANumberTest(ProcessCase):
     """NaN and Infinity, which many languages write into JSON, and which are none."""
 
