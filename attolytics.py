@@ -3058,6 +3058,15 @@ BEGIN_PREPARING = (
 )
 
 
+def is_partition_missing(fields: Mapping[str, str]) -> bool:
+    """Return whether a table has no partition for a row.
+
+    That has the code of a violated CHECK, but no constraint; nor has what a trigger raises with this code,
+    which has no table either (PostgreSQL manual, 55.8).
+    """
+    return fields.get("C") == "23514" and "n" not in fields and "t" in fields
+
+
 def server_error(fields: Mapping[str, str]) -> DatabaseError:
     """Return our error for the fields of an ErrorResponse (PostgreSQL manual, 55.8)."""
     sqlstate = fields.get("C", "")
@@ -3066,7 +3075,7 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
         kind = DatabaseAway
     elif sqlstate.startswith(CONFLICT_STATES):
         kind = DatabaseConflict
-    elif sqlstate.startswith(OPERATOR_STATES):
+    elif sqlstate.startswith(OPERATOR_STATES) or is_partition_missing(fields):
         kind = DatabaseMisconfigured
     message = " ".join(fields.get("M", "unknown error").split())
     return kind(message, sqlstate, fields.get("c"), fields.get("D", ""))

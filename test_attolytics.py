@@ -5608,6 +5608,55 @@ class QuarantineTableTest(ProcessCase):
                 spool.unlink()
 
 
+class PartitionTest(ProcessCase):
+    """A partitioned table that has no partition for a row: its operator's to mend, not the client's."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.schema_file.write_text(ALL_TYPES + KEEPING_APP)
+        self.query("CREATE TABLE plain (mark bigint, text varchar) PARTITION BY RANGE (mark)")
+        self.query("CREATE TABLE plain_0 PARTITION OF plain FOR VALUES FROM (0) TO (100)")
+        self.attolytics = self.run_server(directory=self.directory)
+
+    def post(self, *numbers: int, app: str = "app") -> Answer:
+        events = [mark(number, table="plain") for number in numbers]
+        return self.attolytics.post(f"/apps/{app}/events", body_of(*events, key="key"))
+
+    def check(self, app: str, *numbers: int) -> None:
+        """Post events of which some have no partition; they must be stored when they have one."""
+        answer = self.post(*numbers, app=app)
+        self.assertEqual(answer.status, 200, answer.text)
+        self.assertEqual(answer.json, {"accepted": len(numbers), "stored": "spool"})
+        wait_until(lambda: any("no partition" in line for line in self.attolytics.lines))
+        self.assertEqual(self.stored(), [])
+        self.query("CREATE TABLE plain_1 PARTITION OF plain FOR VALUES FROM (100) TO (200)")
+        wait_until(lambda: self.stored() == sorted(numbers))
+        wait_until(lambda: self.post(1).json["stored"] == "database")
+
+    def test_its_event_is_stored_when_there_is_one(self) -> None:
+        self.check("app", 150)
+
+    def test_so_is_a_batch_of_which_a_part_has_one(self) -> None:
+        self.check("app", 50, 150)
+
+    def test_it_is_no_event_for_the_quarantine(self) -> None:
+        self.check("keeping", 50, 150)
+
+    def test_what_else_has_its_code_is_the_clients_fault(self) -> None:
+        self.query("ALTER TABLE plain ADD CONSTRAINT small CHECK (mark < 50)")
+        self.query(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE 'not this one' USING ERRCODE = 'check_violation'; END $$;"
+            " CREATE TRIGGER refuse BEFORE INSERT ON plain_0 FOR EACH ROW WHEN (NEW.mark = 7)"
+            " EXECUTE FUNCTION refuse()"
+        )
+        for number, reason in [(60, "violates check constraint"), (7, "not this one")]:
+            answer = self.post(number)
+            self.assertEqual(answer.status, 400)
+            self.assertIn(reason, answer.json["events"][0]["reason"])
+        self.assertEqual(self.post(1).json["stored"], "database")
+
+
 class NotANumberTest(ProcessCase):
     """NaN and Infinity, which many languages write into JSON, and which are none."""
 
