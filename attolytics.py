@@ -67,7 +67,7 @@ def shed_syntax_tree() -> None:
         return
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and __spec__ is None:  # not under `python -m`, whose options are other ones
     shed_syntax_tree()  # before the imports, which it repeats
 
 import argparse
@@ -1194,6 +1194,10 @@ class Repeating(dict[str, object]):
     key = ""
 
 
+class ConstantRefused(Exception):
+    """A JSON text has NaN or Infinity."""
+
+
 def marked_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) == len(pairs):
@@ -1221,20 +1225,32 @@ def exact_number(text: str) -> float | Decimal:
     return number if Decimal(repr(number)) == exact else exact
 
 
-DECODER = json.JSONDecoder(parse_float=exact_number)
+# Strings, and the words that Python's decoder takes for numbers.
+STRING_OR_CONSTANT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|(NaN|-?Infinity)')
+
+
+def refuse_constant(_name: str) -> NoReturn:
+    raise ConstantRefused
+
+
+DECODER = json.JSONDecoder(parse_float=exact_number, parse_constant=refuse_constant)
 MARKING_DECODER = json.JSONDecoder(object_pairs_hook=marked_object)
+
+
+def not_json(error: json.JSONDecodeError) -> InvalidBody:
+    place = f"line {error.lineno}, column {error.colno}"
+    return InvalidBody(f"the body is not JSON: {error.msg} at {place}")
 
 
 def decode_json(decoder: json.JSONDecoder, text: str) -> object:
     try:
-        if text.startswith("{"):
-            value, end = decoder.scan_once(text, 0)  # type: ignore[attr-defined]
-            if end == len(text):
-                return value
-        return decoder.decode(text)  # white space around it, or an error
+        return decoder.decode(text)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise InvalidBody(f"the body is not JSON: {error.msg} at {place}") from None
+        raise not_json(error) from None
+    except ConstantRefused:
+        # All before it is JSON, so it is the first one that is not in a string.
+        found = next(match for match in STRING_OR_CONSTANT.finditer(text) if match[1])
+        raise not_json(json.JSONDecodeError(found[1], text, found.start())) from None
     except ValueError:
         raise InvalidBody("the body has a number that is too long to be read") from None
     except RecursionError:
@@ -3042,6 +3058,15 @@ BEGIN_PREPARING = (
 )
 
 
+def is_partition_missing(fields: Mapping[str, str]) -> bool:
+    """Return whether a table has no partition for a row.
+
+    That has the code of a violated CHECK, but no constraint; nor has what a trigger raises with this code,
+    which has no table either (PostgreSQL manual, 55.8).
+    """
+    return fields.get("C") == "23514" and "n" not in fields and "t" in fields
+
+
 def server_error(fields: Mapping[str, str]) -> DatabaseError:
     """Return our error for the fields of an ErrorResponse (PostgreSQL manual, 55.8)."""
     sqlstate = fields.get("C", "")
@@ -3050,7 +3075,7 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
         kind = DatabaseAway
     elif sqlstate.startswith(CONFLICT_STATES):
         kind = DatabaseConflict
-    elif sqlstate.startswith(OPERATOR_STATES):
+    elif sqlstate.startswith(OPERATOR_STATES) or is_partition_missing(fields):
         kind = DatabaseMisconfigured
     message = " ".join(fields.get("M", "unknown error").split())
     return kind(message, sqlstate, fields.get("c"), fields.get("D", ""))
@@ -3081,6 +3106,7 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
 
     last_error: Mapping[str, str] | None = None
     inserted: list[int]  # by each INSERT of the last message
+    _tag = b""  # of the last statement
     _unread = b""  # from the server
     _unsent = memoryview(b"")  # of the message that it works on
     ahead = ""  # the beginning of the next message, as far as it was sent along with the last one
@@ -3110,6 +3136,7 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
         if self.ahead:
             parts.append(frame(b"Q", f"{self.ahead}{AHEAD_END}".encode() + b"\0"))
         self.inserted = []
+        self._tag = b""
         self._unsent = memoryview(b"".join(parts))
         self._send_some()
 
@@ -3131,6 +3158,13 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
         if self._context.error:
             raise self._context.error
         return self._context.rows or []
+
+    def is_rolled_back(self) -> bool:
+        """Return whether the answered message ends in a COMMIT that the server took for a ROLLBACK.
+
+        It does so in a transaction that has failed, and only the tag tells.
+        """
+        return self._context.statement.endswith("COMMIT") and self._tag != b"COMMIT"
 
     def limit_sending(self, seconds: float) -> None:
         """Bound the time that the server may take no data."""
@@ -3218,6 +3252,7 @@ class PgConnection(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 ha
 
     def handle_COMMAND_COMPLETE(self, data: bytes, context: Any) -> None:  # noqa: N802
         super().handle_COMMAND_COMPLETE(data, context)
+        self._tag = data[:-1]
         if data.startswith(b"INSERT "):  # its row's identifier, which is 0, and the number of rows
             self.inserted.append(int(data[:-1].rpartition(b" ")[2]))
 
@@ -3277,11 +3312,16 @@ class Database:
         Raises what run() does.
         """
         try:
-            return self._connection.result() if self._connection.receive(seconds) else None
+            if not self._connection.receive(seconds):
+                return None
+            rows = self._connection.result()
         except pg8000.exceptions.DatabaseError as error:
             raise server_error(error.args[0]) from None
         except BROKEN as error:
             raise self._lost(error) from None
+        if self._connection.is_rolled_back():
+            raise DatabaseAway("the transaction was rolled back instead of committed")
+        return rows
 
     def inserted(self) -> list[int]:
         """Return how many rows each INSERT of the last message inserted."""
@@ -3972,6 +4012,10 @@ class Opener:
 # owns it. First the pure part: texts of batches, and SQL of views.
 
 
+# Spools of former versions may have NaN under keys that are ignored.
+SPOOL_DECODER = json.JSONDecoder(parse_float=exact_number)
+
+
 def spooled_batch(app_id: str, delivery: Delivery, events: str) -> str:
     """Return the JSON of a batch for the spool; `events` is the JSON of its events, as they came."""
     about = {
@@ -4011,7 +4055,7 @@ def read_spooled(text: str) -> list[Spooled]:
                 Delivery(batch["headers"], batch["client_ip"], float(batch["received_at"])),
                 batch["events"],
             )
-            for batch in DECODER.decode(text)
+            for batch in SPOOL_DECODER.decode(text)
         ]
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {one_line(error)}") from None
@@ -4114,7 +4158,8 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SPOOL_VERSION};
 """
 
-QUARANTINE_VIEW = f"""CREATE VIEW quarantine AS SELECT
+QUARANTINE = "quarantine"
+QUARANTINE_VIEW = f"""CREATE VIEW {QUARANTINE} AS SELECT
   id, {readable_time("quarantined_at")} AS quarantined_at, app,
   table_name AS "table", column_name AS "column", reason,
   {readable_time("json_extract(batch, '$.received_at')")} AS received_at,
@@ -4473,8 +4518,14 @@ class Spool:
         return db
 
     def _create_views(self, db: sqlite3.Connection, schema: Schema) -> None:
-        views = [("quarantine", QUARANTINE_VIEW)]
-        views += [(table.name, view_sql(table)) for table in schema.tables.values()]
+        views = [(QUARANTINE, QUARANTINE_VIEW)]
+        for table in schema.tables.values():
+            if table.name.lower() == QUARANTINE:  # in SQLite that is one name
+                log.warning(
+                    'the spool has no view for the table "%s": the quarantine has its name', table.name
+                )
+            else:
+                views.append((table.name, view_sql(table)))
         there = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'view'"))
         for name, sql in views:
             if there.get(name) == sql:
@@ -6433,26 +6484,32 @@ class Handler(BaseRequestHandler):
         self._body_unread = False
         self._started = 0.0
         self._is_large = False
-        self._unsent = b""  # of the answer, because the client does not read
+        self._unsent = b""  # of the last answer, because the client does not read
+        # Held by the thread that sends it: this one, or another while this one waits for the next request.
+        self._sending = threading.Lock()
 
     def handle(self) -> None:
         try:
             seconds: float = HEAD_DEADLINE_S
             while self._service.await_request(self.request, self._incoming, seconds):
                 self._await_answer()
+                self._send_unsent()  # before the next answer
                 if not self._exchange():
                     break
                 seconds = IDLE_CROWDED_S if self.server.pool.is_crowded() else IDLE_S
             if self.has_parted:  # The answer, and what of it may be unsent, is not ours any more.
                 return
             self._await_answer()
-            self._send(self._unsent)
+            self._send_unsent()
             if self._body_unread:
                 self._linger()
         except OSError as error:  # the client is gone: nobody to answer
             log.debug("%s: %s", self.client_address[0], reason_of(error))
         finally:
             self._await_answer()  # it must not meet a closed socket, nor that of another client
+            if not self.has_parted:
+                with self._sending:  # and neither must what is left of it
+                    self._unsent = b""
 
     def _await_answer(self) -> None:
         """Wait until the writer has sent the answer to the last batch, if there is one."""
@@ -6464,6 +6521,18 @@ class Handler(BaseRequestHandler):
         """Send what there is to send. Blocks up to SEND_TIMEOUT_S for a client that does not read."""
         if data:
             self.request.sendall(data)
+
+    def _send_unsent(self) -> None:
+        """Send what is left of the last answer. Blocks as _send() does, also while another thread sends."""
+        with self._sending:
+            data, self._unsent = self._unsent, b""
+            try:
+                self._send(data)
+            except OSError:
+                # Half an answer: nothing may follow it.
+                with contextlib.suppress(OSError):
+                    self.request.shutdown(socket.SHUT_RDWR)
+                raise
 
     def _exchange(self) -> bool:
         """Serve one request; return whether there may be another."""
@@ -6502,17 +6571,26 @@ class Handler(BaseRequestHandler):
             self._unsent = answer
         except OSError as error:
             log.debug("%s: %s", self.client_address[0], reason_of(error))
-        if not self.has_parted and (self._unsent or not keep):
-            self._wake()
-        elif self.has_parted and self._unsent:
+        if self.has_parted and self._unsent:
             self.server.pool.go_on(self._send_rest)
         elif self.has_parted:
             self.server.close_connection(self.request)
+        elif not keep:
+            self._wake()
+        elif self._unsent:
+            self.server.pool.go_on(self._send_meanwhile)
 
     def _wake(self) -> None:
         """Let the connection's own thread see that no other request will be served."""
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_RD)
+
+    def _send_meanwhile(self) -> None:
+        """Send what the writer's thread could not, while the connection's own thread waits for a request."""
+        try:
+            self._send_unsent()
+        except OSError as error:
+            log.debug("%s: %s", self.client_address[0], reason_of(error))
 
     def _send_rest(self) -> None:
         """Send what the writer's thread could not, and close the connection."""
@@ -6599,7 +6677,9 @@ class Handler(BaseRequestHandler):
             if not head.expects_continue and (head.length or 0) <= self._service.body_bytes_max:
                 self._read_body(head.length)
             raise
-        number = CONTENT_LENGTH.search(raw) if head.length is not None else None
+        # If a column takes the length, each request needs its own head.
+        repeats = head.length is not None and "content-length" not in intake.headers
+        number = CONTENT_LENGTH.search(raw) if repeats else None
         self._last_apps = apps
         self._last = (
             (raw[: number.start(1)], raw[number.end(1) :], head, intake, self._cors) if number else None

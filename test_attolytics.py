@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, BinaryIO, ClassVar, NoReturn, TypeVar
 
 import hypothesis
 import pg8000.native
@@ -138,6 +138,9 @@ apps:
     tables: [marks]
     access_control_allow_origin: ["https://a.example", "http://b.example:8080"]
 """
+
+# For ALL_TYPES: an app whose bad events go to the quarantine.
+KEEPING_APP = "  keeping: { secret_key: key, tables: [everything, plain], invalid_events: quarantine }\n"
 
 # What became of a table with only the columns `a` and `b`, say.
 GROWN_SCHEMA = """
@@ -2238,6 +2241,19 @@ def same_json(a: object, b: object) -> bool:
     return a == b
 
 
+def is_json(body: bytes) -> bool:
+    """Return whether a body is JSON as RFC 8259 has it; Python's own decoder also takes three words."""
+
+    def refuse(word: str) -> NoReturn:
+        raise ValueError(word)
+
+    try:
+        json.loads(body.decode(), parse_constant=refuse)
+    except (ValueError, RecursionError):  # a UnicodeDecodeError is one, too
+        return False
+    return True
+
+
 class RoundTripTest(DatabaseCase):
     COLUMNS = "b, i32, i64, f32, f64, s, extract(epoch FROM ts)::text, j::text, u::text, extra::text"
 
@@ -2290,6 +2306,10 @@ class RoundTripTest(DatabaseCase):
             for problem in error.problems:
                 self.assertTrue(problem.reason)
                 self.assertIn(problem.column, [*FITTING, "extra"])
+            return
+        except InvalidBody as error:
+            self.assertRegex(error.reason, "NaN|Infinity")
+            self.assertFalse(is_json(body_of(event, key="key")))
             return
         for name in FITTING:
             self.check_column(name, event.get(name), row[name])
@@ -3259,7 +3279,7 @@ class Attolytics:
     It works in `directory`, where its spool is, or else in one that lasts as long as itself.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # ways to start a process
         self,
         *arguments: object,
         env: Mapping[str, str] | None = None,
@@ -3267,13 +3287,17 @@ class Attolytics:
         directory: Path | None = None,
         wrapper: Sequence[str] = (),
         sockets: Sequence[socket.socket] = (),
+        script: Sequence[str] = (str(HERE / "attolytics.py"),),
     ) -> None:
-        """Start it; `wrapper` is a command before its own, `sockets` are handed over as systemd does."""
+        """Start it; `wrapper` is a command before its own, `sockets` are handed over as systemd does.
+
+        `script` is what Python is told to run.
+        """
         self._directory = None if directory else tempfile.TemporaryDirectory()
         if sockets:
             descriptors = [str(sock.fileno()) for sock in sockets]
             wrapper = [sys.executable, "-c", HAND_OVER, str(len(sockets)), *descriptors]
-        command = [*wrapper, sys.executable, str(HERE / "attolytics.py"), *map(str, arguments)]
+        command = [*wrapper, sys.executable, *script, *map(str, arguments)]
         environ = {
             key: value for key, value in os.environ.items() if not key.startswith(("PG", "ATTOLYTICS"))
         }
@@ -3714,6 +3738,269 @@ class HttpTest(ServerCase):
         self.assertNotIn("was cut", "\n".join(self.attolytics.lines))
 
 
+# What is no value of JSON (RFC 8259), though something like it may stand where a value should.
+NO_VALUES = [
+    # Structure.
+    *rb"""[ ] { } , : [1,] [,1] [1,,2] [,] [1:2] [[] []] [1} [1 [1, [x] [1,x] ["a" ["a", [[],x] [""], {"a"}
+    {"a":} {:1} {"a":1,} {,"a":1} {"a":1,,"b":2} {"a":1] {a:1} {'a':1} {1:1} {null:1} {[]:1} {"a":1:2}
+    {"a","b"} {1} {,} {"a"::1} {"a":x} {"a":1,x} {"a":{} {"a": {"a" {"a {"a":1,"b"} 1] 1} "a""b" {}{} [][]
+    (1) <1> 1; =1 * $ @ `1`""".split(),
+    *(b"", b" ", b"[1 2]", b'{"a" 1}', b'{"a":1 "b":2}', b"1 2"),
+    # Words.
+    *b"tru truee True t nul nulll None NULL n fals False undefined x inf infinity nan".split(),
+    *b"Na Infinit -Infinit +Infinity".split(),
+    # Numbers.
+    *b"01 -01 00 - --1 +1 1. -1. .5 -.5 1.e1 1e 1e+ 1E- 0e 1e1.5 1e1e1 1.5.5 0x1 0b1 1_0 1a -x".split(),
+    *"\u0661 \uff11 1\u0660 1e\u00b2".encode().split(),
+    *(b"- 1", b"1 000", b"1,000", b"1n"),
+    # Strings.
+    *rb"""" "a 'a' a "\ "\" "\x" "\a" "\0" "\'" "a"b "\u" "\u1" "\u12" "\u123" "\u123g" "\U0041" "\u+123"
+    "\ud800\u" "\ud800\u1" \u0031 \n1""".split(),
+    *(b'"\\ "', b'"\\u 123"', b'"\\u00\xc3\xa9"', b'"\\\xc3\xa9"', b'"\\\0"', b'"\\\t"'),
+    *(b'"\t"', b'"\n"', b'"\r"', b'"\0"', b'"\x1f"'),
+    # Bytes that are not UTF-8.
+    *b'"\x80" "\xff" "\xc3" "\xe2\x82" "\xc0\x80" "\xe0\x80\x80" "\xed\xa0\x80" "\xf4\x90\x80\x80"'.split(),
+    *b'\xff "\xf0\x9f\x98" "\xe9" [\xff] \xe5 \xff\xfe1\0 \0\x001'.split(),
+    # White space of other languages.
+    *(b"\x0b1", b"\x0c1", b"\0", b"1\0", b"\x1e1", b"\x7f1"),
+    *(f"{space}1".encode() for space in "\x85\xa0\u2028\u2060\u3000\ufeff"),
+    # Comments.
+    *(b"/**/1", b"1/**/", b"1//", b"//\n1", b"#1", b"1#", b"--\n1", b"<!-- -->1"),
+]
+VALUES = [
+    *rb"""0 -0 -0.0 1E+2 1e-400 1.5e400 111111111111111111111111111111 {"":{"":[[[]]]}} "\u0000" "\ud800"
+    "\uD83D\uDE00" "\"\\\/\b\f\n\r\t" "[1,]" "\\" ["NaN","Infinity",{"-Infinity":"nan"}]""".split(),
+    *(b"[ ]", b"{ }", b"\t\r\n 1 \t\r\n", b'"\x7f"', '"\u2028\uffff\U0010ffff\u00a0"'.encode()),
+]
+
+
+class MutationTest(ServerCase):
+    """Whatever a body is, its sender is told what becomes of it; and goes on over the same connection."""
+
+    GOOD = (
+        '{"secret_key":"key","events":[{"_t":"plain","mark":1,"text":"\\u00e9 é",'
+        '"more":[-1.5e2,{},true,null]}]}'
+    ).encode()
+    OTHER_BYTES = b"\"'[]{},:0a \\\x80\0"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.sock = self.connect()
+        self.logged = len(self.attolytics.lines)
+
+    def tearDown(self) -> None:
+        self.assertEqual(self.attolytics.lines[self.logged :], [], "clients must not fill the log")
+
+    def answer(self, body: bytes) -> Answer:
+        """Send a body over the one connection; return the answer, which must explain a refusal."""
+        try:
+            self.sock.sendall(self.raw(body))
+            answer = read_answer(self.sock)
+        except (OSError, http.client.HTTPException) as error:
+            raise AssertionError(f"{body[:200]!r} is not answered: {error!r}") from None
+        self.assertFalse(answer.will_close, body[:200])
+        if answer.status != 200:
+            self.assertIn(answer.status, (400, 403, 404), body[:200])
+            self.assertGreater(len(answer.json["error"]), 10, body[:200])
+            for problem in answer.json.get("events", ()):
+                self.assertTrue(problem["reason"], body[:200])
+        return answer
+
+    def check(self, body: bytes) -> int:
+        """Check that what is not JSON is refused as such; return the status."""
+        answer = self.answer(body)
+        if not is_json(body):
+            self.assertEqual(answer.status, 400, body[:200])
+            self.assertNotIn("events", answer.json, body[:200])
+        return answer.status
+
+    def test_every_prefix_of_a_good_body(self) -> None:
+        for end in range(len(self.GOOD)):
+            self.check(self.GOOD[:end])
+        self.assertEqual(self.answer(self.GOOD).status, 200)
+
+    def test_every_change_of_one_byte_of_a_good_body(self) -> None:
+        accepted = 0
+        for at, byte in itertools.product(range(len(self.GOOD)), self.OTHER_BYTES):
+            body = bytearray(self.GOOD)
+            body[at] = byte
+            accepted += self.check(bytes(body)) == 200
+        self.assertGreater(accepted, 100)  # in texts, and in keys that are ignored
+
+    def test_every_byte_left_out_or_doubled(self) -> None:
+        for at in range(len(self.GOOD)):
+            self.check(self.GOOD[:at] + self.GOOD[at + 1 :])
+            self.check(self.GOOD[: at + 1] + self.GOOD[at:])
+
+    def test_what_is_no_value_wherever_a_value_may_stand(self) -> None:
+        for value, (before, after) in itertools.product(
+            NO_VALUES,
+            [
+                (b"", b""),
+                (b'{"secret_key":"key","events":[],"more":', b"}"),
+                (b'{"secret_key":', b',"events":[]}'),
+                (b'{"secret_key":"key","events":', b"}"),
+                (b'{"secret_key":"key","events":[{"_t":"plain","mark":1},', b"]}"),
+                (b'{"secret_key":"key","events":[{"_t":"plain","more":', b"}]}"),
+                (b'{"secret_key":"key","events":[{"_t":"plain","more":[1,', b",2]}]}"),
+            ],
+        ):
+            self.assertEqual(self.check(before + value + after), 400, (before, value))
+
+    def test_what_is_behind_or_before_a_good_body(self) -> None:
+        mark = "\ufeff".encode()
+        for body in [
+            *(self.GOOD + more for more in (b"x", b"}", b"]", b",", b"1", b"\0", b"\xff", mark, self.GOOD)),
+            *(more + self.GOOD for more in (b"x", b"{", b"[", b",", b"1", b"\0", b"\xff", mark + mark)),
+            self.GOOD.decode().encode("utf-16"),
+            self.GOOD.decode().encode("utf-32-le"),
+        ]:
+            self.assertEqual(self.check(body), 400, body)
+        self.assertEqual(self.check(b" \t\r\n" + self.GOOD + b" \t\r\n"), 200)
+
+    def test_every_value_may_stand_under_a_key_that_is_ignored(self) -> None:
+        for value in VALUES:
+            for before, after in [
+                (b'{"secret_key":"key","events":[],"more":', b"}"),
+                (b'{"secret_key":"key","events":[{"_t":"plain","more":', b"}]}"),
+            ]:
+                self.assertEqual(self.check(before + value + after), 200, (before, value))
+
+    def test_every_short_sequence_of_tokens(self) -> None:
+        accepted = 0
+        for count in range(4):
+            for tokens in itertools.product(["{", "}", "[", "]", ",", ":", '"a"', "1", "null"], repeat=count):
+                body = f'{{"secret_key":"key","events":[],"more":{"".join(tokens)}}}'.encode()
+                self.assertEqual(self.check(body), 200 if is_json(body) else 400, body)
+                accepted += is_json(body)
+        self.assertGreater(accepted, 5)
+
+    def test_what_is_nested_too_deeply(self) -> None:
+        for value in (b"[" * 100_000, b'[{"":' * 50_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000):
+            self.assertEqual(self.check(value), 400)
+            self.assertEqual(self.check(b'{"secret_key":"key","events":[],"more":' + value + b"}"), 400)
+
+
+class LateReaderTest(ServerCase):
+    """Clients that send many requests before they read the answers, which are long."""
+
+    SCHEMA = ALL_TYPES + KEEPING_APP
+    REQUESTS = 60
+    COLUMNS = ("b", "i32", "i64", "f32", "f64", "ts", "u")
+    BAD_EVENTS = 140
+
+    def late_reader(self) -> tuple[socket.socket, BinaryIO]:
+        """Return a connection that takes little before it reads, and the reader of its answers."""
+        sock = socket.socket()
+        self.addCleanup(sock.close)
+        sock.settimeout(30)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 << 10)
+        sock.connect(("127.0.0.1", self.attolytics.port))
+        file = sock.makefile("rb")
+        self.addCleanup(file.close)
+        return sock, file
+
+    def request(self, number: int, text: str = "x", connection: str = "keep-alive") -> bytes:
+        """Return a request with one good event, and bad ones whose reasons have the number and the text."""
+        bad = dict.fromkeys(self.COLUMNS, f"{number} is bad {text}")
+        events = [*[{"_t": "everything", **bad}] * self.BAD_EVENTS, mark(number, table="plain")]
+        body = json.dumps({"secret_key": "key", "events": events}, ensure_ascii=False)
+        return self.raw(body.encode(), f"Connection: {connection}", path="/apps/keeping/events")
+
+    def check_answer(self, number: int, file: BinaryIO, connection: str = "keep-alive") -> None:
+        """Read the next answer, which must be the one to that request, and whole."""
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            line = file.readline(1000)
+            self.assertTrue(line, f"the connection ended before answer {number}")
+            head += line
+        self.assertTrue(head.startswith(b"HTTP/1.1 200 OK\r\n"), head)
+        self.assertIn(f"\r\nConnection: {connection}\r\n".encode(), head)
+        [length] = re.findall(rb"\r\nContent-Length: (\d+)\r\n", head)
+        answer = json.loads(file.read(int(length)))
+        self.assertEqual((answer["accepted"], answer["stored"]), (1, "database"))
+        places = [(problem["index"], problem["column"]) for problem in answer["quarantined"]]
+        self.assertEqual(places, list(itertools.product(range(self.BAD_EVENTS), self.COLUMNS)))
+        for problem in answer["quarantined"]:
+            self.assertIn(f' got "{number} is bad ', problem["reason"])
+
+    def check_others(self, seconds: float) -> None:
+        """Check that others are served meanwhile."""
+        end = time.monotonic() + seconds
+        while (started := time.monotonic()) < end:
+            self.assertEqual(self.attolytics.post("/apps/app/events", body_of(key="key")).status, 200)
+            self.assertLess(time.monotonic() - started, 1)
+            time.sleep(0.05)
+
+    def test_answers_that_are_read_late_are_whole_and_in_order(self) -> None:
+        sock, file = self.late_reader()
+        requests = [self.request(number, "x" * 40) for number in range(self.REQUESTS)]
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(sock.sendall, b"".join(requests))
+            self.check_others(2)
+            for number in range(self.REQUESTS):
+                self.check_answer(number, file)
+            sending.result()
+        # As a connection that is kept it serves more.
+        sock.sendall(self.request(self.REQUESTS))
+        self.check_answer(self.REQUESTS, file)
+        stored = self.query("SELECT mark FROM plain ORDER BY mark")
+        self.assertEqual(stored, [[number] for number in range(self.REQUESTS + 1)])
+
+    def test_the_rest_of_an_answer_needs_no_other_request_to_come(self) -> None:
+        # One of these numbers of answers, of 0.8 MB each, is one too many for what the kernel holds.
+        for count, last in itertools.product(range(1, 11), ["keep-alive", "close"]):
+            with self.subTest(count, last=last):
+                sock, file = self.late_reader()
+                for number in range(count):
+                    connection = "keep-alive" if number < count - 1 else last
+                    sock.sendall(self.request(number, "\U0001f600" * 60, connection))
+                time.sleep(0.2)
+                for number in range(count):
+                    self.check_answer(number, file, "keep-alive" if number < count - 1 else last)
+                if last == "close":
+                    self.assertEqual(file.read(), b"")
+                else:
+                    sock.sendall(self.request(count))
+                    self.check_answer(count, file)
+
+
+class HeaderColumnTest(ServerCase):
+    """Columns that take what differs between requests that are nearly the same."""
+
+    SCHEMA = """
+        tables:
+          sizes:
+            columns:
+              - { name: number, type: i64 }
+              - { name: size, header: Content-Length }
+              - { name: agent, header: User-Agent }
+          plain: { columns: [{ name: mark, type: i64 }] }
+        apps:
+          app: { secret_key: key, tables: [sizes, plain] }
+          other: { secret_key: key, tables: [plain] }
+    """
+
+    def setUp(self) -> None:
+        self.postgres = postgres
+        self.database = self.shared_database
+
+    def test_each_request_of_a_connection_has_its_own_headers(self) -> None:
+        sock = self.connect()
+        expected = []
+        for number in range(12):
+            body = body_of({"_t": "sizes", "number": number, "more": "x" * (number // 2 * 5)}, key="key")
+            agent = f"agent {number // 3}"
+            sock.sendall(self.raw(body, f"User-Agent: {agent}"))
+            self.assertEqual(read_answer(sock).status, 200)
+            expected.append([number, str(len(body)), agent])
+            if number % 4 == 3:  # an app without such a column
+                body = body_of({"_t": "plain"}, key="key")
+                sock.sendall(self.raw(body, f"User-Agent: {agent}", path="/apps/other/events"))
+                self.assertEqual(read_answer(sock).status, 200)
+        self.assertEqual(self.query("SELECT number, size, agent FROM sizes ORDER BY number"), expected)
+
+
 class CrowdTest(ServerCase):
     OPTIONS: ClassVar[list[str]] = ["--max_connections", "420", "--max_body", "2K"]
 
@@ -4142,6 +4429,26 @@ class ProcessTest(ProcessCase):
             [*command[:2], "--version"], capture_output=True, text=True, check=True
         ).stdout
         self.assertEqual(version, f"attolytics {attolytics.__version__}\n")
+
+
+class CommandTest(ProcessCase):
+    """The ways to start it with Python."""
+
+    def test_as_a_script_or_as_a_module_and_with_options_of_python(self) -> None:
+        path = str(HERE / "attolytics.py")
+        scripts = [["-u", path], ["-m", "attolytics"], ["-um", "attolytics"], ["-u", "-mattolytics"]]
+        for number, script in enumerate(scripts):
+            with self.subTest(script):
+                server = Attolytics(
+                    *("-s", self.schema_file, "-d", self.url, "-p", "0"),
+                    script=script,
+                    env={"PYTHONPATH": str(HERE)},
+                )
+                self.addCleanup(self.kill, server)
+                body = body_of(mark(number, table="plain"), key="key")
+                self.assertEqual(server.post("/apps/app/events", body).json["stored"], "database")
+                self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.stored(), list(range(len(scripts))))
 
 
 class CheckTest(ProcessCase):
@@ -5271,6 +5578,149 @@ class SpoolTest(ProcessCase):
         self.assertEqual(self.stored(), list(range(10_000)))
 
 
+class QuarantineTableTest(ProcessCase):
+    """A table that has the name of the quarantine's view in the spool."""
+
+    def test_the_quarantine_keeps_its_view_and_the_table_its_events(self) -> None:
+        spool = self.directory / "attolytics.sqlite3"
+
+        def read(sql: str) -> list[Any]:
+            with contextlib.closing(sqlite3.connect(spool)) as db:
+                return db.execute(sql).fetchall()
+
+        for name in ("quarantine", "Quarantine"):
+            with self.subTest(name):
+                self.schema_file.write_text(QUARANTINE_SCHEMA.replace("marks", name))
+                server = self.run_server(url="", directory=self.directory)
+                events = [mark(1, "x", name), mark("y", None, name), mark(2, None, name)]
+                answer = server.post("/apps/app/events", body_of(*events, key="key"))
+                self.assertEqual((answer.json["accepted"], answer.json["stored"]), (2, "spool"))
+                reason = 'mark: expected an integer, got "y"'
+                self.assertEqual(read('SELECT "table", reason FROM quarantine'), [(name, reason)])
+                [line] = [line for line in server.lines if "view" in line]
+                self.assertIn(f'"{name}"', line)
+                server.stop()
+                server = self.run_server(directory=self.directory)
+                sql = f'SELECT mark, text FROM "{name}" ORDER BY mark'
+                wait_until(lambda sql=sql: self.query(sql) == [[1, "x"], [2, None]])  # type: ignore[misc]
+                self.assertEqual(read('SELECT "table", reason FROM quarantine'), [(name, reason)])
+                server.stop()
+                spool.unlink()
+
+
+class PartitionTest(ProcessCase):
+    """A partitioned table that has no partition for a row: its operator's to mend, not the client's."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.schema_file.write_text(ALL_TYPES + KEEPING_APP)
+        self.query("CREATE TABLE plain (mark bigint, text varchar) PARTITION BY RANGE (mark)")
+        self.query("CREATE TABLE plain_0 PARTITION OF plain FOR VALUES FROM (0) TO (100)")
+        self.attolytics = self.run_server(directory=self.directory)
+
+    def post(self, *numbers: int, app: str = "app") -> Answer:
+        events = [mark(number, table="plain") for number in numbers]
+        return self.attolytics.post(f"/apps/{app}/events", body_of(*events, key="key"))
+
+    def check(self, app: str, *numbers: int) -> None:
+        """Post events of which some have no partition; they must be stored when they have one."""
+        answer = self.post(*numbers, app=app)
+        self.assertEqual(answer.status, 200, answer.text)
+        self.assertEqual(answer.json, {"accepted": len(numbers), "stored": "spool"})
+        wait_until(lambda: any("no partition" in line for line in self.attolytics.lines))
+        self.assertEqual(self.stored(), [])
+        self.query("CREATE TABLE plain_1 PARTITION OF plain FOR VALUES FROM (100) TO (200)")
+        wait_until(lambda: self.stored() == sorted(numbers))
+        wait_until(lambda: self.post(1).json["stored"] == "database")
+
+    def test_its_event_is_stored_when_there_is_one(self) -> None:
+        self.check("app", 150)
+
+    def test_so_is_a_batch_of_which_a_part_has_one(self) -> None:
+        self.check("app", 50, 150)
+
+    def test_it_is_no_event_for_the_quarantine(self) -> None:
+        self.check("keeping", 50, 150)
+
+    def test_what_else_has_its_code_is_the_clients_fault(self) -> None:
+        self.query("ALTER TABLE plain ADD CONSTRAINT small CHECK (mark < 50)")
+        self.query(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE 'not this one' USING ERRCODE = 'check_violation'; END $$;"
+            " CREATE TRIGGER refuse BEFORE INSERT ON plain_0 FOR EACH ROW WHEN (NEW.mark = 7)"
+            " EXECUTE FUNCTION refuse()"
+        )
+        for number, reason in [(60, "violates check constraint"), (7, "not this one")]:
+            answer = self.post(number)
+            self.assertEqual(answer.status, 400)
+            self.assertIn(reason, answer.json["events"][0]["reason"])
+        self.assertEqual(self.post(1).json["stored"], "database")
+
+
+class NotANumberTest(ProcessCase):
+    """NaN and Infinity, which many languages write into JSON, and which are none."""
+
+    SHAPES = (
+        "{word}",
+        "[{word}]",
+        '{"more":{word},"secret_key":"key","events":[]}',
+        '{"secret_key":{word},"events":[]}',
+        '{"secret_key":"key","events":{word}}',
+        '{"secret_key":"key","events":[{word}]}',
+        '{"secret_key":"key","events":[{"_t":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"plain","mark":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"plain","text":"\\"","more":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"plain","mark":1,"more":{"a":[1,{"b":{word}}]}}]}',
+        '{"secret_key":"key","events":[{"_t":"everything","f32":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"everything","f64":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"everything","ts":{word}}]}',
+        '{"secret_key":"key","events":[{"_t":"everything","j":[{word}]}]}',
+        '{"secret_key":"key","events":[{"_t":"everything","more":{word}}]}',
+    )
+
+    def check_refused(self, server: Attolytics) -> None:
+        for shape, word in itertools.product(self.SHAPES, ["NaN", "Infinity", "-Infinity"]):
+            body = shape.replace("{word}", word)
+            for app in ("app", "keeping"):
+                with self.subTest(body, app=app):
+                    answer = server.post(f"/apps/{app}/events", body.encode())
+                    self.assertEqual(answer.status, 400)
+                    self.assertRegex(answer.text, rf"(?<!-){word}")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.schema_file.write_text(ALL_TYPES + KEEPING_APP)
+        self.spool = self.directory / "attolytics.sqlite3"
+
+    def read(self, sql: str) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self.spool)) as db:
+            return db.execute(sql).fetchall()
+
+    def test_it_is_refused_wherever_it_stands(self) -> None:
+        self.check_refused(self.run_server())
+        self.assertEqual(self.stored(), [])
+        self.assertEqual(self.query("SELECT count(*) FROM everything"), [[0]])
+
+    def test_it_hides_nothing_in_the_views_of_the_spool(self) -> None:
+        server = self.run_server(url="", directory=self.directory)
+        with self.under_load(server, 4) as accepted:
+            self.check_refused(server)
+        self.assertEqual({mark for (mark,) in self.read("SELECT mark FROM plain")}, set(accepted))
+        self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(0,)])
+
+    def test_a_spool_that_has_it_is_replayed(self) -> None:
+        server = self.run_server(url="", directory=self.directory)
+        for number in (1, 2):
+            body = body_of({**mark(number, table="plain"), "more": 0}, key="key")
+            self.assertEqual(server.post("/apps/app/events", body).status, 200)
+        server.stop()
+        with contextlib.closing(sqlite3.connect(self.spool)) as db, db:
+            sql = "UPDATE attolytics_spool SET batches = replace(batches, '\"more\": 0', '\"more\": NaN')"
+            self.assertEqual(db.execute(sql).rowcount, 2)
+        self.run_server(directory=self.directory)
+        wait_until(lambda: self.stored() == [1, 2])
+
+
 # --- Monitor ------------------------------------------------------------------
 
 # Dashboards and alerts use these names.
@@ -5746,7 +6196,7 @@ class MonitorTest(ProcessCase):
 
 
 class Proxy:
-    """A TCP proxy in front of PostgreSQL that can lose what goes through it."""
+    """A TCP proxy in front of PostgreSQL that can lose or change what goes through it."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -5754,6 +6204,7 @@ class Proxy:
         self.port = int(self._listener.getsockname()[1])
         self.drops_requests = False
         self.drops_answers = False
+        self.change: Callable[[bytes, bool], bytes] = lambda data, _is_request: data
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -5789,10 +6240,101 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 if not (self.drops_requests if is_request else self.drops_answers):
-                    sink.sendall(data)
+                    sink.sendall(self.change(data, is_request))
         for sock in (source, sink):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+
+def tag(text: bytes) -> bytes:
+    """Return the message that says what a statement did (PostgreSQL manual, 55.7: CommandComplete)."""
+    return b"C" + (len(text) + 5).to_bytes(4) + text + b"\0"
+
+
+class CommitTest(ProcessCase):
+    """A COMMIT is one only if PostgreSQL says so: of a transaction that has failed it makes a ROLLBACK."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.schema_file.write_text(ALL_TYPES + KEEPING_APP)
+        self.proxy = Proxy(self.postgres.front_port)
+        self.addCleanup(self.proxy.close)
+        self.changed = 0
+
+    def serve(self) -> Attolytics:
+        url = f"postgres://postgres@127.0.0.1:{self.proxy.port}/{self.database}?sslmode=disable"
+        return self.run_server(url=url, directory=self.directory)
+
+    def roll_back(self, data: bytes, is_request: bool) -> bytes:
+        """Let PostgreSQL roll back what should be committed."""
+        if not is_request or b"COMMIT\0" not in data:
+            return data
+        self.changed += 1
+        return data.replace(b"COMMIT\0", b" ABORT\0")
+
+    def roll_back_rows(self, data: bytes, is_request: bool) -> bytes:
+        """Do that to what stores events only."""
+        return self.roll_back(data, is_request) if b"\nCOPY " in data else data
+
+    def pretend(self, data: bytes, is_request: bool) -> bytes:
+        """Let PostgreSQL commit, and say that it has rolled back."""
+        if is_request or tag(b"COMMIT") not in data:
+            return data
+        self.changed += 1
+        return data.replace(tag(b"COMMIT"), tag(b"ROLLBACK"))
+
+    def pass_on(self, data: bytes, _is_request: bool) -> bytes:
+        return data
+
+    def check(self, change: Callable[[bytes, bool], bytes]) -> None:
+        """Change the COMMITs of flushes of all kinds; each event must end up in its table once."""
+        server = self.serve()
+        self.query("ALTER TABLE plain ADD CHECK (mark <> 13)")
+        large = [mark(number, table="plain") for number in range(100, 1700)]
+        for app, accepted, events in [
+            ("app", 1, [mark(1, table="plain")]),
+            ("app", 2, [mark(2), mark(2, table="plain")]),
+            ("keeping", 1, [mark(3, table="plain"), mark(13, table="plain")]),
+            ("app", 1600, large),
+        ]:
+            with self.subTest(app=app, accepted=accepted):
+                self.changed = 0
+                self.proxy.change = change
+                answer = server.post(f"/apps/{app}/events", body_of(*events, key="key"))
+                self.proxy.change = self.pass_on
+                self.assertGreater(self.changed, 0)
+                self.assertEqual(answer.status, 200)
+                self.assertEqual((answer.json["accepted"], answer.json["stored"]), (accepted, "spool"))
+                self.wait_for_database(server)
+        self.assertEqual(self.stored(), [1, 2, 3, *range(100, 1700)])
+        self.assertEqual(self.query("SELECT mark FROM marks"), [[2]])
+
+    def wait_for_database(self, server: Attolytics) -> None:
+        """Wait until events go to the database, so that the spool is empty."""
+        wait_until(
+            lambda: server.post("/apps/app/events", body_of(mark(2), key="key")).json["stored"] == "database"
+        )
+
+    def test_what_was_rolled_back_is_stored_later(self) -> None:
+        self.check(self.roll_back)
+
+    def test_what_was_committed_all_the_same_is_not_stored_twice(self) -> None:
+        self.check(self.pretend)
+
+    def test_a_replay_that_was_rolled_back_is_repeated(self) -> None:
+        server = self.run_server(url="", directory=self.directory)
+        for number in range(20):
+            body = body_of(mark(number, table="plain"), key="key")
+            self.assertEqual(server.post("/apps/app/events", body).status, 200)
+        server.stop()
+        self.proxy.change = self.roll_back_rows
+        server = self.serve()
+        wait_until(lambda: self.changed >= 2)
+        self.assertEqual(self.stored(), [])
+        self.proxy.change = self.pass_on
+        wait_until(lambda: self.stored() == list(range(20)))
+        self.wait_for_database(server)
+        self.assertEqual(self.stored(), list(range(20)))
 
 
 class Storm:
