@@ -6,6 +6,7 @@ the wheel in the `test` extra), real servers and real faults.
 
 from __future__ import annotations
 
+import ast
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -16,30 +17,38 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
 import resource
+import select
+import selectors
 import shlex
 import shutil
 import signal
 import socket
 import sqlite3
 import ssl
+import statistics
 import struct
 import subprocess
+import symtable
 import sys
 import tempfile
 import textwrap
 import threading
 import time
 import tomllib
+import types
 import unittest
+import unittest.mock
+import urllib.parse
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NoReturn, TypeVar
@@ -57,11 +66,9 @@ from attolytics import (
     Column,
     Database,
     Delivery,
-    EventProblem,
-    Intake,
-    InvalidBody,
-    InvalidEvents,
     OperatorError,
+    Problem,
+    Refusal,
     Schema,
     SchemaError,
     Source,
@@ -73,11 +80,9 @@ from attolytics import (
 )
 
 _Test = TypeVar("_Test", bound=Callable[..., None] | type)
-
 HERE = Path(__file__).parent
 KEY = "qD3eRda0709mD/3kGp4DlJtEQy5aMY0m"
 PATH = "/apps/com.example.myapp/events"
-
 # The example of the original Attolytics, with the top-level key that it ignored.
 ORIGINAL_SCHEMA = """
 database_url: postgres://myuser:mypassword@localhost:5432/attolytics
@@ -106,7 +111,6 @@ ORIGINAL_TABLE = (
     'CREATE TABLE "events" (time timestamptz, referer varchar, platform varchar not null,'
     " version varchar not null, user_id varchar, event_type varchar not null, score int4)"
 )
-
 ALL_TYPES = """
 tables:
   everything:
@@ -138,10 +142,8 @@ apps:
     tables: [marks]
     access_control_allow_origin: ["https://a.example", "http://b.example:8080"]
 """
-
 # For ALL_TYPES: an app whose bad events go to the quarantine.
 KEEPING_APP = "  keeping: { secret_key: key, tables: [everything, plain], invalid_events: quarantine }\n"
-
 # What became of a table with only the columns `a` and `b`, say.
 GROWN_SCHEMA = """
 tables:
@@ -174,9 +176,12 @@ def delivery(headers: Mapping[str, str] | None = None, peer: str = "192.0.2.1") 
     return Delivery(headers or {}, peer, 1554130180.25)
 
 
-def rows_by_name(batch: Batch) -> dict[str, str]:
+# --- Batches ------------------------------------------------------------------
+
+
+def rows_by_name(batch: Batch) -> dict[str, list[str]]:
     """Return the rows of a batch by the name of their table."""
-    return {table.name: text for table, text in batch.rows.items()}
+    return {table.name: rows for table, rows in batch.rows.items()}
 
 
 # --- Schema -------------------------------------------------------------------
@@ -237,6 +242,24 @@ class SchemaTest(unittest.TestCase):
         self.assertEqual([column.name for column in schema.tables["on"].columns], ["yes", "12:30", "0123"])
         self.assertEqual(schema.apps["no"].secret_key, "1e3")
 
+    def test_null_true_and_false_are_as_in_yaml_1_2_and_strings_in_quotes(self) -> None:
+        schema = schema_of(
+            """
+            tables:
+              "null":
+                columns:
+                  - { name: "true", type: ~, indexed: True, unique: FALSE, required: }
+                  - { name: '~', header: null }
+                  - { name: !!str x }
+            apps: { "false": { secret_key: "~", tables: ["null"] } }
+            database_url: Null
+            """
+        )
+        columns = (Column("true", indexed=True), Column("~"), Column("x"))
+        self.assertEqual(schema.tables["null"].columns, columns)
+        self.assertEqual(schema.apps["false"].secret_key, "~")
+        self.assertIsNone(schema.database_url)
+
     def test_aliases_are_followed(self) -> None:
         schema = schema_of(
             """
@@ -268,10 +291,10 @@ class SchemaTest(unittest.TestCase):
             [
                 's.yaml:4: tables.events.columns[0].typ: unknown key "typ", did you mean "type"?',
                 's.yaml:5: tables.events.columns[1].type: unknown type "int", did you mean "i32"?',
+                's.yaml:6: tables.events.columns[2].name: duplicate column "a", also columns[0]',
                 "s.yaml:7: tables.events.columns[3].name: missing, expected a string",
                 's.yaml:8: tables.events.columns[4].type: unknown type "timestmp", did you mean "timestamp"?',
                 's.yaml:8: tables.events.columns[4].indexed: expected true or false, got "1"',
-                's.yaml:6: tables.events.columns[2].name: duplicate column "a", also columns[0]',
                 's.yaml:10: apps.x.secret_kee: unknown key "secret_kee", did you mean "secret_key"?',
                 "s.yaml:10: apps.x.secret_key: missing, expected a string",
                 's.yaml:10: apps.x.tables[0]: there is no table "evnts", did you mean "events"?',
@@ -303,7 +326,9 @@ class SchemaTest(unittest.TestCase):
                 "{tables: {t: {columns: [{name: a}]}, t: {columns: [{name: b}]}}, apps: {}}",
                 "tables.t: duplicate key",
             ),
-            ("tables: &a {t: *a}", "an alias that contains itself"),
+            ("tables: &a {t: *a}", 'tables.t.t: unknown key "t"'),
+            ("&a {*a : 1}", "a key must be a string, got an array"),
+            ("{tables: {t: {columns: &a [*a]}}, apps: {}}", "columns[0]: expected a column with a name"),
             ("{tables: {t: {columns: [{name: a}]}}, apps: {}, tabels: 1}", 'did you mean "tables"?'),
             (column("{name: true}"), "columns[0].name: expected a string, got true; put it in quotes"),
             (column("{name: ''}"), "expected a string, got an empty one"),
@@ -311,7 +336,9 @@ class SchemaTest(unittest.TestCase):
             (column("{name: ctid}"), '"ctid" is a system column'),
             (column('{name: "\\ud800"}'), "contains half of a surrogate pair"),
             ("[" * 3000, "nested too deeply"),
-            (bomb, "more than 100000 values, aliases followed"),
+            (bomb, 'a6: unknown key "a6"'),
+            (f"{bomb}tables: *a6", "tables: expected at least one table, got an array"),
+            (f"{bomb}? *a6\n: 1", "a key must be a string, got an array"),
             (
                 "{tables: {t: {columns: [{name: a}]}}, apps: {}, database_url: [1]}",
                 "s.yaml:1: database_url: exp",
@@ -319,8 +346,15 @@ class SchemaTest(unittest.TestCase):
             (column(f"{{name: {long}}}"), "has 64 bytes; PostgreSQL holds 63"),
             (column('{name: "a\\0"}'), "NUL"),
             (column("{name: a, type: varchar}"), 'unknown type "varchar", did you mean "string"?'),
-            (column("{name: a, type: qqq}"), "the types are bool, i32"),
+            (column("{name: a, type: BOOLEAN}"), 'unknown type "BOOLEAN", did you mean "bool"?'),
+            (column("{name: a, type: guid}"), 'unknown type "guid", did you mean "uuid"?'),
+            (column("{name: a, type: qqq}"), "expected one of bool, i32"),
             (column("{name: a, type: !!int 3}"), "expected a plain value, got the tag"),
+            (column("{name: a, unique: !!bool true}"), "expected a plain value, got the tag"),
+            (column("{name: a, unique: 'true'}"), 'unique: expected true or false, got "true"'),
+            (column("{name: a, true: x}"), "a key must be a string, got true; put it in quotes"),
+            (column("{name: null}"), "columns[0].name: missing, expected a string"),
+            ("{tables: {attolytics_ledger: {columns: [{name: a}]}}, apps: {}}", "makes replay exactly-once"),
             (
                 column("{name: a, type: i32, header: Referer}"),
                 "filled from a header must be a string, not i32",
@@ -344,6 +378,11 @@ class SchemaTest(unittest.TestCase):
                 "https://example.com",
             ),
             (app("{secret_key: k, tables: [t], access_control_allow_origin: {}}"), "expected an origin"),
+            (app("{secret_key: k, tables: [t], access_control_allow_origin: }"), "expected an origin"),
+            (
+                app("{secret_key: k, tables: [t], access_control_allow_origin: ['*', ~]}"),
+                "expected an origin",
+            ),
             (app("{secret_key: k, tables: [t], invalid_events: drop}"), 'unknown policy "drop"'),
             ("{tables: {t: {columns: [{name: a}]}}, apps: {a/b: {secret_key: k, tables: []}}}", "slash"),
         ]:
@@ -370,6 +409,14 @@ class ChangesTest(unittest.TestCase):
                 self.assertEqual(attolytics.changes(before, schema_of(text)), expected)
                 self.assertEqual(len(attolytics.changes(schema_of(text), before)), len(expected))
 
+    def test_long_names_are_told_apart(self) -> None:
+        long = "x" * 62
+        before = schema_of(GROWN_SCHEMA.replace("name: d", f"name: {long}1"))
+        after = schema_of(GROWN_SCHEMA.replace("name: d", f"name: {long}2"))
+        self.assertEqual(
+            [change.rpartition(" ")[2] for change in attolytics.changes(before, after)], ["removed", "added"]
+        )
+
     def test_only_new_columns_of_known_tables_are_relaxed(self) -> None:
         before = schema_of(GROWN_SCHEMA.replace("{ name: a, type: i64, indexed: true }", "{ name: z }"))
         after = schema_of(
@@ -380,6 +427,10 @@ class ChangesTest(unittest.TestCase):
         tables = attolytics.relaxed(after, before).tables
         required = [c.name for table in tables.values() for c in table.columns if c.required]
         self.assertEqual(required, ["b", "d", "j", "x"])
+
+
+# Also halves of surrogate pairs; but two that stand together are one character.
+DECODED_TEXT = st.text(st.characters()).map(lambda text: str(json.loads(json.dumps(text))))
 
 
 # --- Conversion ---------------------------------------------------------------
@@ -473,8 +524,8 @@ class ConversionTest(unittest.TestCase):
             ("timestamp", "0000-01-01T00:00:00Z", "no such time"),
             ("timestamp", "0001-01-01T00:00:00+01:00", "expected a time in the years 1 to 9999"),
             ("timestamp", "٢٠١٩-04-01T14:49:40Z", "expected RFC 3339"),
-            ("json", {"a": float("nan")}, "NaN and Infinity are not JSON"),
-            ("json", [Decimal("0.12345678901234567890"), float("inf")], "NaN and Infinity are not JSON"),
+            ("json", {"a": float("nan")}, "not JSON"),
+            ("json", [Decimal("0.12345678901234567890"), float("inf")], "not JSON"),
             ("json", {"a\0": 1}, "contains a NUL character"),
             ("json", ["\\\0"], "contains a NUL character"),
             ("json", ["\udc00"], "half of a surrogate pair (\\udc00)"),
@@ -491,9 +542,100 @@ class ConversionTest(unittest.TestCase):
                     attolytics.CONVERTERS[Type(type_)](value)
                 self.assertIn(reason, str(caught.exception))
 
+    @hypothesis.settings(deadline=None)
+    @hypothesis.given(
+        st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.decimals(allow_nan=False, allow_infinity=False)
+            | DECODED_TEXT,
+            lambda inner: st.lists(inner) | st.dictionaries(DECODED_TEXT, inner),
+        )
+    )
+    def test_exact_json_changes_nothing(self, value: object) -> None:
+        text = attolytics.exact_json(value)
+        read = json.loads(text, parse_float=Decimal)
+        self.assertEqual(read, value)
+        self.assertEqual(attolytics.exact_json(read), text)
+
+    def test_exact_json_takes_no_text_for_a_number(self) -> None:
+        text = r'["\ud800\udc005","\ud800\ud800\udc005","\udc00\ud800",{"\ud800\udc007":1.50E+9}]'
+        value = json.loads(text, parse_float=Decimal)
+        again = attolytics.exact_json(value)
+        self.assertEqual(json.loads(again, parse_float=Decimal), value)
+        self.assertTrue(again.endswith(":1.50E+9}]"), again)
+
+    def test_exact_json_keeps_every_digit_at_every_depth(self) -> None:
+        numbers = [Decimal("0." + "1234567890" * 50), Decimal("-1E+99999"), Decimal("1E-400"), 10**4000]
+        nested: object = ["\ud800", "\0", *numbers]
+        for level in range(399):
+            nested = [1, nested] if level % 2 else {"é\0": nested, "b": None}
+        self.assertEqual(json.loads(attolytics.exact_json(nested), parse_float=Decimal), nested)
+        # As deep in the stack as a thread that has been called through some layers.
+        deep_in_stack: Callable[[int], str] = lambda frames: (  # noqa: E731
+            deep_in_stack(frames - 1) if frames else attolytics.exact_json(nested)
+        )
+        self.assertTrue(deep_in_stack(500))
+
+    def test_a_decimal_is_refused_where_numeric_cannot_hold_it_and_only_there(self) -> None:
+        for text, fits in [
+            ("9E+131071", True),
+            ("1E+131072", False),
+            ("1E-16383", True),
+            ("1E-16384", False),
+        ]:
+            with self.subTest(text):
+                self.assertEqual(attolytics.exact_json([Decimal(text)]), f"[{text}]")
+                if fits:
+                    self.assertEqual(
+                        attolytics.CONVERTERS[Type.JSON]({"n": Decimal(text)}), f'{{"n":{text}}}'
+                    )
+                else:
+                    with self.assertRaisesRegex(ValueError, "out of range"):
+                        attolytics.CONVERTERS[Type.JSON]({"n": Decimal(text)})
+
+    def test_depth_is_counted_in_arrays_and_objects(self) -> None:
+        for value, depth in [(1, 0), ("[[", 0), ([], 1), ({"a": 1, "b": [[]]}, 3), ([1, {"a": {}}, 2], 3)]:
+            with self.subTest(value=value):
+                attolytics.check_depth(value, depth)
+                if depth:
+                    with self.assertRaisesRegex(ValueError, f"deeper than {depth - 1} levels"):
+                        attolytics.check_depth(value, depth - 1)
+
+    @hypothesis.settings(deadline=None)
+    @hypothesis.given(st.datetimes(timezones=st.timezones()), st.booleans())
+    def test_rfc_3339_means_what_python_says(self, moment: datetime, spaced: bool) -> None:
+        offset = moment.utcoffset()
+        hypothesis.assume(offset is not None and offset.seconds % 60 == 0)
+        try:
+            expected = moment.astimezone(UTC).replace(tzinfo=None)
+        except OverflowError:
+            hypothesis.reject()
+        text = moment.isoformat(" " if spaced else "T")
+        self.assertEqual(attolytics.CONVERTERS[Type.TIMESTAMP](text), f"{expected.isoformat()}Z")
+
+    @hypothesis.settings(deadline=None)
+    @hypothesis.given(
+        st.floats(-62_135_596_800, 253_402_300_799)
+        | st.decimals(-62_135_596_800, 253_402_300_799, places=9)
+        | st.integers(-62_135_596_800, 253_402_300_799)
+    )
+    def test_seconds_are_kept_to_the_microsecond(self, seconds: float | Decimal) -> None:
+        text = attolytics.CONVERTERS[Type.TIMESTAMP](seconds)
+        minute, _, second = text.removesuffix("Z").rpartition(":")  # there may be a second 60
+        since = datetime.fromisoformat(minute) - datetime(1970, 1, 1)
+        stored = since.days * 86_400 + since.seconds + Decimal(second)
+        # A float of two thousand years has digits down to 8 microseconds only.
+        self.assertLessEqual(
+            abs(stored - Decimal(repr(seconds) if type(seconds) is float else seconds)), Decimal("1e-6")
+        )
+
     def test_long_values_are_cut_in_messages(self) -> None:
         self.assertLess(len(attolytics.show("x" * 100_000)), 80)
+        self.assertLess(len(attolytics.show("\0" * 100_000)), 80)
         self.assertLess(len(attolytics.show(10**4299)), 80)
+        self.assertEqual(attolytics.show("x" * 60), '"' + "x" * 60 + '"')
 
 
 # --- Batches ------------------------------------------------------------------
@@ -502,13 +644,17 @@ class ConversionTest(unittest.TestCase):
 class BatchTest(unittest.TestCase):
     def setUp(self) -> None:
         schema = attolytics.read_schema(str(HERE / "schema-example.conf.yaml"))
-        self.intake = Intake(schema.apps["com.example.myapp"])
+        self.intake = attolytics.intakes(schema)["com.example.myapp"]
 
-    def problems(self, *events: object, kind: type[InvalidEvents] = InvalidEvents) -> list[EventProblem]:
-        with self.assertRaises(kind) as caught:
-            self.intake.batch(body_of(*events), delivery())
-        self.assertIs(type(caught.exception), kind)
-        return list(caught.exception.problems)
+    def refusal(self, body: bytes) -> Refusal:
+        with self.assertRaises(Refusal) as caught:
+            self.intake.batch(body, delivery())
+        return caught.exception
+
+    def problems(self, *events: object, label: str = "invalid_events") -> list[Problem]:
+        refusal = self.refusal(body_of(*events))
+        self.assertEqual((refusal.label, refusal.events), (label, len(events)))
+        return list(refusal.problems)
 
     def test_events_become_rows_of_their_tables(self) -> None:
         purchase = {"_t": "purchases", "id": "123e4567-e89b-12d3-a456-426614174000", "product": "hat"}
@@ -520,23 +666,20 @@ class BatchTest(unittest.TestCase):
         self.assertEqual(
             rows_by_name(batch),
             {
-                "events": (
-                    "1970-01-01T00:00:00.000000Z\tlinux\t1\t\\N\tstart\t7\thttp://a.example/'\n"
-                    "\\N\tlinux\t1\tme\tstart\t\\N\thttp://a.example/'\n"
-                ),
+                "events": [
+                    "1970-01-01T00:00:00.000000Z\tlinux\t1\t\\N\tstart\t7\thttp://a.example/'",
+                    "\\N\tlinux\t1\tme\tstart\t\\N\thttp://a.example/'",
+                ],
                 # It has a unique column.
-                "purchases": (
+                "purchases": [
                     "('123e4567-e89b-12d3-a456-426614174000','hat',NULL,NULL,"
                     "'2019-04-01T14:49:40.250000Z','192.0.2.1','com.example.myapp',NULL)"
-                ),
+                ],
             },
         )
-        self.assertEqual(batch.warnings, ())
-        rows = self.intake.rows_in_order(attolytics.decoded_events(batch.body), batch.delivery)
-        self.assertEqual([table.name for table, _ in rows], ["events", "purchases", "events"])
-        self.assertEqual(
-            "".join(row for table, row in rows if table.name == "events"), rows_by_name(batch)["events"]
-        )
+        places = {table.name: places for table, places in batch.places.items()}
+        self.assertEqual(places, {"events": [0, 2], "purchases": [1]})
+        self.assertEqual(batch.warnings, [])
 
     def test_no_events_are_a_batch_too(self) -> None:
         batch = self.intake.batch(body_of(), delivery())
@@ -546,15 +689,15 @@ class BatchTest(unittest.TestCase):
         for body, reason in [
             (b"", "not JSON: Expecting value at line 1, column 1"),
             (b"{", "not JSON"),
+            (b'{"a": x}', "not JSON: Expecting value at line 1, column 7"),
+            (b'{"events": [1,]}', "not JSON"),
             (b"[]", 'expected an object with "secret_key" and "events", got an array'),
             (b'{"events": []}', 'expected a string "secret_key", got nothing'),
             (b'{"secret_key": 5, "events": []}', 'expected a string "secret_key", got 5'),
             (b'{"secret_key": "%s"}' % KEY.encode(), 'expected an array "events", got nothing'),
-            (
-                b'{"secret_key": "%s", "events": {}}' % KEY.encode(),
-                'expected an array "events", got an object',
-            ),
+            (b'{"secret_key": "%s", "events": {}}' % KEY.encode(), 'array "events", got an object'),
             (b'{"secret_key": "a", "secret_key": "b"}', 'the key "secret_key" stands twice'),
+            (b'{"x": [NaN]}', "NaN is not JSON"),
             (b'{"a": "\xff"}', "not UTF-8: invalid start byte at byte 7"),
             (b"\xff\xfe{\0}\0", "not UTF-8"),
             (b"[" * 100_000, "nested too deeply"),
@@ -563,9 +706,19 @@ class BatchTest(unittest.TestCase):
             (b'{"a": 1} x', "not JSON: Extra data"),
             (b'{"a": 1, "a": 2', "not JSON"),
         ]:
-            with self.subTest(body[:40]), self.assertRaises(InvalidBody) as caught:
-                self.intake.batch(body, delivery())
-            self.assertIn(reason, caught.exception.reason)
+            with self.subTest(body[:40]):
+                refusal = self.refusal(body)
+                self.assertEqual(refusal.label, "invalid_body")
+                self.assertIn(reason, refusal.reason)
+
+    def test_what_might_not_be_read_again_from_the_spool_is_refused_for_its_depth(self) -> None:
+        def nested(levels: int) -> bytes:
+            deep = "[" * levels + "]" * levels
+            return f'{{"secret_key": "{KEY}", "deep": {deep}, "events": []}}'.encode()
+
+        self.intake.batch(nested(attolytics.BODY_DEPTH_MAX - 1), delivery())
+        refusal = self.refusal(nested(attolytics.BODY_DEPTH_MAX + 1))
+        self.assertIn(f"nested deeper than {attolytics.BODY_DEPTH_MAX} levels", refusal.reason)
 
     def test_a_byte_order_mark_is_ignored(self) -> None:
         batch = self.intake.batch(b"\xef\xbb\xbf" + body_of(example()), delivery())
@@ -573,47 +726,44 @@ class BatchTest(unittest.TestCase):
 
     def test_a_wrong_key_is_refused(self) -> None:
         for key in ["", "x", KEY + " ", "\ud800", "é"]:
-            with self.subTest(key), self.assertRaises(attolytics.WrongKey):
-                self.intake.batch(body_of(key=key), delivery())
+            with self.subTest(key):
+                self.assertEqual(self.refusal(body_of(key=key)).label, "wrong_key")
 
     def test_a_missing_required_column_is_named_in_the_error(self) -> None:
         event = example()
         del event["platform"]
-        self.assertEqual(self.problems(event), [EventProblem(0, "platform", "missing, but required")])
+        self.assertEqual(self.problems(event), [Problem(0, "platform", "missing, but required")])
         self.assertEqual(
-            self.problems(example(), example(platform=None)),
-            [EventProblem(1, "platform", "null, but required")],
+            self.problems(example(), example(platform=None)), [Problem(1, "platform", "null, but required")]
         )
 
     def test_every_bad_event_is_listed(self) -> None:
+        time_reason = "expected seconds since 1970 or a string such as 2019-04-01T14:49:40Z, got an array"
         self.assertEqual(
             self.problems(example(score="x"), 5, example(), example(score=1.5, time=[])),
             [
-                EventProblem(0, "score", 'expected an integer, got "x"'),
-                EventProblem(1, None, "expected an object, got 5"),
-                EventProblem(
-                    3,
-                    "time",
-                    "expected seconds since 1970 or a string such as 2019-04-01T14:49:40Z, got an array",
-                ),
-                EventProblem(3, "score", "expected an integer, got 1.5"),
+                Problem(0, "score", 'expected an integer, got "x"'),
+                Problem(1, None, "expected an object, got 5"),
+                Problem(3, "time", time_reason),
+                Problem(3, "score", "expected an integer, got 1.5"),
             ],
         )
 
     def test_the_list_of_bad_events_is_bounded(self) -> None:
-        self.assertEqual(len(self.problems(*[5] * 5000)), attolytics.PROBLEMS_MAX)
+        for bad in (5, example(score="x")):
+            self.assertEqual(len(self.problems(*[bad] * 5000)), attolytics.PROBLEMS_MAX)
 
     def test_an_event_needs_the_name_of_a_table_of_the_app(self) -> None:
         self.assertEqual(
             self.problems({}, {"_t": 5}),
             [
-                EventProblem(0, "_t", "expected the name of a table, got nothing"),
-                EventProblem(1, "_t", "expected the name of a table, got 5"),
+                Problem(0, "_t", "expected the name of a table, got nothing"),
+                Problem(1, "_t", "expected the name of a table, got 5"),
             ],
         )
         self.assertEqual(
-            self.problems({"_t": "evnts"}, example(), kind=attolytics.TableRefused),
-            [EventProblem(0, "_t", 'the app has no table "evnts", did you mean "events"?')],
+            self.problems({"_t": "evnts"}, example(), label="unknown_table"),
+            [Problem(0, "_t", 'the app has no table "evnts", did you mean "events"?')],
         )
         self.assertEqual(len(self.problems({"_t": "evnts"}, example(score="x"))), 2)
 
@@ -621,11 +771,12 @@ class BatchTest(unittest.TestCase):
         event = json.dumps(example(score=1))[:-1] + ', "score": 2}'
         nested = json.dumps(example())[:-1] + ', "x": [{"a": 1, "a": 1}]}'
         body = f'{{"secret_key": "{KEY}", "events": [{json.dumps(example())}, {event}, {nested}]}}'
-        with self.assertRaises(InvalidEvents) as caught:
-            self.intake.batch(body.encode(), delivery())
-        reason = "the key stands twice in one object"
         self.assertEqual(
-            list(caught.exception.problems), [EventProblem(1, "score", reason), EventProblem(2, "a", reason)]
+            list(self.refusal(body.encode()).problems),
+            [
+                Problem(1, "score", 'the key "score" stands twice in one object'),
+                Problem(2, "x", 'the key "a" stands twice in one object'),
+            ],
         )
 
     def test_a_repeated_key_is_found_quickly_among_many_and_deep_down(self) -> None:
@@ -633,32 +784,23 @@ class BatchTest(unittest.TestCase):
         deep = '"j": ' + "[" * 900 + '{"a": 1, "a": 2}' + "]" * 900
         started = time.monotonic()
         for body in ["{" + many + '"z": 1, "z": 2}', "{" + deep + "}"]:
-            with self.assertRaises(InvalidBody) as caught:
-                self.intake.batch(body.encode(), delivery())
-            self.assertIn("stands twice", caught.exception.reason)
+            self.assertIn("stands twice", self.refusal(body.encode()).reason)
         self.assertLess(time.monotonic() - started, 2)
 
     def test_long_keys_are_cut_in_messages(self) -> None:
-        key = "a\n" + "x" * 100_000
-        body = f'{{"secret_key": "{KEY}", "events": [{{{json.dumps(key)}: 1, {json.dumps(key)}: 2}}]}}'
-        with self.assertRaises(InvalidEvents) as caught:
-            self.intake.batch(body.encode(), delivery())
-        self.assertLess(len(caught.exception.problems[0].column or ""), 100)
-        twice = f"{{{json.dumps(key)}: 1, {json.dumps(key)}: 2}}"
-        with self.assertRaises(InvalidBody) as refused:
-            self.intake.batch(twice.encode(), delivery())
-        self.assertLess(len(refused.exception.reason), 200)
-        self.assertNotIn("\n", refused.exception.reason)
+        key = json.dumps("a\n" + "x" * 100_000)
+        body = f'{{"secret_key": "{KEY}", "events": [{{{key}: 1, {key}: 2}}]}}'
+        [problem] = self.refusal(body.encode()).problems
+        self.assertLess(len(problem.column or ""), 100)
+        reason = self.refusal(f"{{{key}: 1, {key}: 2}}".encode()).reason
+        self.assertLess(len(reason), 200)
+        self.assertNotIn("\n", reason)
 
     def test_unknown_keys_are_warned_of_once(self) -> None:
-        batch = self.intake.batch(
-            json.dumps(
-                {"secret_key": KEY, "event": 1, "events": [example(scroe=1), example(scroe=2, referer="x")]}
-            ).encode(),
-            delivery(),
-        )
+        events = [example(scroe=1), example(scroe=2, referer="x")]
+        body = json.dumps({"secret_key": KEY, "event": 1, "events": events}).encode()
         self.assertEqual(
-            batch.warnings,
+            self.intake.batch(body, delivery()).warnings,
             [
                 'unknown key "event", did you mean "events"?',
                 'events[0]: unknown key "scroe", did you mean "score"?',
@@ -675,15 +817,15 @@ class BatchTest(unittest.TestCase):
     def test_a_catch_all_column_takes_the_unknown_keys(self) -> None:
         event = {"_t": "purchases", "id": "0" * 32, "product": "x", "color": "red", "n": [1]}
         batch = self.intake.batch(body_of(event), delivery())
-        self.assertIn(""",'{"color":"red","n":[1]}')""", rows_by_name(batch)["purchases"])
-        self.assertEqual(batch.warnings, ())
+        self.assertIn(""",'{"color":"red","n":[1]}')""", rows_by_name(batch)["purchases"][0])
+        self.assertEqual(batch.warnings, [])
         event["color"] = "\0"
         self.assertEqual(self.problems(event)[0].column, "extra")
 
     def test_too_many_events_are_refused(self) -> None:
-        with self.assertRaises(attolytics.BodyTooLarge) as caught:
-            self.intake.batch(body_of(*[1] * 10_001), delivery())
-        self.assertIn("10001 events", caught.exception.reason)
+        refusal = self.refusal(body_of(*[1] * 10_001))
+        self.assertEqual(refusal.label, "too_large")
+        self.assertIn("10001 events", refusal.reason)
 
     def test_numbers_stay_exact(self) -> None:
         for text, value in [
@@ -702,18 +844,17 @@ class BatchTest(unittest.TestCase):
     def test_a_required_header_that_is_missing_refuses_the_events(self) -> None:
         schema = schema_of(
             "{tables: {t: {columns: [{name: h, header: X-A, required: true}]}},"
-            " apps: {a: {secret_key: k, tables: [t]}}}"
+            " apps: {app: {secret_key: k, tables: [t]}}}"
         )
-        intake = Intake(schema.apps["a"])
-        with self.assertRaises(InvalidEvents) as caught:
-            intake.batch(body_of({"_t": "t"}, key="k"), delivery())
+        self.intake = attolytics.intakes(schema)["app"]
+        body = body_of({"_t": "t"}, key="k")
         self.assertEqual(
-            caught.exception.problems,
-            (EventProblem(0, "h", "the request header x-a is missing, but required"),),
+            list(self.refusal(body).problems),
+            [Problem(0, "h", "the request header x-a is missing, but required")],
         )
-        for header, literal in [("plain", "plain\n"), ("\xc3\xa9", "é\n"), ("\xe9", "é\n")]:
-            batch = intake.batch(body_of({"_t": "t"}, key="k"), delivery({"x-a": header}))
-            self.assertEqual(rows_by_name(batch)["t"], literal)
+        for header, field in [("plain", "plain"), ("\xc3\xa9", "é"), ("\xe9", "é")]:
+            batch = self.intake.batch(body, delivery({"x-a": header}))
+            self.assertEqual(rows_by_name(batch)["t"], [field])
 
     def test_a_proxy_nearby_is_believed_about_the_client(self) -> None:
         for peer, headers, address in [
@@ -728,7 +869,7 @@ class BatchTest(unittest.TestCase):
             ("127.0.0.1", {"x-real-ip": "2001:db8::1"}, "2001:db8::1"),
         ]:
             with self.subTest(peer=peer, headers=headers):
-                self.assertEqual(attolytics.client_address(peer, headers), address)
+                self.assertEqual(delivery(headers, peer).client_ip(), address)
 
     def test_content_codings(self) -> None:
         data = b"x" * 1000
@@ -739,145 +880,25 @@ class BatchTest(unittest.TestCase):
             ("deflate", zlib.compress(data)),
             ("deflate", raw_deflate),
         ]:
-            with self.subTest(coding):
-                self.assertEqual(attolytics.inflate(body, coding, 1000), data)
-                with self.assertRaises(attolytics.BodyTooLarge):
-                    attolytics.inflate(body, coding, 999)
-                with self.assertRaises(InvalidBody):
-                    attolytics.inflate(body[:-1], coding, 1000)
-                with self.assertRaises(InvalidBody):
-                    attolytics.inflate(body + b"x", coding, 1000)
-                with self.assertRaises(InvalidBody):
-                    attolytics.inflate(b"", coding, 1000)
-        with self.assertRaises(InvalidBody):
-            attolytics.inflate(b"not compressed", "gzip", 1000)
+            self.assertEqual(attolytics.inflate(body, coding, 1000), data)
+            for bad, limit, label in [
+                (body, 999, "too_large"),
+                (body[:-1], 1000, "invalid_body"),
+                (body + b"x", 1000, "invalid_body"),
+                (b"", 1000, "invalid_body"),
+                (b"not compressed", 1000, "invalid_body"),
+            ]:
+                with self.subTest(coding=coding, bad=bad), self.assertRaises(Refusal) as caught:
+                    attolytics.inflate(bad, coding, limit)
+                self.assertEqual(caught.exception.label, label)
 
 
-# --- SQL ----------------------------------------------------------------------
+# --- SQL that stores events ---------------------------------------------------
 
 
 class SqlTest(unittest.TestCase):
     def test_identifiers_are_quoted(self) -> None:
         self.assertEqual(attolytics.identifier('a"; DROP TABLE x'), '"a""; DROP TABLE x"')
-
-    def test_a_missing_table_is_created_with_its_indexes(self) -> None:
-        schema = schema_of(
-            "{tables: {t: {columns: [{name: a, required: true}, {name: b, type: i64, indexed: true},"
-            " {name: c, unique: true, indexed: true}, {name: j, type: json, indexed: true}]}},"
-            " apps: {x: {secret_key: k, tables: [t]}}}"
-        )
-        self.assertEqual(
-            attolytics.missing_sql(schema, {}),
-            [
-                attolytics.CREATE_LEDGER,
-                'CREATE TABLE "t" ("a" varchar NOT NULL, "b" bigint, "c" varchar, "j" jsonb)',
-                'CREATE INDEX ON "t" ("b")',
-                'CREATE UNIQUE INDEX ON "t" ("c")',
-                'CREATE INDEX ON "t" USING gin ("j")',
-            ],
-        )
-
-    def plan(self, **existing: attolytics.ExistingTable) -> attolytics.Plan:
-        catalog = {attolytics.LEDGER: attolytics.ExistingTable({}), **existing}
-        return attolytics.plan_migration(schema_of(GROWN_SCHEMA), catalog, "me")
-
-    def test_a_plan_for_an_empty_database_creates_everything_in_one_step(self) -> None:
-        plan = attolytics.plan_migration(schema_of(GROWN_SCHEMA), {}, "me")
-        [step] = plan.steps
-        self.assertEqual(step.reasons, ('there is no table "t"', 'there is no table "attolytics_ledger"'))
-        self.assertEqual(list(step.statements[-1:]), [attolytics.CREATE_LEDGER])
-        self.assertEqual((plan.by_hand, plan.later), ((), ()))
-
-    def test_a_plan_changes_a_table_at_once_and_then_builds_its_indexes(self) -> None:
-        old = {
-            "a": attolytics.ExistingColumn("int8", not_null=True, has_default=False),
-            "gone": attolytics.ExistingColumn("text", not_null=True, has_default=False),
-        }
-        plan = self.plan(t=attolytics.ExistingTable(old, indexed=frozenset("a")))
-        self.assertEqual(
-            [statement for step in plan.steps for statement in step.statements],
-            [
-                'ALTER TABLE "t" ADD COLUMN "b" varchar, ADD COLUMN "c" uuid, ADD COLUMN "d" varchar,'
-                ' ADD COLUMN "j" jsonb, ALTER COLUMN "a" DROP NOT NULL, ALTER COLUMN "gone" DROP NOT NULL',
-                'CREATE INDEX CONCURRENTLY ON "t" ("b")',
-                'CREATE UNIQUE INDEX CONCURRENTLY ON "t" ("c")',
-                'CREATE INDEX CONCURRENTLY ON "t" USING gin ("j")',
-            ],
-        )
-        self.assertEqual(plan.by_hand, ())
-        self.assertEqual(plan.later, ('ALTER TABLE "t" ALTER COLUMN "d" SET NOT NULL',))
-
-    def test_a_required_column_is_not_null_only_in_a_table_without_rows(self) -> None:
-        for empty, column in [(True, 'ADD COLUMN "d" varchar NOT NULL'), (False, 'ADD COLUMN "d" varchar,')]:
-            plan = self.plan(t=attolytics.ExistingTable({}, empty=empty))
-            self.assertIn(column, plan.steps[0].statements[0])
-            self.assertEqual(bool(plan.later), not empty)
-
-    def test_what_rewrites_drops_or_grants_is_left_to_the_operator(self) -> None:
-        columns = {
-            "a": attolytics.ExistingColumn("int4", not_null=True, has_default=False, primary_key="t_pkey"),
-            "b": attolytics.ExistingColumn("text", not_null=False, has_default=False, generated="stored"),
-            "c": attolytics.ExistingColumn("uuid", not_null=False, has_default=False),
-            "d": attolytics.ExistingColumn("text", not_null=False, has_default=False),
-            "j": attolytics.ExistingColumn("jsonb", not_null=False, has_default=False),
-        }
-        indexed = frozenset("abcj")
-        table = attolytics.ExistingTable(columns, indexed, frozenset("c"), can_insert=False)
-        plan = self.plan(t=table)
-        self.assertEqual(plan.steps, ())
-        self.assertEqual(
-            [difference.sql for difference in plan.by_hand],
-            [
-                'GRANT SELECT, INSERT ON "t" TO "me"',
-                'ALTER TABLE "t" ALTER COLUMN "a" TYPE bigint USING "a"::text::bigint',
-                'ALTER TABLE "t" ALTER COLUMN "b" DROP EXPRESSION',
-                'ALTER TABLE "t" DROP CONSTRAINT "t_pkey", ALTER COLUMN "a" DROP NOT NULL',
-            ],
-        )
-        for kind in ("view", "foreign table"):
-            plan = self.plan(t=attolytics.ExistingTable({}, kind=kind))
-            self.assertEqual(plan.steps, ())
-            self.assertGreater(len(plan.by_hand), 5)
-
-    def test_only_invalid_indexes_of_our_kind_and_name_are_dropped(self) -> None:
-        for name, column, unique, method, busy, shown in [
-            ("t_b_idx", "b", False, "btree", False, ['DROP INDEX CONCURRENTLY s."x"']),
-            ("t_b_idx12", "b", False, "btree", False, ['DROP INDEX CONCURRENTLY s."x"']),
-            ("t_b_idx", "b", False, "btree", True, []),
-            ("t_b_idx0", "b", False, "btree", False, None),
-            ("mine", "b", False, "btree", False, None),
-            ("t_b_idx_ccnew", "b", False, "btree", False, None),
-            ("t_b_idx", "b", True, "btree", False, None),
-            ("t_b_idx", "b", False, "hash", False, None),
-            ("t_more_idx", "more", False, "btree", False, None),
-        ]:
-            with self.subTest(name=name, column=column, unique=unique, method=method, busy=busy):
-                index = attolytics.Index("t", column, unique, method)
-                invalid = attolytics.InvalidIndex(index, name, 's."x"', busy)
-                plan = self.plan(t=attolytics.ExistingTable({}, invalid=(invalid,)))
-                drops = [step for step in plan.steps if step.statements == ('DROP INDEX s."x"',)]
-                self.assertEqual([list(step.shown or ()) for step in drops], [] if shown is None else [shown])
-                # What somebody builds already is not offered to psql for a second time.
-                report = attolytics.script(plan)
-                self.assertEqual('\nCREATE INDEX CONCURRENTLY ON "t" ("b");' in report, not busy)
-
-    def test_indexes_of_a_partitioned_table_are_built_only_while_it_is_empty(self) -> None:
-        for empty in (True, False):
-            plan = self.plan(t=attolytics.ExistingTable({}, partitioned=True, empty=empty))
-            built = [step for step in plan.steps if "INDEX" in step.statements[0]]
-            self.assertEqual([step.index for step in built], [None] * 4 if empty else [])
-            self.assertEqual(len(plan.by_hand), 0 if empty else 4)
-
-    def test_a_report_is_a_script_whatever_names_there_are(self) -> None:
-        name = "x\n; DROP TABLE y; --"
-        table = Table(name, (Column(name),))
-        existing = attolytics.ExistingTable(
-            {name: attolytics.ExistingColumn("int4", not_null=False, has_default=False)}
-        )
-        catalog = {name: existing, attolytics.LEDGER: attolytics.ExistingTable({})}
-        plan = attolytics.plan_migration(Schema({name: table}, {}), catalog, "me")
-        for line in attolytics.script(plan).splitlines():
-            self.assertTrue(line.startswith("--"), line)
 
     def test_repeated_values_of_unique_columns_are_skipped(self) -> None:
         for columns, statement in [
@@ -898,31 +919,31 @@ class SqlTest(unittest.TestCase):
             self.assertEqual(attolytics.insert_sql(table), statement)
 
     def test_fields_for_copy_are_escaped(self) -> None:
-        for text, field in [
-            ("plain é\U0001f600 it's", "plain é\U0001f600 it's"),
-            ("\\N", "\\\\N"),
-            ("\\.", "\\\\."),
-            ("a\tb\nc\rd\x01\x7f\u2028", "a\\tb\\nc\\rd\x01\x7f\u2028"),
+        schema = schema_of(
+            "{tables: {t: {columns: [{name: s}, {name: j, type: json}, {name: h, header: h}]}},"
+            " apps: {app: {secret_key: key, tables: [t]}}}"
+        )
+        intake = attolytics.intakes(schema)["app"]
+        for text, field, json_field in [
+            ("plain é\U0001f600 it's", "plain é\U0001f600 it's", '"plain é\U0001f600 it\'s"'),
+            ("\\N", "\\\\N", '"\\\\\\\\N"'),
+            ("\\.", "\\\\.", '"\\\\\\\\."'),
+            ("a\tb\nc\rd", "a\\tb\\nc\\rd", '"a\\\\tb\\\\nc\\\\rd"'),
+            ("\x7f\u2028", "\x7f\u2028", '"\x7f\u2028"'),
         ]:
-            table = attolytics.TableIntake(Table("t", (Column("s"), Column("h", header="h"))))
-            self.assertEqual(table.rows([{"_t": "t", "s": text}], ["end"]), [f"{field}\tend"])
-            convert = attolytics.field_converter(Type.STRING, table.format)
-            self.assertEqual(convert(text), field)
-        json_field = attolytics.field_converter(Type.JSON, table.format)
-        self.assertEqual(json_field({"a": "\t\\"}), '{"a":"\\\\t\\\\\\\\"}')
-        for bad in ("a\0", "\ud800", 5):
-            with self.assertRaises(ValueError):
-                table.rows([{"_t": "t", "s": bad}], ["end"])
+            body = body_of({"_t": "t", "s": text, "j": text}, key="key")
+            batch = intake.batch(body, delivery({"h": "end"}))
+            self.assertEqual(rows_by_name(batch), {"t": [f"{field}\t{json_field}\tend"]})
 
     def test_a_flush_is_one_transaction_over_all_tables(self) -> None:
-        schema = schema_of(ALL_TYPES)
-        parts = [{"plain": "1\ta\n", "marks": "(2,'b'),(4,'d')"}, {"plain": "3\tc\n", "marks": "(5,'e')"}]
-        raising = attolytics.Raise(str(uuid.uuid4()), 6, 7)
-        start = attolytics.FLUSH_START + raising.sql()
-        tables = {name: attolytics.TableIntake(table) for name, table in schema.tables.items()}
-        message = attolytics.flush_message(
-            start, [{tables[name]: text for name, text in part.items()} for part in parts]
-        )
+        tables = {name: attolytics.TableIntake(table) for name, table in schema_of(ALL_TYPES).tables.items()}
+        plain, marks = tables["plain"], tables["marks"]
+        start = attolytics.FLUSH_START + attolytics.raise_sql(str(uuid.uuid4()), str(uuid.uuid4()), 7)
+        parts = [
+            {plain: ["1\ta"], marks: ["(2,'b')", "(4,'d')"]},
+            {plain: ["3\tc"], marks: ["(5,'e')"]},
+        ]
+        message = attolytics.insert_message(start, parts, "COMMIT")
         self.assertEqual(
             message.sql.removeprefix(start),
             'INSERT INTO "marks" ("mark","text") VALUES '
@@ -932,6 +953,25 @@ class SqlTest(unittest.TestCase):
             "COMMIT",
         )
         self.assertEqual(message.copies, [b"1\ta\n3\tc\n"])
+        self.assertEqual(message.inserts, [("marks", 3)])
+
+    def test_the_line_that_copy_names_is_found_in_any_language_and_only_in_our_tables(self) -> None:
+        odd = attolytics.TableIntake(Table("t, line 9", (Column("a"),)))
+        tables = [attolytics.TableIntake(Table("t", (Column("a"),))), odd]
+        for context, found in [
+            ('COPY t, line 3, column a: "x"', (tables[0], 2)),
+            ('COPY t, Zeile 3, Spalte a: "COPY t, line 1"', (tables[0], 2)),
+            ("PL/pgSQL function f() line 1 at RAISE\nCOPY t, line 12", (tables[0], 11)),
+            ("COPY t, line 9, line 2", (odd, 1)),
+            ("COPY other, line 3", None),
+            ("PL/pgSQL function f() line 1 at RAISE", None),
+            ("", None),
+        ]:
+            with self.subTest(context):
+                self.assertEqual(attolytics.refused_line(context, tables[::-1]), found)
+                again = attolytics.TableIntake(Table("t", (Column("a"),)))
+                if found and found[0] is tables[0]:  # two statements for one table: which of them is not told
+                    self.assertIsNone(attolytics.refused_line(context, [tables[0], again]))
 
 
 # --- Database URL -------------------------------------------------------------
@@ -1015,6 +1055,34 @@ class DatabaseUrlTest(unittest.TestCase):
         self.assertEqual(target, Target("eu", "ed", "h", 9, None, "ep", sslmode="require"))
         self.assertEqual(self.target("postgres://", PGHOST="/s").socket, "/s/.s.PGSQL.5432")
 
+    @hypothesis.settings(deadline=None)
+    @hypothesis.given(*[st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)] * 3)
+    def test_any_name_and_password_can_be_percent_encoded(self, user: str, password: str, name: str) -> None:
+        user_part, password_part, name_part = (
+            urllib.parse.quote(text, safe="") for text in (user, password, name)
+        )
+        expected = Target(user, name, "h", 5432, None, password)
+        self.assertEqual(self.target(f"postgres://{user_part}:{password_part}@h/{name_part}"), expected)
+        query = f"user={user_part}&password={password_part}&dbname={name_part}"
+        self.assertEqual(self.target(f"postgres://h?{query}"), expected)
+
+    def test_every_parameter_has_its_variable(self) -> None:
+        values = {"port": "7", "connect_timeout": "9", "sslmode": "require"}
+        environ = {name: values.get(key, key) for key, name in attolytics.PARAMETERS.items()}
+        target, passfile = attolytics.parse_target("postgres://", environ, "me", "", Path("/home/me"))
+        self.assertEqual(
+            target,
+            Target(
+                "user", "dbname", "host", 7, None, "password", "require", "sslrootcert", "sslcert", "sslkey",
+                9, "application_name", "options",
+            ),
+        )  # fmt: skip
+        self.assertEqual(passfile, Path("passfile"))
+        self.assertEqual(
+            [attolytics.PARAMETERS[key] for key in ("host", "dbname", "sslmode", "connect_timeout")],
+            ["PGHOST", "PGDATABASE", "PGSSLMODE", "PGCONNECT_TIMEOUT"],
+        )
+
     def test_without_a_host_the_local_socket_is_used(self) -> None:
         self.assertEqual(self.target("postgres:///d", "/run/pg").socket, "/run/pg/.s.PGSQL.5432")
 
@@ -1067,42 +1135,43 @@ class MetricsTest(unittest.TestCase):
     def test_label_values_are_escaped(self) -> None:
         name = 'a "quoted" \\ back\nslash \\n é'
         metrics = attolytics.Metrics(Schema({}, {name: attolytics.App(name, "key", None, (Table("t", ()),))}))
-        metrics.accepted[name, "t"] += 3
-        families = list(text_string_to_metric_families(attolytics.exposition(metrics.families())))
+        metrics.count("events_accepted_total", 3, name, "t")
+        families = list(text_string_to_metric_families(metrics.exposition({})))
         [sample] = families[0].samples
         self.assertEqual(sample.labels, {"app": name, "table": "t"})
         self.assertEqual(sample.value, 3)
 
     def test_a_histogram_counts_each_value_in_all_buckets_that_hold_it(self) -> None:
-        histogram = attolytics.Histogram((1, 2.5))
-        for value in (0.5, 1, 1.5, 2.5, 3, 1e9):
-            histogram.observe(value)
-        family = attolytics.Family("h", "histogram", "Help.", histogram.samples(store="x"))
-        self.assertEqual(
-            samples(attolytics.exposition([family])),
-            {
-                'h_bucket{le="1",store="x"}': 2,
-                'h_bucket{le="2.5",store="x"}': 4,
-                'h_bucket{le="+Inf",store="x"}': 6,
-                'h_sum{store="x"}': 1e9 + 8.5,
-                'h_count{store="x"}': 6,
-            },
-        )
+        metrics = attolytics.Metrics(schema_of(ALL_TYPES))
+        for value in (0.0005, 0.4, 0.5, 2, 30, 30.5):
+            metrics.observe("flush_duration_seconds", value, "spool")
+        found = samples(metrics.exposition({}))
+        bounds = ["0.0005", "0.25", "0.5", "1", "2.5", "30", "+Inf"]
+        name = "attolytics_flush_duration_seconds"
+        buckets = [found[f'{name}_bucket{{le="{bound}",store="spool"}}'] for bound in bounds]
+        self.assertEqual(buckets, [1, 1, 3, 3, 4, 5, 6])
+        self.assertAlmostEqual(found[f'{name}_sum{{store="spool"}}'], 63.4005)
+        self.assertEqual(found[f'{name}_count{{store="spool"}}'], 6)
+        self.assertEqual(found[f'{name}_count{{store="database"}}'], 0)
 
-    def test_every_refusal_has_a_reason_of_its_own(self) -> None:
-        self.assertEqual(attolytics.REASONS.keys(), attolytics.STATUSES.keys())
-        self.assertEqual(len(set(attolytics.REASONS.values())), len(attolytics.REASONS))
-
-    def test_counters_of_a_schema_start_with_0_and_go_on_when_it_is_declared_again(self) -> None:
+    def test_counters_start_with_0_and_go_on_when_a_schema_is_declared_again(self) -> None:
         schema = schema_of(ALL_TYPES)
         metrics = attolytics.Metrics(schema)
-        metrics.accepted["one", "marks"] += 2
+        metrics.count("events_accepted_total", 2, "one", "marks")
         metrics.declare(schema)
-        found = samples(attolytics.exposition(metrics.families()))
-        self.assertEqual(found['attolytics_events_accepted_total{app="one",table="marks"}'], 2)
-        self.assertEqual(found['attolytics_events_accepted_total{app="many",table="marks"}'], 0)
-        self.assertEqual(found['attolytics_events_duplicate_total{table="marks"}'], 0)
+        found = samples(metrics.exposition({"spool_bytes": 7, "process_max_fds": math.inf}))
+        for name, value in [
+            ('attolytics_events_accepted_total{app="one",table="marks"}', 2),
+            ('attolytics_events_accepted_total{app="many",table="marks"}', 0),
+            ('attolytics_events_duplicate_total{table="marks"}', 0),
+            ('attolytics_http_requests_total{status="503"}', 0),
+            ("attolytics_database_reconnects_total", 0),
+            ("attolytics_spool_bytes", 7),
+            ("process_max_fds", math.inf),
+        ]:
+            self.assertEqual(found[name], value, name)
         self.assertNotIn('attolytics_events_duplicate_total{table="plain"}', found)
+        self.assertNotIn("attolytics_database_up", found)
 
 
 # --- A real PostgreSQL --------------------------------------------------------
@@ -1407,24 +1476,12 @@ class DatabaseCase(unittest.TestCase):
         self.addCleanup(shutil.rmtree, directory)
         return f"{directory}/spool.sqlite3"
 
-    def start_writer(
-        self,
-        schema: Schema | None = None,
-        spool: Spool | None = None,
-        open_session: Callable[[Sequence[str]], attolytics.Session] | None = None,
-    ) -> Writer:
-        schema = schema or self.schema
-        spool = spool or Spool(self.spool_path(), attolytics.SPOOL_BYTES_MAX, schema, str(uuid.uuid4()))
-        opener = attolytics.Opener(self.postgres.target(self.database), schema)
-        open_session = open_session or opener.open
-        writer = Writer(schema, spool, open_session)
-        thread = writer.start(open_session(spool.epochs))
-        self.addCleanup(thread.join, 20)
-        self.addCleanup(writer.stop)
-        return writer
+    @functools.cached_property
+    def intakes(self) -> dict[str, attolytics.Intake]:
+        return attolytics.intakes(self.schema)
 
-    def batch(self, *events: object, app: str = "app", schema: Schema | None = None) -> Batch:
-        return Intake((schema or self.schema).apps[app]).batch(body_of(*events, key="key"), delivery())
+    def batch(self, *events: object, app: str = "app") -> Batch:
+        return self.intakes[app].batch(body_of(*events, key="key"), delivery())
 
 
 class PrepareTest(DatabaseCase):
@@ -1569,7 +1626,7 @@ class PrepareTest(DatabaseCase):
         with self.assertRaisesRegex(OperatorError, "is a view without an INSTEAD OF INSERT trigger"):
             self.open()
         self.query("CREATE TRIGGER pass INSTEAD OF INSERT ON plain FOR EACH ROW EXECUTE FUNCTION pass()")
-        store(self.start_writer(), self.batch(mark(1, table="plain")))
+        self.open().run(attolytics.Message('COPY "plain" ("mark","text") FROM STDIN', [b"1\tx\n"]))
         self.assertEqual(self.query("SELECT mark FROM base"), [[2]])
         self.query(
             "DROP TABLE marks; CREATE VIEW marks AS SELECT * FROM base;"
@@ -1593,14 +1650,15 @@ class PrepareTest(DatabaseCase):
         self.query("CREATE TABLE marks (mark int8, text text)")
         session = self.session()
         session.run("BEGIN; INSERT INTO marks VALUES (1)")
-        with self.assertRaisesRegex(attolytics.DatabaseAway, "lock timeout"):
+        with self.assertRaisesRegex(attolytics.DatabaseError, "lock timeout") as caught:
             self.open()
+        self.assertIs(caught.exception.fault, attolytics.Fault.AWAY)
         session.run("COMMIT")
         self.query(f"ALTER DATABASE {self.database} SET statement_timeout = '1ms'")
-        self.query("INSERT INTO marks SELECT generate_series(2, 100000)", "SET statement_timeout = 0")
+        self.query("INSERT INTO marks SELECT generate_series(2, 400000)", "SET statement_timeout = 0")
         self.query("SET statement_timeout = 0; DROP TABLE IF EXISTS plain")
         session.run("ALTER DATABASE " + self.database + " RESET statement_timeout")
-        session.run("ALTER DATABASE " + self.database + " SET statement_timeout = '20ms'")
+        session.run("ALTER DATABASE " + self.database + " SET statement_timeout = '50ms'")
         self.open()  # the index takes longer than that
 
     def test_values_that_are_not_unique_are_reported(self) -> None:
@@ -1608,6 +1666,47 @@ class PrepareTest(DatabaseCase):
         self.query("INSERT INTO marks VALUES (7), (7)")
         with self.assertRaisesRegex(OperatorError, r"Key \(mark\)=\(7\) is duplicated"):
             self.open()
+
+    def test_a_ledger_of_an_earlier_version_gets_its_column(self) -> None:
+        self.query(
+            "CREATE TABLE attolytics_ledger (epoch uuid PRIMARY KEY, flush bigint NOT NULL,"
+            " updated_at timestamptz NOT NULL DEFAULT now())"
+        )
+        epoch = str(uuid.uuid4())
+        self.query(f"INSERT INTO attolytics_ledger VALUES ('{epoch}', 7)")
+        self.query("CREATE ROLE no_owner LOGIN; GRANT CREATE ON SCHEMA public TO no_owner")
+        self.addCleanup(self.query, "DROP OWNED BY no_owner; DROP ROLE no_owner")
+        self.query("GRANT SELECT, INSERT, UPDATE ON attolytics_ledger TO no_owner")
+        with self.assertRaisesRegex(OperatorError, "must be owner of table attolytics_ledger") as caught:
+            self.open(user="no_owner")
+        self.assertIn("  ALTER TABLE attolytics_ledger ADD COLUMN session uuid;", str(caught.exception))
+        session = attolytics.Opener(self.postgres.target(self.database), self.schema).open([epoch])
+        self.addCleanup(session.database.close)
+        self.assertEqual(session.stored, {epoch: 7})
+        self.assertEqual(self.query("SELECT session::text FROM attolytics_ledger"), [[session.token]])
+
+    def test_a_session_is_proved_before_it_takes_the_ledger_over(self) -> None:
+        opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
+        epoch = str(uuid.uuid4())
+        first = opener.open([epoch])
+        first.database.close()
+        session = self.session()
+        session.run("BEGIN; LOCK TABLE plain")
+        with self.assertRaisesRegex(attolytics.DatabaseError, "lock timeout"):
+            opener.open([epoch])
+        session.run("ROLLBACK")
+        self.assertEqual(self.query("SELECT session::text FROM attolytics_ledger"), [[first.token]])
+        opener.open([epoch]).database.close()
+
+    def test_a_table_that_is_gone_later_is_not_created_anew(self) -> None:
+        opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
+        opener.open([str(uuid.uuid4())]).database.close()
+        self.query("ALTER TABLE plain RENAME TO elsewhere; DROP INDEX marks_mark_idx")
+        with self.assertRaisesRegex(OperatorError, "are gone; bring them back") as caught:
+            opener.open([str(uuid.uuid4())])
+        for sql in re.findall(r"^  (CREATE .*);$", str(caught.exception), re.MULTILINE):
+            self.query(sql)
+        opener.open([str(uuid.uuid4())]).database.close()
 
 
 class MigrateTest(DatabaseCase):
@@ -1658,15 +1757,14 @@ class MigrateTest(DatabaseCase):
             [record.getMessage().removeprefix("database: ") for record in logs.records],
             [
                 attolytics.CREATE_LEDGER,
-                'ALTER TABLE "t" ADD COLUMN "c" uuid, ADD COLUMN "d" varchar, ADD COLUMN "j" jsonb,'
+                'ALTER TABLE "t" ADD COLUMN "c" uuid,'
+                ' ADD COLUMN "d" varchar /* NOT NULL when all rows have values */, ADD COLUMN "j" jsonb,'
                 ' ALTER COLUMN "a" DROP NOT NULL, ALTER COLUMN "b" DROP NOT NULL,'
                 ' ALTER COLUMN "old" DROP NOT NULL',
-                'CREATE INDEX CONCURRENTLY "t_a_idx" ON "t" ("a")',
-                'CREATE INDEX CONCURRENTLY "t_b_idx" ON "t" ("b")',
-                'CREATE UNIQUE INDEX CONCURRENTLY "t_c_idx" ON "t" ("c")',
-                'CREATE INDEX CONCURRENTLY "t_j_idx" ON "t" USING gin ("j")',
-                "when the rows from before have values in them, you may run:"
-                ' ALTER TABLE "t" ALTER COLUMN "d" SET NOT NULL',
+                'CREATE INDEX CONCURRENTLY IF NOT EXISTS "t_a_idx" ON "t" ("a")',
+                'CREATE INDEX CONCURRENTLY IF NOT EXISTS "t_b_idx" ON "t" ("b")',
+                'CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS "t_c_idx" ON "t" ("c")',
+                'CREATE INDEX CONCURRENTLY IF NOT EXISTS "t_j_idx" ON "t" USING gin ("j")',
             ],
         )
         self.query("UPDATE t SET d = ''")
@@ -1756,7 +1854,7 @@ class MigrateTest(DatabaseCase):
             with contextlib.closing(attolytics.connect(self.target)) as database:
                 plan = attolytics.check_database(database, self.schema, "postgres")
             report = attolytics.script(plan)
-            self.assertIn('--   table "t", index "t_b_idx" is not complete, and somebody builds it', report)
+            self.assertIn('column "b": there is no index yet, and somebody builds one or vacuums', report)
             self.assertNotIn("DROP INDEX", report)
             self.assertNotIn('ON "t" ("b")', report)
             migrating = self.in_thread()
@@ -1804,11 +1902,11 @@ class MigrateTest(DatabaseCase):
         with (
             contextlib.closing(attolytics.connect(self.target)) as database,
             self.assertRaisesRegex(
-                attolytics.DatabaseAway, 'table "t" is still in use after 1 s .*ALTER TABLE'
-            ),
+                attolytics.DatabaseError, 'table "t" is still in use after 1 s .*ALTER TABLE'
+            ) as caught,
         ):
-            migration = attolytics.Migration(database, self.schema, "postgres", patience_s=1)
-            migration.run()
+            attolytics.migrate(database, self.schema, "postgres", patience_s=1)
+        self.assertIs(caught.exception.fault, attolytics.Fault.AWAY)
 
     def check_migrating_at_once(self, count: int) -> None:
         """Fill the table "t" and let several migrate it at the same time."""
@@ -1833,23 +1931,31 @@ class MigrateTest(DatabaseCase):
         ]:
             with self.subTest(table=table, column=column):
                 index = attolytics.Index(table, column)
-                self.query(f'CREATE TABLE "{table}" ("{column}" int)')
-                self.query("; ".join([index.sql()] * 11))
-                rows = self.query(
-                    "SELECT relname FROM pg_class JOIN pg_index i ON oid = indexrelid"
-                    f" WHERE indrelid = '\"{table}\"'::regclass ORDER BY oid"
-                )
-                names = [name for [name] in rows]
-                self.assertEqual(names, [index.name(number) for number in range(11)])
-                self.assertTrue(all(index.may_have_name(name) for name in names))
+                self.query(f'CREATE TABLE "{table}" ("{column}" int); {index.sql()}')
+                names = f"SELECT indexname FROM pg_indexes WHERE tablename = '{table}'"
+                self.assertEqual(self.query(names), [[index.names()[0]]])
+                self.query("; ".join(index.sql(f'IF NOT EXISTS "{name}" ') for name in index.names()))
+                # PostgreSQL has not cut the other one.
+                self.assertEqual({name for [name] in self.query(names)}, set(index.names()))
                 self.query(f'DROP TABLE "{table}"')
 
     def test_a_name_that_is_taken_is_avoided(self) -> None:
         self.query("CREATE TABLE t (a int8, b text, c uuid, d text, j jsonb)")
         self.query("CREATE INDEX t_b_idx ON t (lower(b)); CREATE TABLE t_c_idx (x int)")
         self.migrate()
-        names = [name for name, _ in self.indexes()]
-        self.assertEqual(names, ["t_a_idx", "t_b_idx", "t_b_idx1", "t_c_idx1", "t_j_idx"])
+        self.check_fits()
+        others = [attolytics.Index("t", name, unique=name == "c").names()[1] for name in "bc"]
+        self.assertEqual([name for name, _ in self.indexes()], ["t_a_idx", "t_b_idx", *others, "t_j_idx"])
+
+    def test_a_name_that_two_indexes_have_is_given_once(self) -> None:
+        self.schema = schema_of(
+            "{tables: {a: {columns: [{name: b_c, indexed: true}]},"
+            " a_b: {columns: [{name: c, indexed: true}]}},"
+            " apps: {x: {secret_key: k, tables: [a, a_b]}}}"
+        )
+        self.query("CREATE TABLE a (b_c text); CREATE TABLE a_b (c text)")
+        self.migrate()
+        self.check_fits()
 
     def test_indexes_of_a_partitioned_table_are_built_only_while_it_is_empty(self) -> None:
         self.query("CREATE TABLE t (a int8, b text, c uuid, d text, j jsonb) PARTITION BY HASH (c)")
@@ -1867,7 +1973,7 @@ class MigrateTest(DatabaseCase):
         self.query("CREATE TABLE t (a int8); CREATE ROLE no_owner LOGIN")
         self.addCleanup(self.query, "DROP OWNED BY no_owner; DROP ROLE no_owner")
         self.query(f"GRANT SELECT, INSERT ON t TO no_owner; {attolytics.CREATE_LEDGER}")
-        self.query("GRANT SELECT, INSERT, UPDATE, DELETE ON attolytics_ledger TO no_owner")
+        self.query("GRANT SELECT, INSERT, UPDATE ON attolytics_ledger TO no_owner")
         with self.assertRaises(OperatorError) as caught:
             self.migrate(user="no_owner")
         message = str(caught.exception)
@@ -1893,7 +1999,7 @@ class MigrateTest(DatabaseCase):
         """Return whether the target is a pooler that listens."""
         try:
             database = attolytics.connect(self.target)
-        except attolytics.DatabaseAway:
+        except attolytics.DatabaseError:
             return False
         with contextlib.closing(database):
             self.assertFalse(database.is_direct())
@@ -1934,6 +2040,22 @@ class MigrateTest(DatabaseCase):
         with self.assertRaisesRegex(OperatorError, 'has no column "b"'):
             opener.open([str(uuid.uuid4())])
 
+    def test_a_ledger_of_an_earlier_version_gets_its_column(self) -> None:
+        self.query("CREATE TABLE attolytics_ledger (epoch uuid PRIMARY KEY, flush bigint NOT NULL)")
+        self.migrate()
+        self.check_fits()
+
+    def test_a_reload_without_migrate_builds_no_index(self) -> None:
+        self.query("CREATE TABLE t (a int8, b text, c uuid, d text, j jsonb)")
+        opener = attolytics.Opener(self.target, self.schema)
+        with self.assertRaisesRegex(OperatorError, "indexes of existing tables are missing") as caught:
+            opener.prepare(self.schema)
+        self.assertEqual(self.indexes(), [])
+        for sql in re.findall(r"^  (CREATE .*);$", str(caught.exception), re.MULTILINE):
+            self.query(sql)
+        opener.prepare(self.schema)
+        self.check_fits()
+
 
 class ConnectTest(DatabaseCase):
     def setUp(self) -> None:
@@ -1965,9 +2087,9 @@ class ConnectTest(DatabaseCase):
                 target = self.postgres.target(self.database, user=user, password=password)
                 attolytics.connect(target).close()
                 error = self.refused(user=user, password="wrong")
-                self.assertIsInstance(error, attolytics.DatabaseMisconfigured)
-                self.assertIn("password authentication failed", error.reason)
-                self.assertIn("no password was given", self.refused(user=user).reason)
+                self.assertIs(error.fault, attolytics.Fault.OPERATOR)
+                self.assertIn("password authentication failed", str(error))
+                self.assertIn("no password was given", str(self.refused(user=user)))
 
     def test_the_unix_socket(self) -> None:
         path = f"{self.postgres.directory}/.s.PGSQL.{self.postgres.port}"
@@ -1977,22 +2099,22 @@ class ConnectTest(DatabaseCase):
     def test_an_unknown_database_or_user_is_the_operators_fault(self) -> None:
         for changes, reason in [({"dbname": "nope"}, "nope"), ({"user": "nope"}, "nope")]:
             error = self.refused(**changes)
-            self.assertIsInstance(error, attolytics.DatabaseMisconfigured)
-            self.assertIn(reason, error.reason)
+            self.assertIs(error.fault, attolytics.Fault.OPERATOR)
+            self.assertIn(reason, str(error))
 
     def test_a_server_that_is_not_there_may_come(self) -> None:
         error = self.refused(port=free_port())
-        self.assertIsInstance(error, attolytics.DatabaseAway)
-        self.assertIn("Connection refused", error.reason)
-        self.assertIsInstance(self.refused(host=None, socket="/nowhere/.s.PGSQL.1"), attolytics.DatabaseAway)
-        self.assertIsInstance(self.refused(host="no.such.host.invalid"), attolytics.DatabaseAway)
+        self.assertIs(error.fault, attolytics.Fault.AWAY)
+        self.assertIn("Connection refused", str(error))
+        self.assertIs(self.refused(host=None, socket="/nowhere/.s.PGSQL.1").fault, attolytics.Fault.AWAY)
+        self.assertIs(self.refused(host="no.such.host.invalid").fault, attolytics.Fault.AWAY)
 
     def test_a_silent_server_is_given_up_in_time(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             started = time.monotonic()
             error = self.refused(host="127.0.0.1", port=silent.getsockname()[1], connect_timeout=0.3)
             self.assertLess(time.monotonic() - started, 3)
-            self.assertIn("no answer in time", error.reason)
+            self.assertIn("no answer in time", str(error))
 
     def test_a_server_that_speaks_another_protocol_is_refused(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -2013,16 +2135,17 @@ class ConnectTest(DatabaseCase):
     def test_a_read_only_database_counts_as_away(self) -> None:
         self.query(f"ALTER DATABASE {self.database} SET default_transaction_read_only = on")
         error = self.refused()
-        self.assertIsInstance(error, attolytics.DatabaseAway)
-        self.assertEqual(error.reason, "the database is read-only")
+        self.assertIs(error.fault, attolytics.Fault.AWAY)
+        self.assertEqual(str(error), "the database is read-only")
 
     def test_settings_of_the_database_do_not_harm_quoting(self) -> None:
         self.query(f"ALTER DATABASE {self.database} SET standard_conforming_strings = off")
         self.query(f"ALTER DATABASE {self.database} SET client_encoding = LATIN1")
         self.query(f"ALTER DATABASE {self.database} SET DateStyle = 'German, DMY'")
-        self.open()
-        writer = self.start_writer()
-        store(writer, self.batch({"_t": "everything", "s": "\\' \U0001f600", "ts": 0}))
+        epoch = str(uuid.uuid4())
+        session = attolytics.Opener(self.postgres.target(self.database), self.schema).open([epoch])
+        self.addCleanup(session.database.close)
+        session.store(epoch, 1, [self.batch({"_t": "everything", "s": "\\' \U0001f600", "ts": 0}).rows])
         text = "U&'\\005C\\0027 \\+01F600'"  # the same in escapes
         self.assertEqual(
             self.query(
@@ -2037,7 +2160,7 @@ class ConnectTest(DatabaseCase):
         for configured, ours in [("off", "local"), ("remote_apply", "remote_apply"), ("on", "on")]:
             with self.subTest(configured):
                 database.run(f"SET synchronous_commit = {configured}")
-                database.run(f"{attolytics.FLUSH_START}SELECT {attolytics.DURABLY}")
+                database.run(f"{attolytics.FLUSH_START}SELECT {attolytics.NOW_DURABLY}")
                 self.assertEqual(database.run("SHOW synchronous_commit"), [[ours]])
                 database.run("ROLLBACK")
 
@@ -2045,79 +2168,73 @@ class ConnectTest(DatabaseCase):
         database = attolytics.connect(self.postgres.target(self.database))
         self.addCleanup(database.close)
         before = database.run("SELECT name, setting FROM pg_settings ORDER BY name")
-        database.run(f"{attolytics.FLUSH_START}SELECT {attolytics.DURABLY}; COMMIT")
+        database.run(f"{attolytics.FLUSH_START}SELECT {attolytics.NOW_DURABLY}; COMMIT")
         self.assertEqual(database.run("SELECT name, setting FROM pg_settings ORDER BY name"), before)
         self.assertEqual(database.run("SELECT count(*) FROM pg_prepared_statements"), [[0]])
 
-    def test_a_session_of_our_own_is_prepared_and_a_step_in_the_ledger_must_fit_in_both_forms(self) -> None:
+    def test_a_flush_raises_the_ledger_to_its_number_or_does_nothing(self) -> None:
         epoch = str(uuid.uuid4())
         opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
-        session = opener.open([epoch])
+        first = opener.open([epoch])
+        self.addCleanup(first.database.close)
+        rows = self.batch(mark(1, table="plain")).rows
+        first.store(epoch, 3, [rows])
+        for number in (3, 2):  # a message that comes late, or is sent again
+            with self.assertRaisesRegex(attolytics.DatabaseError, "this session is over") as caught:
+                first.store(epoch, number, [rows])
+            self.assertIs(caught.exception.fault, attolytics.Fault.OPERATOR)
+        second = opener.open([epoch])
+        self.addCleanup(second.database.close)
+        self.assertEqual(second.stored, {epoch: 3})
+        with self.assertRaisesRegex(attolytics.DatabaseError, "this session is over"):
+            first.store(epoch, 4, [rows])
+        second.store(epoch, 4, [rows])
+        self.query("DELETE FROM attolytics_ledger")  # nor may a row that is gone be raised
+        with self.assertRaisesRegex(attolytics.DatabaseError, "this session is over"):
+            second.store(epoch, 5, [rows])
+        self.assertEqual(self.query("SELECT count(*) FROM plain"), [[2]])
+
+    def test_a_flush_that_is_refused_leaves_its_session_well(self) -> None:
+        epoch = str(uuid.uuid4())
+        session = attolytics.Opener(self.postgres.target(self.database), self.schema).open([epoch])
         self.addCleanup(session.database.close)
-        self.assertEqual(session.is_own, not POOLED)
-        shared = dataclasses.replace(session, is_own=False)
-        for step, form in enumerate([session, shared, session, shared]):
-            with self.subTest(is_own=form.is_own):
-                raising = attolytics.Raise(epoch, step, step + 1)
-                form.database.run(f"{form.begin(raising)}COMMIT")
-                with self.assertRaises(attolytics.DataRefused) as caught:  # the same message, late
-                    form.database.run(f"{form.begin(raising)}COMMIT")
-                self.assertIn(f"{attolytics.LEDGER_MOVED} {epoch}", caught.exception.reason)
-                form.database.run("ROLLBACK")
-        self.assertEqual(self.query("SELECT flush FROM attolytics_ledger"), [[4]])
-        self.query("DELETE FROM attolytics_ledger")
-        for form in (session, shared):  # nor may a row that is gone be raised
-            with self.assertRaises(attolytics.DataRefused):
-                form.database.run(f"{form.begin(attolytics.Raise(epoch, 4, 5))}COMMIT")
-            form.database.run("ROLLBACK")
+        self.query("ALTER TABLE plain ADD CHECK (mark < 5)")
+        with self.assertRaises(attolytics.DatabaseError) as caught:
+            session.store(epoch, 1, [self.batch(mark(5, table="plain")).rows])
+        self.assertEqual(
+            (caught.exception.fault, caught.exception.sqlstate), (attolytics.Fault.DATA, "23514")
+        )
+        session.store(epoch, 2, [self.batch(mark(4, table="plain")).rows])
+        self.assertEqual(self.query("SELECT * FROM plain"), [[4, None]])
 
-    def test_what_is_sent_ahead_is_gone_on_with_or_taken_back(self) -> None:
-        encrypted = [True] if self.postgres.has_tls and not POOLED else []
-        for is_encrypted in [False, *encrypted]:
-            with self.subTest(is_encrypted=is_encrypted):
-                epoch = str(uuid.uuid4())
-                target = self.postgres.target(self.database, sslmode="require" if is_encrypted else "disable")
-                session = attolytics.Opener(target, self.schema).open([epoch])
-                self.addCleanup(session.database.close)
-                self.check_ahead(session, attolytics.Raise(epoch, 0, 1))
+    def test_a_commit_that_takes_back_is_an_error(self) -> None:
+        database = self.open()
+        database.run("BEGIN")
+        with self.assertRaises(attolytics.DatabaseError):
+            database.run("SELECT 1 / 0")
+        with self.assertRaisesRegex(attolytics.DatabaseError, "^expected COMMIT, got ROLLBACK$"):
+            database.run("COMMIT")
 
-    def check_ahead(self, session: attolytics.Session, step: attolytics.Raise) -> None:
-        database, begin, followed = session.database, session.begin(step), session.begin(step.next())
-        insert = "INSERT INTO plain VALUES (1); COMMIT"
-        read_flush = f"SELECT flush FROM attolytics_ledger WHERE epoch = '{step.epoch}'"
-        self.query("TRUNCATE plain")
+    @not_pooled("it ends with its clients' words")
+    def test_the_last_words_of_a_server_are_the_reason_of_a_loss(self) -> None:
+        database = self.open()
+        [[pid]] = database.run("SELECT pg_backend_pid()")
+        self.query(f"SELECT pg_terminate_backend({pid})")
+        wait_until(database.is_stale)
+        with self.assertRaisesRegex(
+            attolytics.DatabaseError, "connection lost: terminating connection"
+        ) as caught:
+            database.run("SELECT 1")
+        self.assertEqual((caught.exception.fault, caught.exception.sqlstate), (attolytics.Fault.AWAY, ""))
+        database.close()
+        database.close()  # a second time does no harm
 
-        self.assertEqual(database.run(attolytics.Message("SELECT 1", ahead=begin)), [[1]])
-        time.sleep(0.05)
-        self.assertEqual((database.is_ahead, database.is_stale()), (True, False))
-        database.run(attolytics.Message(begin + insert, ahead=followed))
-        self.assertEqual((self.query("SELECT * FROM plain"), self.query(read_flush)), ([[1, None]], [[1]]))
-
-        self.assertEqual(database.run("SELECT 2"), [[2]])
-        self.assertEqual((database.is_ahead, database.run(read_flush)), (False, [[1]]))
-
-        # One that fails: its error comes with the message, if that goes on with it; nothing of that is stored
-        # either, be there a failed transaction or none.
-        for statement in (insert, "COMMIT"):
-            database.run(attolytics.Message("SELECT 3", ahead=begin))
-            with self.assertRaises(attolytics.DataRefused) as caught:
-                database.run(attolytics.Message(begin + statement, ahead=followed))
-            self.assertIn(attolytics.LEDGER_MOVED, caught.exception.reason)
-            database.run("ROLLBACK")
-        database.run(attolytics.Message("SELECT 3", ahead="BEGIN; nonsense;"))
-        with self.assertRaises(attolytics.DatabaseMisconfigured) as misconfigured:
-            database.run(f"BEGIN; nonsense;{insert}")
-        self.assertEqual(misconfigured.exception.sqlstate, "42601")
-        database.run(attolytics.Message("SELECT 3", ahead=begin))
-        self.assertEqual(database.run("SELECT 4"), [[4]])
-
-        # A message that fails leaves nothing for the next one to go on with.
-        with self.assertRaises(attolytics.DataRefused) as caught:
-            database.run(attolytics.Message("BEGIN; SELECT 1 / 0; COMMIT", ahead=followed))
-        self.assertEqual(caught.exception.sqlstate, "22012")
-        database.run("ROLLBACK")
-        self.assertEqual(database.run("SELECT 5"), [[5]])
-        self.assertEqual((self.query("SELECT * FROM plain"), self.query(read_flush)), ([[1, None]], [[1]]))
+    def test_a_message_is_given_up_at_its_deadline(self) -> None:
+        database = self.open()
+        started = time.monotonic()
+        with self.assertRaisesRegex(attolytics.DatabaseError, "^no answer in time$"):
+            database.run("SELECT 1; SELECT pg_sleep(20)", 0.3)
+        self.assertLess(time.monotonic() - started, 3)
 
     def tls_in_use(self, **changes: Any) -> bool:
         database = attolytics.connect(self.postgres.target(self.database, **changes))
@@ -2162,8 +2279,8 @@ class ConnectTest(DatabaseCase):
         ]:
             with self.subTest(**changes):
                 error = self.refused(**changes)
-                self.assertIsInstance(error, attolytics.DatabaseMisconfigured)
-                self.assertIn(reason, error.reason)
+                self.assertIs(error.fault, attolytics.Fault.OPERATOR)
+                self.assertIn(reason, str(error))
         with self.assertRaisesRegex(OperatorError, r"cannot read the certificates .*No such file"):
             self.open(sslmode="verify-full", sslrootcert="/nowhere/ca.pem")
 
@@ -2176,14 +2293,14 @@ class ConnectTest(DatabaseCase):
             thread = threading.Thread(target=accept_and_close)
             thread.start()
             error = self.refused(host="127.0.0.1", port=server.getsockname()[1], sslmode="require")
-            self.assertIsInstance(error, attolytics.DatabaseAway)
+            self.assertIs(error.fault, attolytics.Fault.AWAY)
             thread.join()
 
     @not_pooled("it checks the passwords itself")
     def test_a_password_that_scram_does_not_allow_is_refused(self) -> None:
         self.role("with_scram", "PASSWORD 'right'")
         error = self.refused(user="with_scram", password="a\x01b")
-        self.assertIsInstance(error, attolytics.DatabaseMisconfigured)
+        self.assertIs(error.fault, attolytics.Fault.OPERATOR)
 
     def test_a_server_without_tls(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -2197,8 +2314,16 @@ class ConnectTest(DatabaseCase):
             thread = threading.Thread(target=refuse)
             thread.start()
             error = self.refused(host="127.0.0.1", port=server.getsockname()[1], sslmode="require")
-            self.assertEqual(error.reason, "sslmode=require, but the server does not offer TLS")
+            self.assertEqual(str(error), "sslmode=require, but the server does not offer TLS")
             thread.join()
+
+
+@contextlib.contextmanager
+def refused_as(test: unittest.TestCase, label: str) -> Iterator[None]:
+    """Expect a refusal with a label."""
+    with test.assertRaises(Refusal) as caught:
+        yield
+    test.assertEqual(caught.exception.label, label)
 
 
 # --- Values that go to PostgreSQL and come back -------------------------------
@@ -2208,6 +2333,8 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
+
+
 FITTING: Mapping[str, st.SearchStrategy[Any]] = {
     "b": st.booleans(),
     "i32": st.integers(-(2**31), 2**31 - 1),
@@ -2221,6 +2348,8 @@ FITTING: Mapping[str, st.SearchStrategy[Any]] = {
     "j": JSON_VALUES,
     "u": st.uuids().map(str),
 }
+
+
 EVENTS = st.fixed_dictionaries(
     {}, optional={name: fitting | JSON_VALUES for name, fitting in FITTING.items()}
 ).flatmap(
@@ -2259,24 +2388,25 @@ class RoundTripTest(DatabaseCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.connection = self.open()
-        self.intake = Intake(self.schema.apps["app"])
-        [[self.epoch]] = self.query("SELECT epoch::text FROM attolytics_ledger")
-        self.number = 0
+        self.epoch = str(uuid.uuid4())
+        opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
+        self.stores = opener.open([self.epoch])
+        self.addCleanup(self.stores.database.close)
+        self.numbers = itertools.count(1)
 
     def insert(self, batch: Batch) -> None:
-        raising = attolytics.Raise(self.epoch, self.number, self.number + 1)
-        self.number += 1
-        start = attolytics.FLUSH_START + raising.sql()
-        self.connection.start(attolytics.flush_message(start, [batch.rows]))
-        self.assertIsNotNone(self.connection.finish(10))
+        """Store a batch as it was received, after seeing that it would come out of the spool the same."""
+        flush = attolytics.SpooledFlush(1, "", 1, 1, f"[{batch.text()}]")
+        [again] = attolytics.Group([flush], self.intakes).batches
+        self.assertEqual((again.rows, again.problems), (batch.rows, []))
+        self.stores.store(self.epoch, next(self.numbers), [batch.rows])
 
     def store(self, body: bytes) -> dict[str, Any]:
         """Store one event and return its row. Raises what the server would answer with."""
-        batch = self.intake.batch(body, delivery())
-        self.connection.run("TRUNCATE everything")
+        batch = self.intakes["app"].batch(body, delivery())
+        self.stores.database.run("TRUNCATE everything")
         self.insert(batch)
-        [row] = self.connection.run(f"SELECT {self.COLUMNS} FROM everything")
+        [row] = self.stores.database.run(f"SELECT {self.COLUMNS} FROM everything")
         names = ["b", "i32", "i64", "f32", "f64", "s", "ts", "j", "u", "extra"]
         return dict(zip(names, row, strict=True))
 
@@ -2300,17 +2430,20 @@ class RoundTripTest(DatabaseCase):
     def test_any_event_is_refused_with_a_reason_or_comes_back_equal(self, event: dict[str, Any]) -> None:
         event["_t"] = "everything"
         event.pop("id", None)
+        body = body_of(event, key="key")
         try:
-            row = self.store(body_of(event, key="key"))
-        except InvalidEvents as error:
-            for problem in error.problems:
+            row = self.store(body)
+        except Refusal as refusal:
+            self.assertEqual(refusal.label, "invalid_events")
+            self.assertTrue(refusal.problems)
+            if not is_json(body):
+                self.assertRegex(refusal.problems[0].reason, "NaN|Infinity")
+                return
+            for problem in refusal.problems:
                 self.assertTrue(problem.reason)
                 self.assertIn(problem.column, [*FITTING, "extra"])
             return
-        except InvalidBody as error:
-            self.assertRegex(error.reason, "NaN|Infinity")
-            self.assertFalse(is_json(body_of(event, key="key")))
-            return
+        self.assertTrue(is_json(body))
         for name in FITTING:
             self.check_column(name, event.get(name), row[name])
         rest = {key: value for key, value in event.items() if key not in FITTING and key != "_t"}
@@ -2340,8 +2473,7 @@ class RoundTripTest(DatabaseCase):
                 self.assertEqual(json.loads(row["extra"]), {text: text})
 
     def test_odd_names_of_tables_and_columns(self) -> None:
-        event = {"_t": 'odd "table"', "odd \"column'": "a", "select": "b"}
-        self.insert(self.batch(event))
+        self.insert(self.batch({"_t": 'odd "table"', "odd \"column'": "a", "select": "b"}))
         self.assertEqual(self.query('SELECT * FROM "odd ""table"""'), [["a", "b"]])
 
 
@@ -2351,27 +2483,7 @@ class RoundTripTest(DatabaseCase):
 DATABASE, SPOOL = attolytics.DATABASE, attolytics.SPOOL
 
 
-def store(writer: Writer, batch: Batch) -> str:
-    """Return where a batch is stored, or raise the error that its verdict is."""
-    verdicts: list[attolytics.RequestError | str] = []
-    writer.submit(batch, lambda _batch, verdict: verdicts.append(verdict)).acquire()
-    [verdict] = verdicts
-    if isinstance(verdict, attolytics.RequestError):
-        raise verdict
-    return verdict
-
-
-def store_all(writer: Writer, batches: Sequence[Batch]) -> list[attolytics.RequestError | str]:
-    """Store batches from a thread each, at the same time; return their verdicts."""
-
-    def verdict(batch: Batch) -> attolytics.RequestError | str:
-        try:
-            return store(writer, batch)
-        except attolytics.RequestError as error:
-            return error
-
-    with concurrent.futures.ThreadPoolExecutor(len(batches)) as pool:
-        return list(pool.map(verdict, batches))
+Verdict = concurrent.futures.Future[str | Refusal]
 
 
 def mark(number: object, text: str | None = None, table: str = "marks") -> dict[str, object]:
@@ -2379,374 +2491,368 @@ def mark(number: object, text: str | None = None, table: str = "marks") -> dict[
 
 
 class WriterCase(DatabaseCase):
+    """A writer and a replayer in this process, over a real database and a real spool."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.schema = schema_of(ALL_TYPES + KEEPING_APP)
+        self.metrics = attolytics.Metrics(self.schema)
+        self.opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
+        self.epoch = str(uuid.uuid4())
+        self.may_replay = threading.Event()
+        self.may_replay.set()
+        self.addCleanup(self.may_replay.set)
+
+    def open_session(self, epochs: Iterable[str]) -> attolytics.Session:
+        self.may_replay.wait()
+        return self.opener.open(epochs)
+
+    def start_writer(self, is_away: bool = False, bytes_max: int = attolytics.SPOOL_BYTES_MAX) -> Writer:
+        """Start one with a session, or (`is_away`) without."""
+        self.spool = Spool(self.spool_path(), bytes_max, self.schema, self.epoch)
+        self.replayer = attolytics.Replayer(self.schema, self.spool, self.open_session, self.metrics)
+        writer = Writer(self.spool, self.replayer, self.metrics)
+        thread = writer.start(None if is_away else self.opener.open(self.spool.epochs()))
+        self.addCleanup(thread.join, 20)
+        self.addCleanup(writer.stop)
+        return writer
+
+    def submit(self, writer: Writer, *events: object, app: str = "app") -> Verdict:
+        """Hand a batch over; return its verdict to be."""
+        verdict: Verdict = concurrent.futures.Future()
+        writer.submit(self.batch(*events, app=app), verdict.set_result)
+        return verdict
+
+    def store(self, writer: Writer, *events: object, app: str = "app") -> str | Refusal:
+        """Return where a batch was stored, or why it was refused."""
+        return self.submit(writer, *events, app=app).result(20)
+
+    def problem(self, verdict: str | Refusal) -> Problem:
+        """Return why the one event that a batch was refused for was refused."""
+        assert isinstance(verdict, Refusal), verdict
+        self.assertEqual(verdict.label, "invalid_events")
+        [problem] = verdict.problems
+        return problem
+
+    def wait_for_database(self, writer: Writer) -> None:
+        """Wait until the spool is empty."""
+        wait_until(lambda: self.store(writer, {"_t": "everything"}) == DATABASE)
+
     def marks(self, table: str = "marks") -> list[int]:
         return [row[0] for row in self.query(f"SELECT mark FROM {table} ORDER BY mark")]
 
-    def all_there(self, numbers: Sequence[int]) -> bool:
-        return set(numbers) <= set(self.marks())
+    def quarantined(self) -> list[tuple[int, str]]:
+        """Return the marks of the events in quarantine, and why they are there."""
+        with contextlib.closing(sqlite3.connect(self.spool.path)) as db:
+            return db.execute("SELECT json_extract(event, '$.mark'), reason FROM quarantine").fetchall()
 
-    def hold_flush(self, table: str = "marks") -> tuple[pg8000.native.Connection, Callable[[], None]]:
-        """Lock a table so that a flush waits; return the session and what lets it go on."""
+    def hold_flush(self, table: str = "marks") -> Callable[[], None]:
+        """Lock a table so that a flush waits; return what lets it go on."""
         session = self.session()
         session.run(f"BEGIN; LOCK TABLE {table}")
-        return session, lambda: session.run("COMMIT")
-
-    def backends(self) -> list[int]:
-        """Return the processes of our sessions, the oldest one first."""
-        rows = self.query(
-            "SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'"
-            f" AND datname = '{self.database}' ORDER BY backend_start"
-        )
-        return [int(pid) for [pid] in rows]
+        return lambda: session.run("COMMIT") and None
 
     def wait_for_blocked(self) -> None:
         wait_until(lambda: self.query("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
 
+    def trigger(self, body: str, what: str = "BEFORE INSERT ON plain", kind: str = "") -> None:
+        """Let a table do something with each new row."""
+        name = f"f_{uuid.uuid4().hex}"
+        self.query(
+            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN {body}; RETURN NEW; END $$; CREATE {kind} TRIGGER {name}"
+            f" {what} FOR EACH ROW EXECUTE FUNCTION {name}()"
+        )
+
+    def backend(self) -> int:
+        """Return the process of our session."""
+        [[pid]] = self.query(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'"
+            f" AND datname = '{self.database}'"
+        )
+        return int(pid)
+
+    def terminate(self, condition: str = "true", how: str = "pg_terminate_backend") -> None:
+        """End our sessions, or what they do."""
+        self.query(
+            f"SELECT {how}(pid) FROM pg_stat_activity WHERE application_name = 'attolytics'"
+            f" AND datname = '{self.database}' AND {condition}"
+        )
+
+    def stop_backend(self) -> Callable[[], None]:
+        """Stop the process of our session; return what lets it go on until it ends."""
+        pid = self.backend()
+        os.kill(pid, signal.SIGSTOP)
+
+        def go_on() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+            wait_until(lambda: not self.query(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"))
+
+        self.addCleanup(go_on)
+        return go_on
+
 
 class WriterTest(WriterCase):
-    @unittest.skipIf(POOLED, "no session is taken for our own")
-    def test_a_session_that_turns_out_to_be_shared_is_given_up_and_the_next_one_used_as_such(self) -> None:
-        opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
-        owned = []
-
-        def open_session(epochs: Sequence[str]) -> attolytics.Session:
-            session = opener.open(epochs)
-            session.database.run("DEALLOCATE ALL")  # as if a pooler had given us another one
-            owned.append(session.is_own)
-            return session
-
-        writer = self.start_writer(open_session=open_session)
-        self.assertEqual(store(writer, self.batch(mark(1))), SPOOL)
-        wait_until(lambda: self.marks() == [1])
-        self.assertEqual(store(writer, self.batch(mark(2))), DATABASE)
-        self.assertEqual(owned, [True, False])
-
-    def is_begun(self, watcher: pg8000.native.Connection) -> bool:
-        """Return whether a session has begun a transaction for which there are no events yet."""
-        return bool(
-            watcher.run(
-                "SELECT 1 FROM pg_stat_activity WHERE application_name = 'attolytics'"
-                f" AND datname = '{self.database}' AND state = 'idle in transaction'"
-            )
-        )
-
-    def begin_ahead(self, writer: Writer, watcher: pg8000.native.Connection, first: int = 0) -> int:
-        """Store events, numbered from `first` on, until the next flush is begun; return its number."""
-        numbers = itertools.count(first)
-        deadline = time.monotonic() + 20
-        while not self.is_begun(watcher):
-            self.assertLess(time.monotonic(), deadline)
-            for _ in range(2):
-                self.assertEqual(store(writer, self.batch(mark(next(numbers), table="plain"))), DATABASE)
-        return next(numbers)
-
-    @not_pooled("nothing is begun ahead in a session that is shared")
-    def test_flushes_that_follow_each_other_closely_are_begun_ahead(self) -> None:
-        self.query(f"ALTER DATABASE {self.database} SET log_min_messages = warning")
-        writer, watcher = self.start_writer(), self.session()
-        number = 0
-        for _ in range(3):
-            number = self.begin_ahead(writer, watcher, number)
-            for _ in range(4):
-                time.sleep(1.5 * attolytics.AHEAD_S)
-                wait_until(lambda: not self.is_begun(watcher))  # nothing has followed
-                store(writer, self.batch(mark(number, table="plain")))
-                number += 1
-                self.assertFalse(self.is_begun(watcher))
-        self.assertEqual(self.query("SELECT flush FROM attolytics_ledger"), [[number]])
-        self.assertEqual(self.marks("plain"), list(range(number)))
-        self.assertNotIn("no transaction in progress", (self.postgres.directory / "log").read_text())
-
-    def test_nothing_is_begun_ahead_in_a_session_that_others_share(self) -> None:
-        opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
-        writer = self.start_writer(
-            open_session=lambda epochs: dataclasses.replace(opener.open(epochs), is_own=False)
-        )
-        watcher = self.session()
-        for number in range(10):
-            store(writer, self.batch(mark(number)))
-            self.assertFalse(self.is_begun(watcher))
-
-    @not_pooled("nothing is begun ahead in a session that is shared")
-    def test_a_flush_that_was_begun_ahead_and_gets_lost_is_stored_once(self) -> None:
-        writer, watcher = self.start_writer(), self.session()
-        [backend] = self.backends()
-        numbers = itertools.count(self.begin_ahead(writer, watcher))
-
-        def store_next() -> str:
-            return store(writer, self.batch(mark(next(numbers), table="plain")))
-
-        os.kill(backend, signal.SIGSTOP)
-        try:
-            self.assertEqual(store_next(), SPOOL)
-            wait_until(lambda: writer._session is None)
-            self.assertEqual(store_next(), SPOOL)
-        finally:
-            os.kill(backend, signal.SIGCONT)  # It stores the flush late, and the replay knows that.
-        wait_until(lambda: store_next() == DATABASE)
-        wait_until(lambda: len(self.backends()) == 1)
-        [backend] = self.backends()
-        numbers = itertools.count(self.begin_ahead(writer, watcher, next(numbers)))
-        os.kill(backend, signal.SIGTERM)
-        wait_until(lambda: store_next() == DATABASE)
-        self.assertEqual(self.marks("plain"), list(range(next(numbers))))
-
-    def test_an_event_may_be_younger_than_its_transaction(self) -> None:
-        writer = self.start_writer()
-        self.query("ALTER TABLE plain ADD CHECK (text::timestamptz <= now())")
-        for number in range(20):
-            time.sleep(attolytics.AHEAD_S / 4)
-            moment = datetime.fromtimestamp(time.time()).astimezone().isoformat()
-            self.assertEqual(store(writer, self.batch(mark(number, moment, "plain"))), DATABASE)
-        moment = datetime.fromtimestamp(time.time() + 60).astimezone().isoformat()
-        with self.assertRaises(InvalidEvents):
-            store(writer, self.batch(mark(20, moment, "plain")))
-
     def test_batches_that_wait_share_a_transaction(self) -> None:
-        self.query("CREATE TABLE IF NOT EXISTS nothing ()")
         writer = self.start_writer()
-        _, release = self.hold_flush()
-        with concurrent.futures.ThreadPoolExecutor(21) as pool:
-            first = pool.submit(store, writer, self.batch(mark(0)))
-            self.wait_for_blocked()
-            others = [
-                pool.submit(store, writer, self.batch(mark(i), mark(i, table="plain"))) for i in range(1, 21)
-            ]
-            time.sleep(0.3)
-            release()
-            for future in [first, *others]:
-                self.assertEqual(future.result(), DATABASE)
+        release = self.hold_flush()
+        first = self.submit(writer, mark(0))
+        self.wait_for_blocked()
+        others = [self.submit(writer, mark(i), mark(i, table="plain")) for i in range(1, 21)]
+        release()
+        for verdict in [first, *others]:
+            self.assertEqual(verdict.result(20), DATABASE)
         self.assertEqual(self.marks(), list(range(21)))
         [[transactions]] = self.query("SELECT count(DISTINCT xmin::text) FROM marks")
         self.assertEqual(transactions, 2)
 
     def test_a_bad_batch_does_not_harm_those_that_share_its_flush(self) -> None:
         writer = self.start_writer()
-        self.query("ALTER TABLE marks ADD CONSTRAINT small CHECK (mark < 1000)")
-        _, release = self.hold_flush()
-        batches = [self.batch(mark(i), mark(2000 if i % 5 == 0 else 100 + i)) for i in range(20)]
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            blocked = pool.submit(store, writer, self.batch(mark(999)))
-            self.wait_for_blocked()
-            with concurrent.futures.ThreadPoolExecutor(1) as second:
-                verdicts_to_be = second.submit(store_all, writer, batches)
-                time.sleep(0.3)
+        for table, index in [("plain", 1), ("marks", None)]:  # COPY names the row, INSERT does not
+            with self.subTest(table):
+                self.query(f"ALTER TABLE {table} ADD CONSTRAINT small CHECK (mark < 1000)")
+                release = self.hold_flush(table)
+                first = self.submit(writer, mark(999, table=table))
+                self.wait_for_blocked()
+                verdicts = [
+                    self.submit(writer, mark(i, None, table), mark(100 + i if i % 5 else 2000, None, table))
+                    for i in range(20)
+                ]
                 release()
-                verdicts = verdicts_to_be.result()
-            blocked.result()
-        for i, verdict in enumerate(verdicts):
-            if i % 5:
-                self.assertEqual(verdict, DATABASE)
-                continue
-            assert isinstance(verdict, InvalidEvents)
-            [problem] = verdict.problems
-            self.assertEqual((problem.index, problem.column), (1, None))
-            self.assertIn('violates check constraint "small"', problem.reason)
-        good = [i for i in range(20) if i % 5]
-        self.assertEqual(self.marks(), sorted([*good, *(100 + i for i in good), 999]))
+                self.assertEqual(first.result(20), DATABASE)
+                for i, verdict in enumerate(verdicts):
+                    if i % 5:
+                        self.assertEqual(verdict.result(20), DATABASE)
+                        continue
+                    problem = self.problem(verdict.result(20))
+                    self.assertEqual((problem.index, problem.column), (index, None))
+                    self.assertIn('violates check constraint "small"', problem.reason)
+                good = [i for i in range(20) if i % 5]
+                self.assertEqual(self.marks(table), sorted([*good, *(100 + i for i in good), 999]))
 
-    def test_the_event_that_a_trigger_refuses_is_named(self) -> None:
+    def test_the_event_that_a_trigger_refuses_is_named_where_copy_names_its_line(self) -> None:
         writer = self.start_writer()
-        self.query(
-            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            " IF NEW.text = 'bad' THEN RAISE EXCEPTION 'no bad texts'; END IF; RETURN NULL; END $$"
-        )
-        for table, deferred in [("marks", ""), ("plain", "DEFERRABLE INITIALLY DEFERRED")]:
-            self.query(
-                f"CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON {table} {deferred}"
-                " FOR EACH ROW EXECUTE FUNCTION refuse()"
-            )
-            for guilty in (0, 6, 12):
+        refuse = "IF NEW.text = 'bad' THEN RAISE EXCEPTION 'no bad texts'; END IF"
+        self.trigger(refuse, "BEFORE INSERT ON plain")
+        self.trigger(refuse, "AFTER INSERT ON marks", "CONSTRAINT")
+        for guilty in (0, 6, 12):
+            for table, index in [("plain", guilty + (guilty >= 3)), ("marks", None)]:
                 with self.subTest(table=table, guilty=guilty):
                     events = [mark(i, "bad" if i == guilty else "good", table) for i in range(13)]
                     events.insert(3, mark(100, table="plain" if table == "marks" else "marks"))
-                    [verdict] = store_all(writer, [self.batch(*events)])
-                    assert isinstance(verdict, InvalidEvents)
-                    index = guilty + (guilty >= 3)
-                    self.assertEqual(
-                        verdict.problems,
-                        (EventProblem(index, None, "the database refuses it: no bad texts"),),
-                    )
-            self.assertEqual(self.marks(table), [])
+                    problem = self.problem(self.store(writer, *events))
+                    self.assertEqual(problem, Problem(index, None, "the database refuses it: no bad texts"))
+        self.assertEqual((self.marks("plain"), self.marks()), ([], []))
 
     def test_whatever_a_trigger_raises_the_other_batches_are_stored(self) -> None:
-        self.query(
-            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.text <> ''"
-            " THEN RAISE 'no' USING ERRCODE = NEW.text; END IF; RETURN NEW; END $$"
-        )
         writer = self.start_writer()
-        self.query("CREATE TRIGGER refuse BEFORE INSERT ON marks FOR EACH ROW EXECUTE FUNCTION refuse()")
-        for number, (code, kind) in enumerate(
-            [
-                ("P0001", InvalidEvents),
-                ("U0001", InvalidEvents),
-                ("22012", InvalidEvents),
-                ("XX000", str),
-                ("55000", str),
-                ("42P01", str),
-            ]
-        ):
+        # It is raised at the end of the transaction, with nothing that says which row it is about.
+        self.trigger(
+            "IF NEW.text <> '' THEN RAISE 'no' USING ERRCODE = NEW.text; END IF",
+            "AFTER INSERT ON plain DEFERRABLE INITIALLY DEFERRED",
+            "CONSTRAINT",
+        )
+        codes = ["P0001", "U0001", "22012", "XX000", "55000", "42P01"]
+        for number, code in enumerate(codes):
             with self.subTest(code):
-                _, release = self.hold_flush()
-                batches = [self.batch(mark(number * 100 + i, code if i == 5 else None)) for i in range(10)]
-                with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                    blocked = pool.submit(store_all, writer, [self.batch(mark(number * 100 + 50))])
-                    self.wait_for_blocked()
-                    verdicts = pool.submit(store_all, writer, batches)
-                    time.sleep(0.1)
-                    release()
-                    self.assertEqual(blocked.result(), [DATABASE])
-                    for i, verdict in enumerate(verdicts.result()):
-                        self.assertIsInstance(verdict, kind if i == 5 else str)
-                good = [number * 100 + i for i in [*range(5), *range(6, 10), 50]]
-                wait_until(functools.partial(self.all_there, good))
+                release = self.hold_flush("plain")
+                first = self.submit(writer, mark(number * 100 + 50, table="plain"))
+                self.wait_for_blocked()
+                verdicts = [
+                    self.submit(writer, mark(number * 100 + i, code if i == 5 else None, "plain"))
+                    for i in range(10)
+                ]
+                release()
+                self.assertEqual(first.result(20), DATABASE)
+                for i, verdict in enumerate(verdicts):
+                    if i == 5 and number < 3:
+                        self.assertEqual(self.problem(verdict.result(20)).index, None)
+                    else:
+                        self.assertIsInstance(verdict.result(20), str)
+                self.wait_for_database(writer)
+                good = [n * 100 + i for n in range(number + 1) for i in [*range(5), *range(6, 10), 50]]
+                self.assertEqual(self.marks("plain"), good)
+        self.assertEqual([mark for mark, _ in self.quarantined()], [305, 405, 505])
+
+    def test_what_the_database_refuses_of_an_app_that_quarantines_goes_there_and_the_session_stays(
+        self,
+    ) -> None:
+        writer = self.start_writer()
+        self.query("ALTER TABLE plain ADD CHECK (mark < 1000)")
+        backend = self.backend()
+        release = self.hold_flush("plain")
+        verdicts = [self.submit(writer, mark(0, table="plain"))]
+        self.wait_for_blocked()
+        for number in range(1, 9):
+            events = [mark(number, table="plain"), mark(number * 1000, table="plain")]
+            verdicts.append(self.submit(writer, *events[: number % 2 + 1], app="keeping"))
+        release()
+        self.assertEqual([verdict.result(20) for verdict in verdicts[::2]], [DATABASE] * 5)
+        self.assertEqual([verdict.result(20) for verdict in verdicts[1::2]], [SPOOL] * 4)
+        self.wait_for_database(writer)
+        self.assertEqual(self.marks("plain"), list(range(9)))
+        self.assertEqual(sorted(mark for mark, _ in self.quarantined()), [1000, 3000, 5000, 7000])
+        self.assertEqual(self.backend(), backend)
 
     def test_a_lock_is_waited_for_once_not_by_every_batch(self) -> None:
         writer = self.start_writer()
         self.query("ALTER TABLE plain ADD CHECK (mark < 1000)")
-        _, release = self.hold_flush("everything")
-        batches = [self.batch({"_t": "everything", "b": True}) for _ in range(10)]
-        batches += [self.batch(mark(2000, table="plain")) for _ in range(10)]
+        release = self.hold_flush("everything")
         started = time.monotonic()
-        store_all(writer, batches)
-        self.assertLess(time.monotonic() - started, 3)
+        verdicts = [self.submit(writer, {"_t": "everything", "b": True}) for _ in range(10)]
+        verdicts += [self.submit(writer, mark(2000, table="plain")) for _ in range(10)]
+        for verdict in verdicts:
+            verdict.result(20)
+        self.assertLess(time.monotonic() - started, 1.5)
         release()
 
     def test_a_text_too_long_for_its_index_is_the_datas_fault(self) -> None:
-        schema = schema_of(
-            "{tables: {t: {columns: [{name: a, indexed: true}]}},"
-            " apps: {app: {secret_key: key, tables: [t]}}}"
-        )
-        writer = self.start_writer(schema)
+        writer = self.start_writer()
+        self.query("CREATE INDEX ON plain (text)")
         noise = "".join(chr(33 + byte % 90) for byte in os.urandom(100_000))
-        [verdict] = store_all(writer, [self.batch({"_t": "t", "a": noise}, schema=schema)])
-        self.assertIsInstance(verdict, InvalidEvents)
-        self.assertEqual(
-            store_all(writer, [self.batch({"_t": "t", "a": "x" * 100_000}, schema=schema)]), [DATABASE]
-        )
+        self.assertEqual(self.problem(self.store(writer, mark(1, noise, "plain"))).index, 0)
+        self.assertEqual(self.store(writer, mark(2, "x" * 100_000, "plain")), DATABASE)
 
     def test_a_repeated_batch_is_harmless_with_a_unique_column(self) -> None:
         writer = self.start_writer()
-        batch = self.batch(mark(1, "first"), mark(2), mark(2))
-        self.assertEqual(store_all(writer, [batch] * 5), [DATABASE] * 5)
-        store(writer, self.batch(mark(1, "second")))
+        for _ in range(3):
+            verdicts = [self.submit(writer, mark(1, "first"), mark(2), mark(2)) for _ in range(5)]
+            self.assertEqual([verdict.result(20) for verdict in verdicts], [DATABASE] * 5)
+        self.store(writer, mark(1, "second"))
         self.assertEqual(self.query("SELECT mark, text FROM marks ORDER BY mark"), [[1, "first"], [2, None]])
+        wait_until(lambda: 'duplicate_total{table="marks"} 44' in self.metrics.exposition({}))
 
     def test_a_conflict_with_another_constraint_is_an_error(self) -> None:
         writer = self.start_writer()
         self.query("CREATE UNIQUE INDEX ON marks (text)")
-        store(writer, self.batch(mark(1, "a")))
-        [verdict] = store_all(writer, [self.batch(mark(2, "a"))])
-        self.assertIsInstance(verdict, InvalidEvents)
+        self.store(writer, mark(1, "a"))
+        self.problem(self.store(writer, mark(2, "a")))
 
     def test_a_deadlock_between_instances_is_tried_again(self) -> None:
-        self.open()
-        writers = [self.start_writer(), self.start_writer()]
-        self.query("ALTER DATABASE " + self.database + " SET deadlock_timeout = '50ms'")
+        self.query(f"ALTER DATABASE {self.database} SET deadlock_timeout = '50ms'")
+        writers = [self.start_writer()]
+        self.epoch = str(uuid.uuid4())
+        writers.append(self.start_writer())
         numbers = list(range(300))
-        batches = [self.batch(*[mark(i) for i in numbers]), self.batch(*[mark(i) for i in numbers[::-1]])]
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            for _ in range(10):
-                self.query("TRUNCATE marks")
-                list(pool.map(lambda pair: store(*pair), zip(writers, batches, strict=True)))
-                wait_until(lambda: self.marks() == numbers)
+        for _ in range(5):
+            self.query("TRUNCATE marks")
+            verdicts = [
+                self.submit(writer, *map(mark, numbers[::step]))
+                for writer, step in zip(writers, (1, -1), strict=True)
+            ]
+            self.assertLessEqual({verdict.result(20) for verdict in verdicts}, {DATABASE, SPOOL})
+            wait_until(lambda: self.marks() == numbers)
 
-    def test_a_restart_while_idle_is_not_noticed_by_clients(self) -> None:
+    def test_a_session_that_ended_while_it_was_idle_is_replaced_without_a_client_noticing(self) -> None:
         writer = self.start_writer()
-        store(writer, self.batch(mark(1)))
-        self.query(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'attolytics'"
-            f" AND datname = '{self.database}'"
-        )
-        time.sleep(0.2)
-        store(writer, self.batch(mark(2)))
-        wait_until(lambda: self.marks() == [1, 2])
+        for number in range(3):
+            self.assertIsInstance(self.store(writer, mark(number)), str)
+            self.terminate()
+            wait_until(lambda: self.store(writer, {"_t": "everything"}) == DATABASE, 3)
+        self.assertEqual(self.marks(), [0, 1, 2])
 
-    def test_a_backend_that_is_terminated_in_the_middle_costs_nothing(self) -> None:
+    def test_a_session_that_is_lost_in_mid_flush_costs_nothing_whatever_its_size(self) -> None:
         writer = self.start_writer()
-        _, release = self.hold_flush()
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            future = pool.submit(store_all, writer, [self.batch(mark(1))])
-            self.wait_for_blocked()
-            with self.assertLogs("attolytics", "WARNING") as logged:
-                self.query(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-                )
-                self.assertEqual(future.result(), [SPOOL])
-        release()
         reason = "server conn crashed" if POOLED else "terminating connection due to administrator command"
-        self.assertIn(reason, logged.output[0])
-        wait_until(lambda: store_all(writer, [self.batch(mark(2))]) == [DATABASE])
-        self.assertEqual(self.marks(), [1, 2])
+        said = {
+            "pg_terminate_backend": reason,
+            "pg_cancel_backend": "canceling statement due to user request",
+        }
+        for size, how in itertools.product((1, 3000), said):
+            with self.subTest(size=size, how=how):
+                self.query("TRUNCATE plain")
+                release = self.hold_flush("plain")
+                verdict = self.submit(writer, *[mark(i, "x" * 200, "plain") for i in range(size)])
+                self.wait_for_blocked()
+                with self.assertLogs("attolytics", "WARNING") as logged:
+                    self.terminate("wait_event_type = 'Lock'", how)
+                    self.assertEqual(verdict.result(20), SPOOL)
+                release()
+                self.assertIn(said[how], logged.output[0])
+                self.wait_for_database(writer)
+                self.assertEqual(self.marks("plain"), list(range(size)))
+
+    def test_small_batches_beside_large_ones_are_answered_soon(self) -> None:
+        writer = self.start_writer()
+        self.assertEqual(self.store(writer, mark(0)), DATABASE)
+        large = [self.submit(writer, *[mark(i, "x" * 500, "plain") for i in range(2000)]) for _ in range(3)]
+        slowest = 0.0
+        for number in range(1, 30):
+            started = time.monotonic()
+            self.assertEqual(self.store(writer, mark(number)), DATABASE)
+            slowest = max(slowest, time.monotonic() - started)
+            if number % 4 == 0:
+                large.append(self.submit(writer, *[mark(i, "x" * 500, "plain") for i in range(2000)]))
+        self.assertLess(slowest, 0.8)
+        self.assertEqual({verdict.result(20) for verdict in large}, {DATABASE})
+        self.assertEqual(len(self.marks("plain")), 2000 * len(large))
 
     def test_a_lock_held_by_another_session_keeps_clients_waiting_less_than_a_second(self) -> None:
         writer = self.start_writer()
-        _, release = self.hold_flush()
-        for number in range(20):
+        release = self.hold_flush()
+        for number in range(11):
             started = time.monotonic()
-            self.assertEqual(store_all(writer, [self.batch(mark(number))]), [SPOOL])
-            self.assertLess(time.monotonic() - started, 1 if number else 1.5)
-            time.sleep(0.4)  # meanwhile the lock times out and the connector tries again
+            self.assertEqual(self.store(writer, mark(number)), SPOOL)
+            self.assertLess(time.monotonic() - started, 1.1)
+            time.sleep(0.4)  # meanwhile the lock times out and the replayer tries again
         release()
-        wait_until(lambda: store_all(writer, [self.batch(mark(99))]) == [DATABASE])
-        self.assertEqual(self.marks(), [*range(20), 99])
+        wait_until(lambda: self.store(writer, mark(99)) == DATABASE)
+        self.assertEqual(self.marks(), [*range(11), 99])
 
     def test_a_flush_that_was_only_slow_is_not_stored_again(self) -> None:
-        writer = self.start_writer()
-        _, release = self.hold_flush("plain")
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            slow = pool.submit(store, writer, self.batch(mark(1, table="plain")))
-            self.assertEqual(slow.result(), SPOOL)
-            self.assertEqual(store(writer, self.batch(mark(2, table="plain"))), SPOOL)
-        release()
-        wait_until(lambda: store_all(writer, [self.batch(mark(3))]) == [DATABASE])
-        self.assertEqual(self.marks("plain"), [1, 2])
+        for isolation in ("read committed", "repeatable read", "serializable"):
+            with self.subTest(isolation):
+                setting = f"default_transaction_isolation = '{isolation}'"
+                self.query(f"ALTER DATABASE {self.database} SET {setting}")
+                self.epoch = str(uuid.uuid4())
+                writer = self.start_writer()
+                self.query("TRUNCATE plain")
+                release = self.hold_flush("plain")
+                for number in (1, 2):
+                    self.assertEqual(self.store(writer, mark(number, table="plain")), SPOOL)
+                release()
+                self.wait_for_database(writer)
+                self.assertEqual(self.marks("plain"), [1, 2])
 
     def test_rows_that_wait_for_slow_ones_of_another_table_arrive(self) -> None:
         writer = self.start_writer()
-        self.query(
-            "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS"
-            " $$ BEGIN PERFORM pg_sleep(1.5); RETURN NEW; END $$;"
-            " CREATE TRIGGER slow BEFORE INSERT ON everything FOR EACH ROW EXECUTE FUNCTION slow()"
-        )
+        self.trigger("PERFORM pg_sleep(1.5)", "BEFORE INSERT ON everything")
         texts = [mark(n, "x" * 90_000, "plain") for n in range(90)]
-        self.assertEqual(store(writer, self.batch({"_t": "everything", "id": 1}, *texts)), SPOOL)
+        started = time.monotonic()
+        self.assertEqual(self.store(writer, {"_t": "everything", "id": 1}, *texts), SPOOL)
+        self.assertLess(time.monotonic() - started, 1.5)
         wait_until(lambda: self.marks("plain") == list(range(90)))
 
     def test_a_database_that_turns_read_only_and_back(self) -> None:
         writer = self.start_writer()
         self.query(f"ALTER DATABASE {self.database} SET default_transaction_read_only = on")
-        self.query(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'attolytics'"
-            f" AND datname = '{self.database}'"
-        )
+        self.terminate()
         time.sleep(0.1)
         for number in range(5):
             started = time.monotonic()
-            self.assertEqual(store_all(writer, [self.batch(mark(number))]), [SPOOL])
-            self.assertLess(time.monotonic() - started, 0.5)
-        admin = self.postgres.connect("postgres")
-        admin.run(f"ALTER DATABASE {self.database} SET default_transaction_read_only = off")
-        admin.close()
-        wait_until(lambda: store_all(writer, [self.batch(mark(9))]) == [DATABASE])
+            self.assertEqual(self.store(writer, mark(number)), SPOOL)
+            self.assertLess(time.monotonic() - started, 0.7)
+        with contextlib.closing(self.postgres.connect("postgres")) as admin:
+            admin.run(f"ALTER DATABASE {self.database} SET default_transaction_read_only = off")
+        wait_until(lambda: self.store(writer, mark(9)) == DATABASE)
         self.assertEqual(self.marks(), [*range(5), 9])
 
     def test_events_of_a_table_that_is_gone_wait_in_the_spool_until_it_is_back(self) -> None:
         writer = self.start_writer()
         self.query("ALTER TABLE plain RENAME TO away")
         with self.assertLogs("attolytics", "WARNING") as logged:
-            verdicts = store_all(
-                writer, [self.batch(mark(i, table=t)) for i, t in enumerate(["marks", "plain"] * 5)]
-            )
+            verdicts = [self.submit(writer, mark(i, table=t)) for i, t in enumerate(["marks", "plain"] * 5)]
+            verdicts.append(self.submit(writer, mark(10, table="plain")))
+            self.assertLessEqual({verdict.result(20) for verdict in verdicts}, {DATABASE, SPOOL})
             time.sleep(1)
-            verdicts += store_all(writer, [self.batch(mark(10, table="plain"))])
-        self.assertEqual({type(verdict) for verdict in verdicts}, {str})
         self.assertIn('relation "plain" does not exist', logged.output[0])
         self.assertIn('CREATE TABLE "plain" ("mark" bigint, "text" varchar);', "".join(logged.output))
-        self.assertLess(len(logged.output), 4)
+        self.assertIn("plain", self.replayer.reason)
         self.query("ALTER TABLE away RENAME TO plain")
         wait_until(lambda: self.marks("plain") == [1, 3, 5, 7, 9, 10])
         wait_until(lambda: self.marks() == [0, 2, 4, 6, 8])
+        self.assertEqual(self.quarantined(), [])
 
     def test_a_full_disk_of_the_database_is_not_the_clients_fault(self) -> None:
         small = self.small_disk()
@@ -2757,11 +2863,12 @@ class WriterTest(WriterCase):
         filler = small / "filler"
         filler.write_bytes(b"x" * (1 << 20))
         text = "".join(chr(33 + byte % 90) for byte in os.urandom(100_000))
-        verdicts = [store_all(writer, [self.batch(mark(i, text, "plain"))])[0] for i in range(25)]
+        verdicts = [self.store(writer, mark(i, text, "plain")) for i in range(25)]
         self.assertEqual(set(verdicts), {DATABASE, SPOOL})
         filler.unlink()
         self.query("ALTER TABLE plain SET TABLESPACE pg_default")
         wait_until(lambda: self.marks("plain") == list(range(25)))
+        self.assertEqual(self.quarantined(), [])
 
     def small_disk(self) -> Path:
         """Return an empty directory on a file system of 3 MB."""
@@ -2786,20 +2893,15 @@ class WriterTest(WriterCase):
         text = ALL_TYPES.replace(
             "{ name: mark, type: i64 }, { name: text }", "{ name: text }, { name: mark, type: i64 }"
         ).replace("required: true }\n      - { name: text }", "required: true }")
-        schema = schema_of(text)
-        _, release = self.hold_flush()
-        batches = [
-            self.batch(mark(i, "x"), mark(i, "y", table="plain"), schema=schema if i % 2 else None)
-            for i in range(1, 11)
-        ]
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            first = pool.submit(store, writer, self.batch(mark(0)))
-            self.wait_for_blocked()
-            verdicts = pool.submit(store_all, writer, batches)
-            writer.use(schema)
-            time.sleep(0.3)
-            release()
-            self.assertEqual((first.result(), verdicts.result()), (DATABASE, [DATABASE] * 10))
+        both = [self.intakes, attolytics.intakes(schema_of(text))]
+        release = self.hold_flush()
+        verdicts = [self.submit(writer, mark(0))]
+        self.wait_for_blocked()
+        for i in range(1, 11):
+            self.intakes = both[i % 2]
+            verdicts.append(self.submit(writer, mark(i, "x"), mark(i, "y", table="plain")))
+        release()
+        self.assertEqual({verdict.result(20) for verdict in verdicts}, {DATABASE})
         self.assertEqual(
             self.query("SELECT mark, text FROM marks WHERE mark > 0 ORDER BY mark"),
             [[i, None if i % 2 else "x"] for i in range(1, 11)],
@@ -2810,287 +2912,294 @@ class WriterTest(WriterCase):
         [[transactions]] = self.query("SELECT count(DISTINCT xmin::text) FROM marks WHERE mark > 0")
         self.assertEqual(transactions, 1)
 
+    def test_attempts_to_connect_are_made_ever_more_rarely(self) -> None:
+        attempts: list[float] = []
 
-class LaneTest(WriterCase):
-    """Large batches, which have a session of their own."""
+        def fail(_epochs: Iterable[str]) -> attolytics.Session:
+            attempts.append(time.monotonic())
+            raise attolytics.DatabaseError("nobody home")
+
+        with unittest.mock.patch.object(self, "open_session", fail):
+            self.start_writer(is_away=True)
+        wait_until(lambda: len(attempts) >= 6)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(attempts)]
+        self.assertLess(gaps[0], 0.3)
+        self.assertGreater(gaps[4], 0.75)
+        self.assertEqual(self.replayer.reason, "nobody home")
+
+
+class LedgerTest(WriterCase):
+    """The statements that make a flush exactly-once, in sessions as psql has them."""
 
     def setUp(self) -> None:
         super().setUp()
-        self.spool = Spool(self.spool_path(), attolytics.SPOOL_BYTES_MAX, self.schema, str(uuid.uuid4()))
-        self.writer = self.start_writer(spool=self.spool)
-        self.numbers: list[int] = []  # of the events that were stored
+        self.opener.open([str(uuid.uuid4())]).database.close()  # makes the tables
+        self.token = str(uuid.uuid4())
 
-    def large(self, table: str = "plain", text: str = "", app: str = "app") -> Batch:
-        """Return a large batch of new events, the last of them with a text."""
-        size = attolytics.LARGE_BATCH_EVENTS + 1
-        numbers = range(len(self.numbers), len(self.numbers) + size)
-        self.numbers += numbers
-        events = [mark(number, table=table) for number in numbers]
-        events[-1]["text"] = text
-        return self.batch(*events, app=app)
+    def take_over(self, *epochs: str, token: str = "") -> dict[str, int]:
+        with contextlib.closing(attolytics.connect(self.opener.target)) as database:
+            return attolytics.take_over(database, epochs or [self.epoch], token or self.token)
 
-    def backend(self) -> int:
-        """Return the process of the lane's session, 0 if there is none."""
-        return next(iter(self.backends()[1:]), 0)
+    def flush(self, number: int, token: str = "", end: str = "COMMIT") -> str:
+        """Return the SQL of a flush that stores its number."""
+        raise_sql = attolytics.raise_sql(self.epoch, token or self.token, number)
+        return f"{attolytics.FLUSH_START}{raise_sql}INSERT INTO plain VALUES ({number});{end}"
 
-    def open_lane(self) -> None:
-        """Store a large batch, and wait for the lane that is opened because of it."""
-        self.assertEqual(store(self.writer, self.large()), DATABASE)
-        wait_until(lambda: self.writer._lane and self.writer._lane.is_open)
+    def ledger(self) -> dict[str, int]:
+        return dict(self.query("SELECT epoch::text, flush FROM attolytics_ledger"))
 
-    def sleep_on(self, text: str, seconds: float) -> None:
-        """Let an insert of a text take its time."""
-        self.query(
-            "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            f" IF NEW.text = '{text}' THEN PERFORM pg_sleep({seconds}); END IF; RETURN NEW; END $$;"
-            " CREATE TRIGGER slow BEFORE INSERT ON plain FOR EACH ROW EXECUTE FUNCTION slow()"
-        )
+    def test_only_the_session_that_has_the_row_may_raise_it_and_only_upwards(self) -> None:
+        self.assertEqual(self.take_over(), {self.epoch: 0})
+        self.session().run(self.flush(5))
+        refused = [self.flush(6, str(uuid.uuid4())), self.flush(5), self.flush(4)]
+        self.query(f"INSERT INTO attolytics_ledger VALUES ('{uuid.uuid4()}', 9, '{self.token}')")
+        for sql in refused:
+            with self.assertRaises(pg8000.exceptions.DatabaseError) as caught:
+                self.session().run(sql)
+            self.assertEqual(caught.exception.args[0]["C"], attolytics.LEDGER_REFUSAL)
+        self.assertIs(attolytics.server_error(caught.exception.args[0]).fault, attolytics.Fault.OPERATOR)
+        self.session().run(self.flush(7))
+        self.query(f"DELETE FROM attolytics_ledger WHERE epoch = '{self.epoch}'")
+        with self.assertRaises(pg8000.exceptions.DatabaseError):
+            self.session().run(self.flush(8))
+        self.assertEqual(self.marks("plain"), [5, 7])
 
-    def check_exactly_once(self) -> None:
-        self.assertEqual(self.marks("plain"), self.numbers)
+    def test_a_take_over_makes_the_rows_says_how_far_they_are_and_ends_what_older_sessions_send(self) -> None:
+        self.take_over()
+        self.session().run(self.flush(5))
+        other = str(uuid.uuid4())
+        newer = str(uuid.uuid4())
+        self.assertEqual(self.take_over(self.epoch, other, token=newer), {self.epoch: 5, other: 0})
+        with self.assertRaises(pg8000.exceptions.DatabaseError):
+            self.session().run(self.flush(6))
+        self.session().run(self.flush(7, newer))
+        self.assertEqual(self.marks("plain"), [5, 7])
+        self.assertEqual(self.ledger() | {self.epoch: 7, other: 0}, self.ledger())
 
-    def wait_for_database(self) -> None:
-        """Wait until the spool is empty."""
-        wait_until(lambda: store(self.writer, self.batch({"_t": "everything"})) == DATABASE)
+    def test_a_take_over_waits_for_a_message_that_runs_and_counts_it(self) -> None:
+        self.take_over()
+        running = self.session()
+        running.run(self.flush(5, end=""))
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            taken = pool.submit(self.take_over, token=str(uuid.uuid4()))
+            self.wait_for_blocked()
+            self.assertFalse(taken.done())
+            running.run("COMMIT")
+            self.assertEqual(taken.result(), {self.epoch: 5})
+        self.assertEqual(self.marks("plain"), [5])
 
-    def stop(self) -> None:
-        """End the writer, which must leave nothing behind."""
-        self.writer.stop()
-        wait_until(lambda: not self.query("SELECT 1 FROM attolytics_ledger"))
+    def test_who_holds_the_row_for_too_long_is_ended(self) -> None:
+        self.take_over()
+        running, beside = self.session(), self.session()
+        running.run(self.flush(5, end=""))
+        beside.run("BEGIN; INSERT INTO plain VALUES (1)")
+        impatient = attolytics.FLUSH_START.replace(str(attolytics.LOCK_TIMEOUT_MS), "300")
+        with unittest.mock.patch.object(attolytics, "FLUSH_START", impatient):
+            with (
+                self.assertRaises(attolytics.DatabaseError) as caught,
+                self.assertLogs("attolytics") as logged,
+            ):
+                self.take_over()
+            self.assertIs(caught.exception.fault, attolytics.Fault.AWAY)
+            self.assertIn("were ended: 1", logged.output[0])
+            wait_until(lambda: self.take_over() == {self.epoch: 0})
+        beside.run("COMMIT")
+        self.assertEqual(self.marks("plain"), [1])
 
-    @not_pooled("it looks at the backend")
-    def test_small_batches_do_not_wait_behind_large_ones(self) -> None:
-        self.open_lane()
-        pid = self.backend()
-        self.sleep_on("slow", 0.5)
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            futures = [pool.submit(store, self.writer, self.large(text="slow")) for _ in range(2)]
-            time.sleep(0.1)
-            for number in range(10):
-                started = time.monotonic()
-                self.assertEqual(store(self.writer, self.batch(mark(number))), DATABASE)
-                self.assertLess(time.monotonic() - started, 0.2)
-            self.assertFalse(any(future.done() for future in futures))
-            self.assertEqual([future.result() for future in futures], [DATABASE] * 2)
-        self.assertEqual(self.backend(), pid)
-        self.check_exactly_once()
-        counts = self.writer.metrics.accepted["app", "plain"], self.writer.metrics.accepted["app", "marks"]
-        self.assertEqual(counts, (len(self.numbers), 10))
-        self.stop()
 
-    def test_a_long_text_makes_a_batch_large(self) -> None:
-        batch = self.batch(mark(1, "x" * attolytics.LARGE_BATCH_CHARS, "plain"))
-        self.assertEqual(store(self.writer, batch), DATABASE)
-        wait_until(lambda: self.writer._lane and self.writer._lane.is_open)
+class LateTest(WriterCase):
+    """What was given up and may come late all the same."""
 
-    def test_repeated_events_are_skipped_and_counted(self) -> None:
-        for _ in range(3):
-            batch = self.large("marks")
-            self.assertEqual(store(self.writer, batch), DATABASE)
-            self.assertEqual(store(self.writer, batch), DATABASE)
-            wait_until(lambda: self.writer._lane and self.writer._lane.is_open)
-        self.assertEqual(self.marks(), self.numbers)
-        self.assertEqual(self.writer.metrics.duplicates["marks",], len(self.numbers))
+    def setUp(self) -> None:
+        super().setUp()
+        self.enterContext(unittest.mock.patch.object(attolytics, "SPOOL_BUSY_S", 1))
 
-    def test_one_that_the_database_refuses_gets_its_reason_and_the_lane_goes_on(self) -> None:
-        self.query("ALTER TABLE plain ADD CHECK (text <> 'bad')")
-        self.open_lane()
-        lane = self.writer._lane
-        good = list(self.numbers)
-        batches = [self.batch(mark(5000, "bad", "plain"), *[mark(n, "", "plain") for n in range(2000)])] * 3
-        verdicts = store_all(self.writer, [*batches, self.large()])
-        good += self.numbers[len(good) :]
-        for verdict in verdicts[:3]:
-            assert isinstance(verdict, InvalidEvents)
-            self.assertEqual([problem.index for problem in verdict.problems], [0])
-        self.assertEqual(verdicts[3], DATABASE)
-        self.assertEqual(self.marks("plain"), good)
-        self.assertIs(self.writer._lane, lane)
-        self.stop()
+    def ledger_refusals(self) -> int:
+        """Return how many messages the ledger has refused, as PostgreSQL's log has them."""
+        return (self.postgres.directory / "log").read_text().count("more than one row returned by a subquery")
 
-    @not_pooled("it chooses the backend")
-    def test_one_whose_connection_breaks_is_stored_once(self) -> None:
-        for how in ("pg_terminate_backend", "pg_cancel_backend"):
-            with self.subTest(how):
-                self.query("DROP FUNCTION IF EXISTS slow() CASCADE")
-                self.open_lane()
-                pid = self.backend()
-                self.sleep_on("slow", 0.5)
-                with concurrent.futures.ThreadPoolExecutor(3) as pool:
-                    futures = [pool.submit(store, self.writer, self.large(text="slow")) for _ in range(3)]
-                    time.sleep(0.2)
-                    self.query(f"SELECT {how}({pid})")
-                    self.assertIn(SPOOL, [future.result() for future in futures])
-                self.wait_for_database()
-                self.check_exactly_once()
-        self.stop()
+    @not_pooled("it stops the backend")
+    def test_what_is_in_the_quarantine_is_not_stored_by_a_late_message(self) -> None:
+        self.query(f"ALTER DATABASE {self.database} SET log_min_messages = error")
+        writer = self.start_writer()
+        self.assertEqual(self.store(writer, mark(1, "x", "plain")), DATABASE)
+        go_on = self.stop_backend()
+        verdict = self.submit(writer, mark(2, None, "plain"))
+        # By another schema it does not fit any more; the ledger hears nothing of its flush.
+        text = ALL_TYPES.replace("type: i64 }, { name: text }", "type: i64 }, { name: text, required: true }")
+        self.replayer.intakes = attolytics.intakes(schema_of(text))
+        self.assertEqual(verdict.result(20), SPOOL)
+        wait_until(lambda: self.spool.events == 0 and writer.session)
+        self.assertEqual(self.quarantined(), [(2, "text: null, but required")])
+        refusals = self.ledger_refusals()
+        go_on()
+        self.assertEqual(self.marks("plain"), [1])
+        self.assertEqual(self.ledger_refusals(), refusals + 1)
 
-    @not_pooled("it chooses the backend")
-    def test_a_lane_that_broke_while_it_was_idle_is_replaced(self) -> None:
-        self.open_lane()
-        self.query(f"SELECT pg_terminate_backend({self.backend()})")
-        wait_until(lambda: not self.backend())
-        with self.assertNoLogs("attolytics", "WARNING"):
-            self.assertEqual(store(self.writer, self.large()), DATABASE)
-            self.open_lane()
-        self.assertTrue(self.backend())
-        wait_until(lambda: len(self.spool.epochs) == 2)  # that of the lane that broke is finished
-        self.check_exactly_once()
-        self.stop()
-
-    def test_one_that_takes_long_goes_to_the_spool_and_is_stored_once(self) -> None:
-        self.open_lane()
-        _, release = self.hold_flush("plain")
-        started = time.monotonic()
-        with self.assertLogs("attolytics", "WARNING") as logged:
-            self.assertEqual(store_all(self.writer, [self.large(), self.large()]), [SPOOL] * 2)
-        self.assertLess(time.monotonic() - started, 2 * attolytics.PATIENCE_S + 0.5)
-        self.assertIn("a large batch goes to", logged.output[0])
-        release()
-        self.wait_for_database()
-        self.check_exactly_once()
-        self.stop()
-
-    def test_one_that_is_only_slow_does_not_cost_us_our_session(self) -> None:
-        self.open_lane()
-        self.sleep_on("slow", attolytics.PATIENCE_S + 0.5)
-        self.assertEqual(store(self.writer, self.large(text="slow")), SPOOL)
-        self.wait_for_database()
-        self.check_exactly_once()
-        self.assertEqual(self.writer.metrics.sessions, 1)
-        self.stop()
-
-    def test_a_lane_whose_row_is_gone_is_replaced(self) -> None:
-        self.open_lane()
-        lane = self.writer._lane
-        assert lane
-        self.query(f"DELETE FROM attolytics_ledger WHERE epoch = '{lane.epoch}'")
-        self.assertEqual(store(self.writer, self.large()), DATABASE)
-        self.open_lane()
-        self.assertIsNot(self.writer._lane, lane)
-        self.check_exactly_once()
-        self.stop()
-
-    def test_a_spool_that_somebody_locks_is_waited_for_once(self) -> None:
-        self.assertEqual(store(self.writer, self.batch(mark(1))), DATABASE)
+    @not_pooled("it stops the backend")
+    def test_a_number_is_not_given_again_when_its_flush_could_not_be_spooled_either(self) -> None:
+        writer = self.start_writer()
+        self.assertEqual(self.store(writer, mark(1, table="plain")), DATABASE)
+        go_on = self.stop_backend()
         with contextlib.closing(sqlite3.connect(self.spool.path)) as db:
             db.execute("BEGIN IMMEDIATE")
-            started = time.monotonic()
-            with self.assertLogs("attolytics", "WARNING") as logged:
-                for _ in range(3):
-                    self.assertEqual(store(self.writer, self.large()), DATABASE)
-            self.assertLess(time.monotonic() - started, attolytics.SPOOL_BUSY_S + 1)
-            self.assertIn(attolytics.NO_LANE, logged.output[0])
-        self.check_exactly_once()
+            refusal = self.store(writer, mark(2, table="plain"))
+        assert isinstance(refusal, Refusal)
+        self.assertEqual(refusal.label, "storage_away")
+        go_on()
+        self.assertIn(self.store(writer, mark(3, table="plain")), (DATABASE, SPOOL))
+        self.wait_for_database(writer)
+        numbers = self.query("SELECT flush FROM attolytics_ledger")
+        self.assertGreaterEqual(numbers, [[3]])
+        self.assertEqual(self.marks("plain").count(3), 1)
 
-    @not_pooled("it chooses the backend")
-    def test_a_flush_that_runs_late_stores_nothing_twice(self) -> None:
-        self.open_lane()
-        pid = self.backend()
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            self.assertEqual(store(self.writer, self.large()), SPOOL)
-            self.wait_for_database()
-            self.check_exactly_once()
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        wait_until(lambda: not self.query(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"))
-        self.check_exactly_once()
-        self.stop()
+    @not_pooled("it stops the backend")
+    def test_a_full_spool_takes_what_was_given_up_but_nothing_new(self) -> None:
+        writer = self.start_writer(bytes_max=1)
+        self.may_replay.clear()
+        release = self.hold_flush("plain")
+        self.assertEqual(self.store(writer, mark(1, table="plain")), SPOOL)
+        refusal = self.store(writer, mark(2, table="plain"))
+        assert isinstance(refusal, Refusal)
+        self.assertEqual(refusal.label, "storage_away")
+        release()
+        self.may_replay.set()
+        wait_until(lambda: self.store(writer, mark(3)) == DATABASE)
+        self.assertEqual(self.marks("plain"), [1])
 
-    def test_one_that_is_under_way_when_the_writer_ends_is_finished(self) -> None:
-        self.open_lane()
-        self.sleep_on("slow", 0.3)
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            futures = [pool.submit(store, self.writer, self.large(text="slow")) for _ in range(3)]
-            time.sleep(0.1)
-            self.stop()
-            self.assertEqual([future.result() for future in futures], [DATABASE] * 3)
-        self.check_exactly_once()
+    def test_what_was_not_sent_is_not_deleted_with_what_was(self) -> None:
+        writer = self.start_writer()
+        self.trigger(
+            "IF NEW.text = 'bad' THEN RAISE 'bad'; ELSIF NEW.text = 'slow' THEN PERFORM pg_sleep(2); END IF",
+            "BEFORE INSERT ON marks",
+        )
+        release = self.hold_flush()
+        first = self.submit(writer, mark(0))
+        self.wait_for_blocked()
+        verdicts = [self.submit(writer, mark(n, text)) for n, text in enumerate(["bad", "slow", "", ""], 1)]
+        release()
+        self.assertEqual(first.result(20), DATABASE)
+        self.problem(verdicts[0].result(20))
+        self.assertEqual([verdict.result(20) for verdict in verdicts[1:]], [SPOOL] * 3)
+        self.wait_for_database(writer)
+        self.assertEqual(self.marks(), [0, 2, 3, 4])
 
-    def test_without_another_session_large_batches_are_stored_all_the_same(self) -> None:
-        opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
-        sessions: list[Sequence[str]] = []
+    def test_numbers_only_go_up(self) -> None:
+        writer = self.start_writer()
+        self.may_replay.clear()
+        release = self.hold_flush("plain")
+        for number in range(20):
+            self.assertEqual(self.store(writer, mark(number, table="plain")), SPOOL)
+        with contextlib.closing(sqlite3.connect(self.spool.path)) as db:
+            rows = db.execute("SELECT epoch, flush FROM attolytics_spool ORDER BY id").fetchall()
+        self.assertEqual({epoch for epoch, _ in rows}, {self.epoch})
+        numbers = [number for _, number in rows]
+        self.assertEqual(numbers, sorted(set(numbers)))
+        release()
+        self.may_replay.set()
+        self.wait_for_database(writer)
+        self.assertEqual(self.marks("plain"), list(range(20)))
+        self.assertGreater(self.query("SELECT flush FROM attolytics_ledger"), [numbers[-1:]])
 
-        def open_one(epochs: Sequence[str]) -> attolytics.Session:
-            sessions.append(epochs)
-            if len(sessions) > 1:
-                raise attolytics.DatabaseAway("too many connections")
-            return opener.open(epochs)
+    def test_what_is_spooled_just_before_the_hand_over_is_not_left_behind(self) -> None:
+        self.may_replay.clear()
+        writer = self.start_writer(is_away=True)
+        self.assertEqual(self.store(writer, mark(1, table="plain")), SPOOL)
+        head, slipped = self.spool.head, list[str | Refusal]()
 
-        self.writer = self.start_writer(open_session=open_one)
-        with self.assertLogs("attolytics", "WARNING") as logged:
-            verdicts = store_all(self.writer, [self.large() for _ in range(5)])
-            wait_until(lambda: len(sessions) > 3)
-        self.assertEqual(verdicts, [DATABASE] * 5)
-        self.assertEqual(logged.output, [f"WARNING:attolytics:{attolytics.NO_LANE}: too many connections"])
-        self.check_exactly_once()
+        def slip_in(events_max: int) -> list[attolytics.SpooledFlush]:
+            flushes = head(events_max)
+            if not flushes and not slipped:
+                slipped.append(self.store(writer, mark(2, table="plain")))
+            return flushes
+
+        with unittest.mock.patch.object(self.spool, "head", slip_in):
+            self.may_replay.set()
+            wait_until(lambda: writer.session)
+        self.assertEqual((slipped, self.spool.events), ([SPOOL], 0))
+        self.assertEqual(self.marks("plain"), [1, 2])
+
+
+class LockedSpoolTest(WriterCase):
+    """Somebody else's transaction keeps the spool from being written between two steps of a replay."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.enterContext(unittest.mock.patch.object(attolytics, "SPOOL_BUSY_S", 1))
+
+    def test_what_the_replay_could_not_delete_is_not_sent_again(self) -> None:
+        self.check([])
+
+    def test_what_it_could_not_put_into_the_quarantine_is_not_committed_without_it(self) -> None:
+        self.check([7])
+
+    def check(self, bad: Sequence[int]) -> None:
+        self.opener.open([str(uuid.uuid4())]).database.close()  # makes the tables
+        self.query("ALTER TABLE plain ADD CHECK (text <> 'bad')")
+        self.may_replay.clear()
+        writer = self.start_writer(is_away=True)
+        for number in range(0, 12, 3):
+            events = [mark(n, "bad" if n in bad else "good", "plain") for n in range(number, number + 3)]
+            self.assertEqual(self.store(writer, *events), SPOOL)
+        with (
+            contextlib.closing(sqlite3.connect(self.spool.path)) as db,
+            self.assertLogs("attolytics") as logged,
+        ):
+            db.execute("BEGIN IMMEDIATE")
+            self.may_replay.set()
+            wait_until(lambda: any("the replay is held up" in line for line in logged.output))
+        self.wait_for_database(writer)
+        self.assertEqual(self.marks("plain"), [n for n in range(12) if n not in bad])
+        self.assertEqual([number for number, _ in self.quarantined()], bad)
 
 
 class ComplaintsTest(unittest.TestCase):
     def setUp(self) -> None:
         self.now = 100.0
-        self.complaints = attolytics.Complaints(lambda: self.now)
+        self.repeats = attolytics.Repeats(lambda: self.now)
+        attolytics.log.addFilter(self.repeats)
+        self.addCleanup(attolytics.log.removeFilter, self.repeats)
 
     def test_what_goes_wrong_again_and_again_is_logged_once_a_minute_with_its_number(self) -> None:
         with self.assertLogs("attolytics", "INFO") as logged:
-            for second in range(130):
+            for second in range(0, 130, 2):
                 self.now = 100.0 + second
-                self.complaints.add(logging.ERROR, "the disk is full", count=10)
-                self.complaints.summarise()
-            self.complaints.add(logging.INFO, "something else")
+                for _ in range(100):
+                    attolytics.complain(logging.ERROR, "the disk is full")
+                self.repeats.summarise()
+            attolytics.complain(logging.INFO, "something else")
             self.now += 60
-            self.complaints.summarise()
+            self.repeats.summarise()
             self.now += 60
-            self.complaints.summarise()
-            self.complaints.add(logging.ERROR, "the disk is full")
+            self.repeats.summarise()
+            attolytics.complain(logging.ERROR, "the disk is full")
         self.assertEqual(
             logged.output,
             [
                 "ERROR:attolytics:the disk is full",
-                "ERROR:attolytics:the disk is full (and 599 more in the last 60 s)",
-                "ERROR:attolytics:the disk is full (and 600 more in the last 60 s)",
+                "ERROR:attolytics:the disk is full (and 2,999 more in the last 60 s)",
+                "ERROR:attolytics:the disk is full (and 3,000 more in the last 60 s)",
                 "INFO:attolytics:something else",
-                "ERROR:attolytics:the disk is full (and 100 more in the last 69 s)",
+                "ERROR:attolytics:the disk is full (and 500 more in the last 68 s)",
                 "ERROR:attolytics:the disk is full",
             ],
         )
 
-    def test_complaints_about_the_same_share_a_line(self) -> None:
+    def test_complaints_about_the_same_share_a_line_and_other_lines_pass(self) -> None:
         with self.assertLogs("attolytics", "INFO") as logged:
             for number in range(5):
-                self.complaints.add(logging.WARNING, f"bad value {number}", "values")
+                attolytics.complain(logging.WARNING, f"bad value {number}", "values")
+                attolytics.log.info("no complaint")
             self.now += 60
-            self.complaints.summarise()
+            attolytics.complain(logging.WARNING, "bad value 5", "values")
         self.assertEqual(
-            logged.output,
+            [line for line in logged.output if "no complaint" not in line],
             [
                 "WARNING:attolytics:bad value 0",
                 "WARNING:attolytics:bad value 4 (and 4 more in the last 60 s)",
             ],
         )
-
-
-class ConnectorTest(unittest.TestCase):
-    def test_attempts_back_off_and_are_logged_once(self) -> None:
-        attempts: list[float] = []
-
-        def fail(_epochs: Sequence[str]) -> attolytics.Session:
-            attempts.append(time.monotonic())
-            raise attolytics.DatabaseAway("nobody home")
-
-        sessions: list[attolytics.Session] = []
-        connector = attolytics.Connector(fail, attolytics.Complaints(time.monotonic))
-        with self.assertLogs("attolytics", "WARNING") as logged:
-            connector.start(sessions.append)
-            connector.connect([])
-            wait_until(lambda: len(attempts) >= 5)
-            connector.stop()
-        self.assertEqual(logged.output, ["WARNING:attolytics:cannot use the database: nobody home"])
-        self.assertEqual(sessions, [])
-        gaps = [later - earlier for earlier, later in itertools.pairwise(attempts)]
-        self.assertGreater(gaps[3], 0.35)
-        self.assertLess(gaps[0], 0.3)
+        self.assertEqual(len(logged.output), 7)
 
 
 # --- HTTP ---------------------------------------------------------------------
@@ -3154,7 +3263,7 @@ class HeadTest(unittest.TestCase):
             "Host: b",
             "Host: a b",
         ]:
-            with self.subTest(line), self.assertRaises(attolytics.MalformedRequest):
+            with self.subTest(line), refused_as(self, "malformed_request"):
                 attolytics.parse_head(f"POST / HTTP/1.1\r\nHost: a\r\n{line}".encode("latin-1"))
 
     def test_malformed_request_lines_are_refused(self) -> None:
@@ -3173,32 +3282,45 @@ class HeadTest(unittest.TestCase):
             "P(ST / HTTP/1.1",
             "",
         ]:
-            with self.subTest(line), self.assertRaises(attolytics.MalformedRequest):
+            with self.subTest(line), refused_as(self, "malformed_request"):
                 attolytics.parse_head(f"{line}\r\nHost: a".encode("latin-1"))
 
     def test_http_1_1_needs_a_host(self) -> None:
-        with self.assertRaisesRegex(attolytics.MalformedRequest, "Host"):
+        with self.assertRaisesRegex(Refusal, "Host"):
             attolytics.parse_head(b"GET / HTTP/1.1")
         attolytics.parse_head(b"GET / HTTP/1.0")
 
     def test_other_transfer_codings_are_not_implemented(self) -> None:
         for coding in ["gzip", "gzip, chunked", "identity", "xchunked", ""]:
-            with self.subTest(coding), self.assertRaises(attolytics.NotImplementedHere):
+            with self.subTest(coding), refused_as(self, "not_implemented"):
                 attolytics.parse_head(f"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: {coding}".encode())
-        with self.assertRaises(attolytics.MalformedRequest):
+        with refused_as(self, "malformed_request"):
             attolytics.parse_head(b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked")
+
+    def check(self, *lines: str) -> None:
+        schema = schema_of(ALL_TYPES)
+        text = ["POST /apps/app/events HTTP/1.1", "Host: a", "Content-Length: 5", *lines]
+        head = attolytics.parse_head("\r\n".join(text).encode())
+        attolytics.check_request(head, attolytics.intakes(schema)["app"], 100)
 
     def test_media_types(self) -> None:
         for text in ["application/json", "Application/JSON; charset=UTF-8", "text/plain;charset=utf-8", ""]:
-            attolytics.check_media_type({"content-type": text})
+            self.check(f"Content-Type: {text}")
         for text in [
             "text/html",
             "application/json; charset=utf-16",
             "application/x-www-form-urlencoded",
             "x",
         ]:
-            with self.subTest(text), self.assertRaises(attolytics.MediaRefused):
-                attolytics.check_media_type({"content-type": text})
+            with self.subTest(text), refused_as(self, "media"):
+                self.check(f"Content-Type: {text}")
+
+    def test_content_codings(self) -> None:
+        for text in ["gzip", "X-GZip", "deflate", "Identity", ""]:
+            self.check(f"Content-Encoding: {text}")
+        for text in ["br", "gzip, gzip"]:
+            with self.subTest(text), refused_as(self, "media"):
+                self.check(f"Content-Encoding: {text}")
 
 
 class IncomingTest(unittest.TestCase):
@@ -3209,11 +3331,12 @@ class IncomingTest(unittest.TestCase):
         self.addCleanup(self.client.close)
         self.addCleanup(ours.close)
         self.now = 0.0
+        attolytics.limit_wait(ours, socket.SO_RCVTIMEO, attolytics.IDLE_SLICE_S)  # as a Listener does
         self.incoming = attolytics.Incoming(ours, self.tick)
 
     def tick(self) -> float:
-        """Let a second pass at each look at the clock, as with a client that sends a byte a second."""
-        self.now += 1
+        """Let half a second pass at each look at the clock, as with a client that sends now and then."""
+        self.now += 0.5
         return self.now
 
     def trickle(self) -> None:
@@ -3223,22 +3346,29 @@ class IncomingTest(unittest.TestCase):
 
     def test_a_head_that_trickles_in_ends_at_its_deadline(self) -> None:
         self.client.sendall(b"POST / HTT")
-        self.assertTrue(self.incoming.wait(1))
+        self.assertTrue(self.incoming.wait())
         threading.Thread(target=self.trickle, daemon=True).start()
-        with self.assertRaises((attolytics.RequestTooSlow, attolytics.TargetTooLong)):
+        with self.assertRaises(Refusal) as caught:
             self.incoming.head()
+        self.assertIn(caught.exception.label, ("too_slow", "target_too_long"))
         self.assertLessEqual(self.now, attolytics.HEAD_DEADLINE_S + 2)
 
     def test_a_body_that_trickles_in_ends_at_its_deadline(self) -> None:
         threading.Thread(target=self.trickle, daemon=True).start()
-        with self.assertRaises(attolytics.RequestTooSlow):
+        with refused_as(self, "too_slow"):
             self.incoming.exactly(1 << 30, deadline=30)
         self.assertLessEqual(self.now, 32)
 
     def test_a_silent_client_is_waited_for_no_longer_than_asked(self) -> None:
         started = time.monotonic()
-        self.assertFalse(self.incoming.wait(0.1))
-        self.assertLess(time.monotonic() - started, 2)
+        self.assertIsNone(self.incoming.wait())
+        self.assertLess(time.monotonic() - started, attolytics.IDLE_SLICE_S + 1)
+        self.client.sendall(b"\r\n")
+        self.assertTrue(self.incoming.wait())
+        self.assertTrue(self.incoming.wait())
+        self.incoming.exactly(2, deadline=self.now + 10)
+        self.client.close()
+        self.assertFalse(self.incoming.wait())
 
 
 class DrainTest(unittest.TestCase):
@@ -3250,14 +3380,13 @@ class DrainTest(unittest.TestCase):
             self.addCleanup(ours.close)
         incoming = attolytics.Incoming(ours, time.monotonic)
         client.sendall(b"POST / HTTP/1.1\r\n")
-        ours.shutdown(socket.SHUT_RD)  # what Service.drain() does to a connection that it saw idle
-        self.assertTrue(incoming.wait(1))
+        self.assertTrue(incoming.wait())
         later = threading.Timer(0.1, client.sendall, [b"Host: a\r\n\r\nbody"])
         later.start()
         self.assertEqual(incoming.head(), b"POST / HTTP/1.1\r\nHost: a")
         self.assertEqual(incoming.exactly(4, time.monotonic() + 5), b"body")
         client.close()
-        with self.assertRaises(attolytics.MalformedRequest):
+        with refused_as(self, "malformed_request"):
             incoming.exactly(1, time.monotonic() + 5)
 
 
@@ -3705,8 +3834,10 @@ class HttpTest(ServerCase):
 
     def test_headers_that_columns_need_are_allowed_in_preflights(self) -> None:
         schema = schema_of(ORIGINAL_SCHEMA)
-        cors = attolytics.Cors(Intake(schema.apps["com.example.myapp"]))
-        self.assertIn("referer", cors.headers("http://example.com", preflight=True))
+        intake = attolytics.intakes(schema)["com.example.myapp"]
+        lines = ["OPTIONS / HTTP/1.1", "Host: a", "Origin: http://example.com"]
+        headers = attolytics.cors_headers(intake, attolytics.parse_head("\r\n".join(lines).encode()))
+        self.assertIn("Access-Control-Allow-Headers: Content-Type, Content-Encoding, referer\r\n", headers)
 
     def test_ipv4_and_ipv6(self) -> None:
         self.assertEqual([host for host, _ in self.attolytics.listening()], ["127.0.0.1", "::1"])
@@ -4155,6 +4286,216 @@ class ProcessCase(DatabaseCase):
         self.assertEqual(len(stored), len(set(stored)))
 
 
+# --- Faults -------------------------------------------------------------------
+
+
+class SpoolCase(ProcessCase):
+    """Servers in a directory of their own, and their spool."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.spool = self.directory / "attolytics.sqlite3"
+
+    def serve(self, *options: object, url: str | None = None) -> Attolytics:
+        return self.run_server(*options, url=url, directory=self.directory)
+
+    def post(self, server: Attolytics, *events: object, app: str = "app") -> Answer:
+        return server.post(f"/apps/{app}/events", body_of(*events, key="key"), {"User-Agent": "tests"})
+
+    def read(self, sql: str) -> list[Any]:
+        """Query the spool as the sqlite3 program would."""
+        with contextlib.closing(sqlite3.connect(self.spool)) as db:
+            return db.execute(sql).fetchall()
+
+    def replayed(self, server: Attolytics) -> None:
+        wait_until(lambda: any("replayed all" in line for line in server.lines))
+
+    def wait_for_database(self, server: Attolytics) -> None:
+        """Wait until events go to the database, so that the spool is empty."""
+        probe = {"_t": 'odd "table"', "select": "x"}
+        wait_until(lambda: self.post(server, probe).json["stored"] == "database")
+
+
+class PromiseTest(ProcessCase):
+    """What beside faults, and beside other clients, clients of a whole server may rely on."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.spool = self.directory / "attolytics.sqlite3"
+        opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
+        opener.open([str(uuid.uuid4())]).database.close()  # makes the tables
+
+    def serve(self, *options: object, url: str | None = None, **limits: float) -> Attolytics:
+        """Start a server, one without a database with an empty `url`; with other values of our limits."""
+        patch = "".join(f"attolytics.{name} = {value}; " for name, value in limits.items())
+        start = f"import sys; sys.path.insert(0, {str(HERE)!r}); import attolytics; {patch}"
+        database = [] if url == "" else ["-d", self.url]
+        server = Attolytics(
+            *("-s", self.schema_file, *database, "-p", "0", *options),
+            directory=self.directory,
+            script=["-c", f"{start}sys.exit(attolytics.main())"],
+        )
+        self.addCleanup(self.kill, server)
+        return server
+
+    def post(self, server: Attolytics, *events: object) -> Answer:
+        return server.post("/apps/app/events", body_of(*events, key="key"))
+
+    def trigger(self, body: str, what: str = "BEFORE INSERT ON plain FOR EACH ROW", name: str = "f") -> None:
+        self.query(
+            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN {body}; RETURN NEW; END $$;"
+            f" CREATE TRIGGER {name} {what} EXECUTE FUNCTION {name}()"
+        )
+
+    def quarantined(self) -> list[tuple[int, str]]:
+        with contextlib.closing(sqlite3.connect(self.spool)) as db:
+            return db.execute("SELECT json_extract(event, '$.mark'), reason FROM quarantine").fetchall()
+
+    def health(self, server: Attolytics) -> Any:
+        wait_until(lambda: any("/healthz" in line for line in server.lines))
+        [line] = [line for line in server.lines if "/healthz" in line]
+        [port, *_] = re.findall(r"http://\S+:(\d+)", line)
+        connection = http.client.HTTPConnection("localhost", int(port), timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", "/healthz")
+            return Answer(connection.getresponse()).json
+
+    def test_no_answer_takes_long_while_much_of_the_quarantine_is_refused_again(self) -> None:
+        self.trigger(
+            "IF NEW.mark % 2 = 0 THEN RAISE 'no even numbers'; END IF", "AFTER INSERT ON plain FOR EACH ROW"
+        )
+        self.serve(url="").stop()
+        with contextlib.closing(sqlite3.connect(self.spool)) as db, db:
+            db.executemany(
+                "INSERT INTO attolytics_quarantine (quarantined_at, app, reason, batch, event)"
+                " VALUES (0, 'app', '', ?, ?)",
+                [
+                    (
+                        '{"app":"app","received_at":0,"client_ip":"","headers":{}}',
+                        json.dumps(mark(n, table="plain")),
+                    )
+                    for n in range(4000)
+                ],
+            )
+        server = self.serve("--retry_quarantine")
+        with Crowd(server.port, 4, "marks") as crowd:
+            wait_until(
+                lambda: any("quarantine: 2000 of 4000 events went" in line for line in server.lines), 60
+            )
+        self.assertLess(crowd.slowest, 1.2)
+        self.assertEqual(crowd.failed, [])
+        self.assertEqual(self.stored(), list(range(1, 4000, 2)))
+        self.assertEqual(sorted(number for number, _ in self.quarantined()), list(range(0, 4000, 2)))
+
+    def test_patience_counts_from_when_a_batch_came(self) -> None:
+        self.trigger("PERFORM pg_sleep(0.7)", "BEFORE INSERT ON plain")
+        server = self.serve()
+        with Crowd(server.port, 8) as crowd:
+            time.sleep(4)
+        self.assertLess(crowd.slowest, 1.25)
+        self.assertEqual(crowd.failed, [])
+
+    def rate(self, server: Attolytics, bad: dict[str, object] | None = None) -> int:
+        """Return how many requests 32 clients get through in a while, perhaps beside a bad one."""
+
+        def request(event: dict[str, object]) -> bytes:
+            body = body_of(event, key="key")
+            head = f"POST /apps/app/events HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+            return head.encode() + body
+
+        good, count, deadline = request(mark(1, table="plain")), 0, time.monotonic() + 0.8
+        with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+            for client in range(33):
+                sock = socket.create_connection(("127.0.0.1", server.port), 30)
+                stack.enter_context(sock)
+                what = request(bad) if bad and client == 0 else good
+                selector.register(sock, selectors.EVENT_READ, what)
+                sock.sendall(what)
+            while time.monotonic() < deadline:
+                for key, _ in selector.select(1):
+                    assert isinstance(key.fileobj, socket.socket)
+                    answer = key.fileobj.recv(1 << 16)
+                    if key.data is good:
+                        self.assertEqual(answer[9:12], b"200")
+                        count += 1
+                    key.fileobj.sendall(key.data)
+        return count
+
+    def test_a_client_whose_events_the_database_refuses_does_not_slow_the_others_to_a_crawl(self) -> None:
+        self.query("ALTER TABLE plain ADD CHECK (text <> 'check')")
+        self.trigger("IF NEW.text = 'trigger' THEN RAISE 'no'; END IF", "AFTER INSERT ON plain FOR EACH ROW")
+        # What a commit costs on a disk.
+        self.trigger("PERFORM pg_sleep(0.001)", "AFTER INSERT ON plain FOR EACH STATEMENT", "commit")
+        server = self.serve()
+        for text, part in [("check", 0.5), ("trigger", 0.25)]:
+            with self.subTest(text):
+                rates = [(self.rate(server), self.rate(server, mark(1, text, "plain"))) for _ in range(3)]
+                self.assertGreater(statistics.median(beside / alone for alone, beside in rates), part)
+
+    def test_an_event_that_is_refused_through_no_fault_of_the_data_holds_others_up_for_a_while_only(
+        self,
+    ) -> None:
+        self.trigger("IF NEW.text = 'bad' THEN RAISE 'route is broken' USING ERRCODE = 'XX000'; END IF")
+        server = self.serve(url="")
+        self.post(server, mark(1, "bad", "plain"))
+        server.stop()
+        started = time.monotonic()
+        server = self.serve("--monitor_port", "0", HELD_S_MAX=3, HELD_UP_S=1)
+        self.assertEqual(self.post(server, mark(2, "good", "plain")).json["stored"], "spool")
+        self.assertIsNone(self.health(server)["replay"])
+        wait_until(lambda: self.health(server)["status"] == "degraded")
+        health = self.health(server)
+        self.assertRegex(health["replay"], r"the replay has been held up for \d s: route is broken")
+        self.assertEqual(health["reason"], health["replay"])
+        self.assertTrue(any("the replay is held up: route is broken" in line for line in server.lines))
+        wait_until(lambda: self.stored() == [2])
+        self.assertGreater(time.monotonic() - started, 3)
+        self.assertEqual(self.quarantined(), [(1, "route is broken")])
+        wait_until(lambda: self.health(server)["status"] == "ok")
+        self.assertEqual(self.post(server, mark(3, "good", "plain")).json["stored"], "database")
+
+    def test_among_many_that_are_good_it_holds_up_nobody(self) -> None:
+        self.trigger("IF NEW.text = 'bad' THEN RAISE 'route is broken' USING ERRCODE = 'XX000'; END IF")
+        server = self.serve(url="")
+        for first in range(0, 100, 10):
+            self.post(
+                server, *[mark(n, "bad" if n == 54 else None, "plain") for n in range(first, first + 10)]
+            )
+        server.stop()
+        server = self.serve()
+        wait_until(lambda: self.post(server, mark(1)).json["stored"] == "database", 5)
+        self.assertEqual(self.stored(), [n for n in range(100) if n != 54])
+        self.assertEqual(self.quarantined(), [(54, "route is broken")])
+
+    @not_pooled("it ends a session")
+    def test_an_event_that_costs_the_session_whenever_it_is_stored_is_found(self) -> None:
+        self.trigger("IF NEW.text = 'bad' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF")
+        server = self.serve(BACKOFF_MAX_S=0.2)
+        events = [mark(n, "bad" if n == 123 else None, "plain") for n in range(300)]
+        with self.under_load(server, 2) as accepted:
+            self.assertEqual(self.post(server, *events).json["stored"], "spool")
+            wait_until(self.quarantined, 40)
+        wait_until(lambda: self.post(server, mark(1)).json["stored"] == "database")
+        self.assertEqual([number for number, _ in self.quarantined()], [123])
+        self.assertEqual(self.stored(), sorted([*accepted, *(n for n in range(300) if n != 123)]))
+
+    def test_sessions_that_are_lost_and_handed_over_under_load_lose_and_double_nothing(self) -> None:
+        server = self.serve()
+        killer = self.session()
+        sessions = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+        with Crowd(server.port, 24) as crowd:
+            for _ in range(10):
+                wait_until(lambda: self.post(server, mark(1)).json["stored"] == "database")
+                time.sleep(random.uniform(0, 0.05))
+                killer.run(f"{sessions} AND application_name = 'attolytics'")
+        self.assertEqual(crowd.failed, [])
+        wait_until(lambda: self.post(server, mark(1)).json["stored"] == "database")
+        self.assertEqual(self.stored(), sorted(crowd.accepted))
+        with contextlib.closing(sqlite3.connect(self.spool)) as db:
+            self.assertEqual(db.execute("SELECT * FROM attolytics_spool").fetchall(), [])
+
+
 class ProcessTest(ProcessCase):
     def test_sigterm_and_sigint_drain_under_load_and_exit_with_0(self) -> None:
         for how in (signal.SIGTERM, signal.SIGINT):
@@ -4264,7 +4605,9 @@ class ProcessTest(ProcessCase):
         code, lines = self.fail_to_start(
             "-s", self.schema_file, "-d", b"postgres://\xff".decode(errors="surrogateescape")
         )
-        self.assertEqual((code, lines), (1, ["attolytics: database URL: not UTF-8"]))
+        self.assertEqual(
+            (code, lines), (1, ["attolytics: database URL: the host is not UTF-8 after decoding"])
+        )
 
     def test_kill_9_loses_nothing_that_was_answered(self) -> None:
         server = self.run_server()
@@ -4415,20 +4758,19 @@ class ProcessTest(ProcessCase):
     def test_the_help_names_every_option(self) -> None:
         command = [sys.executable, str(HERE / "attolytics.py"), "--help"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for word in [
-            "--schema",
-            "--db_url",
-            "--host",
-            "--port",
-            "--max_body",
-            "--max_connections",
-            "--verbose",
-        ]:
-            self.assertIn(word, text)
-        version = subprocess.run(
-            [*command[:2], "--version"], capture_output=True, text=True, check=True
-        ).stdout
+        helps = {usage: help_text for usage, (_, help_text) in attolytics.OPTIONS.items()}
+        for usage, help_text in {**helps, **attolytics.SWITCHES}.items():
+            self.assertLessEqual(set(usage.split()), set(re.findall(r"[\w-]+", text)), usage)
+            self.assertIn(help_text.replace(" ", ""), "".join(text.split()))
+        command[-1] = "--version"
+        version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         self.assertEqual(version, f"attolytics {attolytics.__version__}\n")
+
+    def test_it_runs_as_a_module(self) -> None:
+        command = [sys.executable, "-m", "attolytics", "-s", "/nope"]
+        result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("attolytics: cannot read the schema file /nope", result.stderr)
 
 
 class CommandTest(ProcessCase):
@@ -4518,7 +4860,8 @@ class CheckTest(ProcessCase):
         self.assertIn(
             '\nALTER TABLE "marks" ADD COLUMN "text" varchar, ALTER COLUMN "gone" DROP NOT NULL;', out
         )
-        self.assertIn('\nCREATE UNIQUE INDEX CONCURRENTLY ON "marks" ("mark");', out)
+        create = 'CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS "marks_mark_idx" ON "marks" ("mark");'
+        self.assertIn(f"\n{create}", out)
         self.assertIn(f"\n{attolytics.CREATE_LEDGER};", out)
         self.assertEqual(self.contents(), before)
         self.assertEqual(os.listdir(self.directory), [self.schema_file.name])  # no spool either
@@ -4553,6 +4896,15 @@ class CheckTest(ProcessCase):
             self.query(sql)
         self.assertEqual(self.check("-s", self.schema_file, "-d", url)[0], 0)
         self.run_server("--migrate", url=url)
+
+    def test_a_ledger_of_an_earlier_version_is_named(self) -> None:
+        self.open()
+        self.query("ALTER TABLE attolytics_ledger DROP COLUMN session")
+        code, out, _ = self.check("-s", self.schema_file, "-d", self.url)
+        self.assertEqual(code, 1)
+        self.assertIn('--   table "attolytics_ledger" has no column "session"\n', out)
+        self.psql(out)
+        self.assertEqual(self.check("-s", self.schema_file, "-d", self.url)[0], 0)
 
     def test_a_reader_that_went_away_is_no_traceback(self) -> None:
         command = [sys.executable, str(HERE / "attolytics.py"), "--check", "-s", str(self.schema_file)]
@@ -4747,12 +5099,12 @@ class WatchdogTest(ProcessCase):
 
     def test_the_interval_is_for_the_process_that_systemd_names(self) -> None:
         for environ, expected in [
-            ({}, None),
+            ({}, math.inf),
             ({"WATCHDOG_USEC": "30000000"}, 30),
             ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "7"}, 30),
-            ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "8"}, None),
-            ({"WATCHDOG_USEC": "0"}, None),
-            ({"WATCHDOG_USEC": "x"}, None),
+            ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "8"}, math.inf),
+            ({"WATCHDOG_USEC": "0"}, math.inf),
+            ({"WATCHDOG_USEC": "x"}, math.inf),
         ]:
             self.assertEqual(attolytics.watchdog_interval(environ, 7), expected, environ)
 
@@ -4775,7 +5127,7 @@ class WatchdogTest(ProcessCase):
             wait_for_more(crowd.accepted, 100)
             for stopped in (self.postgres.process.pid, pid):
                 os.kill(stopped, signal.SIGSTOP)
-            self.assertGreaterEqual(self.pings(13), 10)
+            self.assertGreaterEqual(self.pings(8), 6)
             for stopped in (self.postgres.process.pid, pid):
                 os.kill(stopped, signal.SIGCONT)
             self.postgres.stop()
@@ -4785,9 +5137,32 @@ class WatchdogTest(ProcessCase):
         self.postgres.start()
         self.assertEqual(server.stop(), 0)
 
+    def test_pings_come_at_half_the_interval_while_the_writer_moves(self) -> None:
+        now, pings = 100.0, list[float]()
+        writer = types.SimpleNamespace(beat_at=now)
+        service: Any = types.SimpleNamespace(writer=writer, clock=lambda: now)
+        watchdog = attolytics.Watchdog(10, lambda: pings.append(now), service)
+        for moves in (True, False, True):
+            for _ in range(15):
+                now += 1
+                writer.beat_at = now - 0.2 if moves else writer.beat_at
+                watchdog.look()
+        self.assertEqual(pings, [105, 110, 115, 131, 136, 141])
+        without = attolytics.Watchdog(math.inf, lambda: self.fail("a ping"), service)
+        now += 1e9
+        writer.beat_at = now
+        without.look()
+        self.assertEqual(without.look_s, attolytics.SIGNAL_CHECK_S)
+
     def test_a_writer_that_hangs_is_not_pinged_for_and_one_that_goes_on_is(self) -> None:
-        writer = self.start_writer(schema_of(ALL_TYPES))
-        watchdog = attolytics.Watchdog(0.4, attolytics.Notifier(self.path), writer)
+        schema = schema_of(ALL_TYPES)
+        spool = Spool(self.spool_path(), attolytics.SPOOL_BYTES_MAX, schema, str(uuid.uuid4()))
+        metrics = attolytics.Metrics(schema)
+        writer = Writer(spool, attolytics.Replayer(schema, spool, None, metrics), metrics)
+        thread = writer.start(None)
+        ping = functools.partial(attolytics.send_notice, self.path, "WATCHDOG=1")
+        service = attolytics.Service(schema, writer, spool, metrics, 1000, time.monotonic)
+        watchdog = attolytics.Watchdog(1.4, ping, service)
         self.sock.settimeout(0)
 
         def count_pings(seconds: float) -> int:
@@ -4799,19 +5174,17 @@ class WatchdogTest(ProcessCase):
                     count += self.sock.recv(1000) == b"WATCHDOG=1"
             return count
 
-        self.assertGreaterEqual(count_pings(1.2), 3)
+        self.assertGreaterEqual(count_pings(3), 2)
         hangs, go_on = threading.Event(), threading.Event()
-
-        def hang(_batch: Batch, _verdict: object) -> None:
-            hangs.set()
-            go_on.wait(20)
-
-        writer.submit(self.batch(mark(1), schema=schema_of(ALL_TYPES)), hang)
+        batch = attolytics.intakes(schema)["app"].batch(body_of(mark(1), key="key"), delivery())
+        writer.submit(batch, lambda _verdict: hangs.set() or go_on.wait(20))  # type: ignore[func-returns-value]
         self.assertTrue(hangs.wait(20))
-        count_pings(0.3)  # one may have been due
-        self.assertEqual(count_pings(1.2), 0)
+        count_pings(0.8)  # one may have been due
+        self.assertEqual(count_pings(2), 0)
         go_on.set()
-        self.assertGreaterEqual(count_pings(1.2), 3)
+        self.assertGreaterEqual(count_pings(3), 2)
+        writer.stop()
+        thread.join(10)
 
 
 class ReloadTest(ProcessCase):
@@ -4900,7 +5273,7 @@ apps:
         self.reload(server, self.SMALL.replace("type: i64", "type: bool"), self.KEPT)
         self.assertTrue(self.said(server, "the type is int8, expected boolean"))
         self.reload(server, self.SMALL.replace("i64 }", "i64, indexed: true }"), self.KEPT)
-        self.assertTrue(self.said(server, 'CREATE INDEX CONCURRENTLY ON "plain" ("mark");'))
+        self.assertTrue(self.said(server, 'ON "plain" ("mark");'))
         self.assertTrue(self.said(server, "--migrate"))
         self.assertEqual(self.post(server), 200)
         table = "  new:\n    columns: [{ name: x, indexed: true }]\napps:"
@@ -5043,23 +5416,37 @@ apps:
                 return None
 
 
-class FaultTest(ProcessCase):
+class FaultTest(SpoolCase):
     """Faults of a PostgreSQL of our own, which may break."""
+
+    SESSIONS = "pg_stat_activity WHERE application_name = 'attolytics' AND datname = current_database()"
 
     @classmethod
     def setUpClass(cls) -> None:
         cls.server = Postgres()
         cls.addClassCleanup(cls.server.remove)
 
+    def stop_backend(self) -> int:
+        """Stop the process that serves the server's session; it goes on when the test ends, at the latest."""
+        [[pid]] = self.query(f"SELECT pid FROM {self.SESSIONS}")
+        os.kill(pid, signal.SIGSTOP)
+        self.addCleanup(self.go_on, pid)
+        return int(pid)
+
+    def go_on(self, pid: int) -> None:
+        """Let a process go on, and wait for its end, which comes with that of its connection."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: not self.query(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"))
+
     def test_a_postgresql_that_is_killed_in_the_middle_of_load_loses_nothing_that_was_answered(self) -> None:
-        server = self.run_server()
+        server = self.serve()
         with self.under_load(server) as accepted:
             for _ in range(2):
                 wait_for_more(accepted, 100)
                 self.postgres.stop(signal.SIGKILL)
                 wait_for_more(accepted, 100)
-                answer = server.post("/apps/app/events", body_of(mark(1), key="key"))
-                self.assertEqual(answer.json, {"accepted": 1, "stored": "spool"})
+                self.assertEqual(self.post(server, mark(1)).json, {"accepted": 1, "stored": "spool"})
                 self.postgres.start()
             self.wait_for_database(server)
             wait_for_more(accepted, 100)
@@ -5070,34 +5457,54 @@ class FaultTest(ProcessCase):
         self.assertLess(len(server.lines), 30)  # not one per request
 
     def test_backends_that_are_killed_in_the_middle_of_load(self) -> None:
-        server = self.run_server()
+        server = self.serve()
         with self.under_load(server) as accepted:
             for _ in range(5):
                 wait_for_more(accepted, 50)
-                self.query(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                    " WHERE application_name = 'attolytics'"
-                )
+                self.query(f"SELECT pg_terminate_backend(pid) FROM {self.SESSIONS}")
         self.wait_for_database(server)
         self.check_exactly_once(accepted)
 
+    def test_a_backend_that_is_stopped_in_the_middle_of_load_delays_no_answer_for_long(self) -> None:
+        server = self.serve()
+        with self.under_load(server, 4) as accepted:
+            wait_for_more(accepted, 50)
+            pid = self.stop_backend()
+            end, slowest = time.monotonic() + 5, 0.0
+            while (started := time.monotonic()) < end:
+                self.assertEqual(self.post(server, mark(1)).status, 200)
+                slowest = max(slowest, time.monotonic() - started)
+            self.assertLess(slowest, attolytics.PATIENCE_S + 0.5)
+            self.go_on(pid)
+            self.wait_for_database(server)
+        self.check_exactly_once(accepted)
+
     def test_a_backend_that_hangs_and_runs_its_flush_late_stores_nothing_twice(self) -> None:
-        server = self.run_server()
-        [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
-        os.kill(pid, signal.SIGSTOP)
+        server = self.serve()
+        pid = self.stop_backend()
         for number in (1, 2):
             started = time.monotonic()
-            answer = server.post("/apps/app/events", body_of(mark(number, table="plain"), key="key"))
+            answer = self.post(server, mark(number, table="plain"))
             self.assertEqual(answer.json, {"accepted": 1, "stored": "spool"})
             self.assertLess(time.monotonic() - started, attolytics.PATIENCE_S + 0.5)
         self.wait_for_database(server)
         self.assertEqual(self.stored(), [1, 2])
-        os.kill(pid, signal.SIGCONT)
-        wait_until(lambda: not self.query(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"))
+        self.go_on(pid)
         self.assertEqual(self.stored(), [1, 2])
 
+    def test_a_late_flush_does_not_store_what_is_in_the_quarantine_by_now(self) -> None:
+        server = self.serve()
+        pid = self.stop_backend()
+        self.assertEqual(self.post(server, mark(1, table="plain")).json["stored"], "spool")
+        server.stop(signal.SIGKILL)
+        self.schema_file.write_text(ALL_TYPES.replace("  app:", "  other:"))
+        self.serve()  # which sends nothing of the event: the schema has changed
+        wait_until(lambda: self.read("SELECT count(*) FROM quarantine") == [(1,)])
+        self.go_on(pid)
+        self.assertEqual(self.stored(), [])
+
     def test_a_replay_gets_on_while_clients_send_all_they_can(self) -> None:
-        server = self.run_server()
+        server = self.serve()
         self.postgres.stop()
         body = body_of(*[mark(number, table="plain") for number in range(1000)], key="key")
         stop = threading.Event()
@@ -5122,29 +5529,22 @@ class FaultTest(ProcessCase):
 
     def test_a_server_that_starts_before_postgresql_spools_and_then_prepares_the_tables(self) -> None:
         self.postgres.stop()
-        server = self.run_server()
-        answer = server.post("/apps/app/events", body_of(mark(1, table="plain"), key="key"))
+        server = self.serve()
+        answer = self.post(server, mark(1, table="plain"))
         self.assertEqual(answer.json, {"accepted": 1, "stored": "spool"})
         self.assertIn("cannot use database", server.lines[0])
         self.postgres.start()
         self.wait_for_database(server)
         self.assertEqual(self.stored(), [1])
 
-    def wait_for_database(self, server: Attolytics) -> None:
-        """Wait until events go to the database again, so that the spool is empty."""
-        wait_until(
-            lambda: server.post("/apps/app/events", body_of(mark(1), key="key")).json["stored"] == "database"
-        )
-
     @not_pooled("it chooses the backend")
     def test_draining_while_the_database_hangs_ends_in_time(self) -> None:
-        server = self.run_server()
-        [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
-        for stopped in (pid, self.postgres.process.pid):
-            os.kill(stopped, signal.SIGSTOP)
-            self.addCleanup(os.kill, stopped, signal.SIGCONT)
+        server = self.serve()
+        self.stop_backend()
+        os.kill(self.postgres.process.pid, signal.SIGSTOP)
+        self.addCleanup(os.kill, self.postgres.process.pid, signal.SIGCONT)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            future = pool.submit(server.post, "/apps/app/events", body_of(mark(1), key="key"))
+            future = pool.submit(self.post, server, mark(1))
             time.sleep(0.3)
             started = time.monotonic()
             self.assertEqual(server.stop(), 0)
@@ -5155,36 +5555,78 @@ class FaultTest(ProcessCase):
 # --- Spool --------------------------------------------------------------------
 
 
-class SpoolTextTest(unittest.TestCase):
-    def test_events_are_found_in_a_body_as_they_came(self) -> None:
-        events = ['{"a" : [1, {"b":2}], "c":"]},{"}', "7", '{"n":1.50e+2,"s":"\\ud800 \\u00e9"}', "[]"]
-        text = f'\ufeff {{ "x":[[1]] , "events" : [ {" , ".join(events)} ] ,"secret_key":"\\"events\\"" }} '
-        self.assertEqual(attolytics.event_texts(attolytics.body_text(text.encode())), events)
-        self.assertEqual(attolytics.event_texts('{"events":[]}'), [])
+class SpoolTextTest(SpoolCase):
+    """What is in the spool is equal to what came, whatever it is."""
 
-    def test_whatever_is_spooled_can_be_read_again(self) -> None:
-        intake = Intake(schema_of(ALL_TYPES).apps["app"])
-        refused = 0
-        for depth in [*range(0, 900, 100), *range(900, 1_010), 5_000, 50_000]:
-            nested = "[" * depth + "]" * depth
-            body = f'{{"secret_key": "key", "events": [{{"_t": "plain", "deep": [{nested}]}}]}}'.encode()
-            try:
-                text = attolytics.batch_text(intake.batch(body, delivery()))
-            except (InvalidBody, RecursionError):
-                refused += 1
-                continue
-            [spooled] = attolytics.read_spooled(f"[{text}]")
-            self.assertEqual(len(spooled.events), 1)
-            self.assertEqual(len(attolytics.spooled_events(f"[{text}]")[0]), 1)
-        self.assertGreater(refused, 0)
+    TEXTS = (
+        *("123456789012345678901234567890", "-0.1234567890123456789012345678901", "9007199254740993.0"),
+        *("1e400", "-1.5E-400", "1e2", "-0.0", "4.35", '"\\u0000"', '"\\ud83d\\ude00 é \\u2028\\u001f"'),
+        *('"\\ud800"', '"\\ude00\\ud83d"', '"\\\\\\ud800\\\\ud800"', '"\\"\\\\\\/\\b\\f\\n\\r\\t"'),
+        '{"": {"a\\"b": [[], {}]}, "\\u00e9\\udc00": [true, false, null]}',
+    )
 
-    def test_events_are_taken_out_of_a_flush(self) -> None:
-        text = '[{"app":"a","events":[1,{"x":[2]},3]},{"app":"b","events":[4]},{"app":"c","events":[5]}]'
-        self.assertEqual(attolytics.spooled_events(text), [["1", '{"x":[2]}', "3"], ["4"], ["5"]])
-        self.assertEqual(
-            attolytics.without_events(text, {(0, 0), (0, 2), (1, 0)}),
-            '[{"app":"a","events":[{"x":[2]}]},{"app":"c","events":[5]}]',
-        )
+    def setUp(self) -> None:
+        super().setUp()
+        self.schema_file.write_text(ALL_TYPES + KEEPING_APP)
+
+    def read_json(self, text: str) -> Any:
+        return json.loads(text, parse_float=Decimal)
+
+    def send(self, server: Attolytics, *events: str, app: str = "app") -> Answer:
+        body = f'{{"secret_key": "key", "events": [{", ".join(events)}]}}'
+        return server.post(f"/apps/{app}/events", body.encode())
+
+    def spooled(self) -> list[Any]:
+        """Return the events in the spool, with the digits of their numbers."""
+        flushes = self.read("SELECT batches FROM attolytics_spool ORDER BY id")
+        batches = itertools.chain.from_iterable(self.read_json(text) for (text,) in flushes)
+        return [event for batch in batches for event in batch["events"]]
+
+    def test_values_that_no_column_has_come_back_equal(self) -> None:
+        server = self.serve(url="")
+        events = [f'{{"_t":"plain", "mark":{n},"more":{text} }}' for n, text in enumerate(self.TEXTS)]
+        self.assertEqual(self.send(server, *events).status, 200)
+        self.assertEqual(self.spooled(), [self.read_json(event) for event in events])
+        self.assertEqual(self.read("SELECT mark FROM plain"), [(n,) for n in range(len(self.TEXTS))])
+        bad = [event.replace('"mark":', '"text":') for event in events]
+        self.assertEqual(self.send(server, *bad, app="keeping").json["accepted"], 0)
+        kept = self.read("SELECT event FROM quarantine ORDER BY id")
+        self.assertEqual([self.read_json(event) for (event,) in kept], [self.read_json(e) for e in bad])
+        server.stop()
+        self.replayed(self.serve())
+        self.assertEqual(self.stored(), [*range(len(self.TEXTS))])
+
+    def test_values_of_columns_come_back_equal(self) -> None:
+        good = [text for text in self.TEXTS if "\\ud800" not in text and "\\u0000" not in text]
+        good = [text for text in good if "\\udc00" not in text and "\\ude00\\ud83d" not in text]
+        good += ["[" * 99 + "1.50" + "]" * 99]
+        events = [f'{{"_t":"everything","id":{n},"j":{text},"x":{text}}}' for n, text in enumerate(good)]
+        server = self.serve(url="")
+        self.assertEqual(self.send(server, *events).json["accepted"], len(good))
+        server.stop()
+        self.replayed(self.serve())
+        rows = self.query("SELECT j::text, (extra -> 'x')::text FROM everything ORDER BY id")
+        for text, (own, extra) in zip(good, rows, strict=True):
+            self.assertEqual((self.read_json(own), own), (self.read_json(text), extra))
+
+    def test_what_is_nested_too_deeply_is_refused_at_the_door(self) -> None:
+        server = self.serve(url="")
+        outer = 3  # of the body, of the events, of the event
+        depths = (1, 100, 250, 396, 397, 398, 400, 401, 1_000, 5_000, 100_000)
+        for depth, app in itertools.product(depths, ["app", "keeping"]):
+            with self.subTest(depth, app=app):
+                for nested in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
+                    answer = self.send(server, f'{{"_t":"plain","mark":{depth},"more":{nested}}}', app=app)
+                    fits = outer + depth <= attolytics.BODY_DEPTH_MAX
+                    self.assertEqual(answer.status, 200 if fits else 400)
+                    if not fits:
+                        self.assertIn("nested", answer.json["error"])
+        self.assertEqual({mark for (mark,) in self.read("SELECT mark FROM plain")}, {*depths[:5]})
+        server.stop()
+        server = self.serve()
+        self.replayed(server)
+        self.assertEqual(self.stored(), sorted([*depths[:5]] * 4))
+        self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(0,)])
 
 
 QUARANTINE_SCHEMA = """
@@ -5199,78 +5641,117 @@ apps:
 """
 
 
-class SpoolTest(ProcessCase):
-    """The spool of a server in a directory of its own."""
+# What version 0.1.0 left behind: two flushes of a process, and an event in quarantine.
+FORMER_EPOCH = "3f7c99dd-495e-4680-8b9c-4d3d1d062ee8"
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.spool = self.directory / "attolytics.sqlite3"
 
-    def serve(self, *options: object, url: str | None = None) -> Attolytics:
-        return self.run_server(*options, url=url, directory=self.directory)
+FORMER_SPOOL = f"""
+CREATE TABLE attolytics_epoch (epoch TEXT PRIMARY KEY, is_finished INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE attolytics_spool (
+  id INTEGER PRIMARY KEY, epoch TEXT NOT NULL, flush INTEGER NOT NULL,
+  events INTEGER NOT NULL, total INTEGER NOT NULL, batches TEXT NOT NULL
+);
+CREATE TABLE attolytics_quarantine (
+  id INTEGER PRIMARY KEY, quarantined_at REAL NOT NULL, app TEXT, table_name TEXT, column_name TEXT,
+  reason TEXT NOT NULL, batch TEXT, event TEXT NOT NULL
+);
+PRAGMA application_id = 1098151023;
+PRAGMA user_version = 1;
+CREATE VIEW quarantine AS SELECT id, reason, event FROM attolytics_quarantine;
+CREATE VIEW "marks" AS SELECT 1;
+INSERT INTO attolytics_epoch VALUES ('{FORMER_EPOCH}', 0), ('75c1e7a5-9a2a-44c9-9a3c-2a4b8b0de4a4', 1);
+INSERT INTO attolytics_quarantine VALUES (1, 1795695422.28464293486, 'app', 'marks', 'mark',
+  'mark: expected an integer, got "x"',
+  '{{"app":"app","received_at":1795695422.283448,"client_ip":"127.0.0.1","headers":{{"accept-language":"Ã¤"}}}}',
+  '{{"_t":"marks","mark":"x"}}');
+INSERT INTO attolytics_spool VALUES (1, '{FORMER_EPOCH}', 1, 2, 2,
+  '[{{"app":"app","received_at":1795695422.283448,"client_ip":"127.0.0.1","headers":{{"accept-language":"Ã¤"}},'
+  || '"events":[{{"_t" : "marks","mark":1,"text":"\\u00e9"}},'
+  || '{{"_t":"marks","mark":2,"big":123456789012345678901234567890.50,"deep":[[{{"a":1e2}}]]}}]}}]');
+INSERT INTO attolytics_spool VALUES (2, '{FORMER_EPOCH}', 2, 1, 3,
+  '[{{"app":"app","received_at":1795695422.2961776,"client_ip":"127.0.0.1","headers":{{}},'
+  || '"events":[{{"_t":"marks","mark":3,"half":"x\\ud83d\\ude00\\ud800"}}]}}]');
+"""
 
-    def post(self, server: Attolytics, *events: object, app: str = "app") -> Answer:
-        return server.post(f"/apps/{app}/events", body_of(*events, key="key"), {"User-Agent": "tests"})
 
-    def read(self, sql: str) -> list[Any]:
-        """Query the spool as the sqlite3 program would."""
-        with contextlib.closing(sqlite3.connect(self.spool)) as db:
-            return db.execute(sql).fetchall()
-
-    def replayed(self, server: Attolytics) -> None:
-        wait_until(lambda: any("replayed all" in line for line in server.lines))
+class SpoolTest(SpoolCase):
+    """The spool of a server, with a database and without."""
 
     def test_without_a_database_events_are_readable_and_move_over_later(self) -> None:
         server = self.serve(url="")
         self.assertIn("listens on", server.lines[0])
         self.assertIn("writes to the spool attolytics.sqlite3", server.lines[0])
         self.assertIn("""sqlite3 attolytics.sqlite3 'SELECT * FROM "everything"'""", server.lines[1])
-        event = {
-            "_t": "everything",
-            "id": 1,
-            "b": True,
-            "f64": 1.5,
-            "s": "é\t'\"\\",
-            "ts": 1554130180.25,
-            "j": {"a": ["x", None]},
-            "u": str(uuid.UUID(int=1)),
-            "more": [1],
-        }
+        event: dict[str, object] = {"_t": "everything", "id": 1, "b": True, "f64": 1.5, "s": "é\t'\"\\"}
+        event |= {"ts": 1554130180.25, "j": {"a": ["x", None]}, "u": str(uuid.UUID(int=1)), "more": [1]}
         odd = {"_t": 'odd "table"', "odd \"column'": "a", "select": "b"}
-        answer = self.post(
-            server, event, mark(1, "x"), odd, {"_t": "everything", "ts": "2019-04-01T16:49:40+02:00"}
-        )
+        late = {"_t": "everything", "ts": "2019-04-01T16:49:40+02:00"}
+        answer = self.post(server, event, mark(1, "x"), odd, late)
         self.assertEqual(answer.json, {"accepted": 4, "stored": "spool"})
-        self.assertEqual(
-            self.read("SELECT * FROM everything"),
-            [
-                (
-                    *(1, 1, None, None, None, 1.5, "é\t'\"\\", "2019-04-01 14:49:40.250"),
-                    *('{"a":["x",null]}', str(uuid.UUID(int=1)), '{"more":[1]}'),
-                ),
-                (*[None] * 7, "2019-04-01 14:49:40.000", None, None, None),
-            ],
-        )
+        first = (1, 1, None, None, None, 1.5, "é\t'\"\\", "2019-04-01 14:49:40.250", '{"a":["x",null]}')
+        second = (*[None] * 7, "2019-04-01 14:49:40.000", *[None] * 3)
+        rows = [(*first, str(uuid.UUID(int=1)), '{"more":[1]}'), second]
+        self.assertEqual(self.read("SELECT * FROM everything"), rows)
         self.assertEqual(self.read("SELECT * FROM marks"), [(1, "x")])
         self.assertEqual(self.read('SELECT * FROM "odd ""table"""'), [("a", "b")])
         self.assertEqual(server.stop(), 0)
         self.assertEqual(self.spool.stat().st_mode & 0o777, 0o600)
         server = self.serve()
         self.replayed(server)
-        self.assertEqual(
-            self.query(
-                "SELECT id, b, f64, s, extract(epoch FROM ts)::float8, j::text, extra::text FROM everything"
-            ),
-            [
-                [1, True, 1.5, "é\t'\"\\", 1554130180.25, '{"a": ["x", null]}', '{"more": [1]}'],
-                [None, None, None, None, 1554130180.0, None, None],
-            ],
-        )
+        columns = "id, b, f64, s, extract(epoch FROM ts)::float8, j::text, extra::text"
+        stored = [1, True, 1.5, "é\t'\"\\", 1554130180.25, '{"a": ["x", null]}', '{"more": [1]}']
+        rest = [None, None, None, None, 1554130180.0, None, None]
+        self.assertEqual(self.query(f"SELECT {columns} FROM everything"), [stored, rest])
         self.assertEqual(self.query('SELECT * FROM "odd ""table"""'), [["a", "b"]])
         self.assertEqual(self.read("SELECT * FROM everything"), [])
-        self.assertEqual(self.query("SELECT count(*) FROM attolytics_ledger"), [[1]])
+
+    def test_a_spool_of_the_former_version_is_replayed(self) -> None:
+        self.schema_file.write_text(
+            QUARANTINE_SCHEMA.replace(
+                "name: text }", "name: text }\n      - { name: l, header: Accept-Language }"
+            )
+        )
+        with contextlib.closing(sqlite3.connect(self.spool)) as db:
+            db.executescript(FORMER_SPOOL)
+        # Its database has the first flush already: the answer to its COMMIT was lost.
+        self.query(
+            "CREATE TABLE attolytics_ledger (epoch uuid PRIMARY KEY, flush bigint NOT NULL,"
+            " updated_at timestamp with time zone NOT NULL DEFAULT now());"
+            f" INSERT INTO attolytics_ledger VALUES ('{FORMER_EPOCH}', 1);"
+            " CREATE TABLE marks (mark bigint, text varchar, l varchar);"
+            " INSERT INTO marks VALUES (1, 'é', 'ä'), (2, NULL, 'ä')"
+        )
+        former = self.spool.read_bytes()
+        server = self.serve("--retry_quarantine")
+        self.replayed(server)
+        rows = [[1, "é", "ä"], [2, None, "ä"], [3, None, None]]
+        self.assertEqual(self.query("SELECT * FROM marks ORDER BY mark"), rows)
+        reason = 'mark: expected an integer, got "x"'
+        self.assertEqual(self.read("SELECT app, reason FROM quarantine"), [("app", reason)])
+        self.assertEqual(self.post(server, mark(4)).json["stored"], "database")
         server.stop()
-        self.assertEqual(self.query("SELECT count(*) FROM attolytics_ledger"), [[0]])
+        self.query("DELETE FROM attolytics_ledger; DELETE FROM marks")  # a fresh database
+        self.spool.write_bytes(former)
+        server = self.serve(url="")
+        self.assertEqual(
+            self.read("SELECT mark, text, l FROM marks"), [(1, "é", "Ã¤"), (2, None, "Ã¤"), (3, None, None)]
+        )
+        server.stop()
+        self.replayed(self.serve())
+        self.assertEqual(self.query("SELECT * FROM marks ORDER BY mark"), rows)
+
+    def test_an_old_copy_of_the_spool_is_not_stored_again(self) -> None:
+        server = self.serve(url="")
+        self.post(server, mark(1, table="plain"), mark(2, table="plain"))
+        server.stop()
+        copy = self.spool.read_bytes()
+        for _ in range(2):
+            server = self.serve()
+            self.replayed(server)
+            self.assertEqual(self.stored(), [1, 2])
+            server.stop()
+            self.spool.write_bytes(copy)
+        self.assertEqual(self.query("SELECT count(*) FROM attolytics_ledger"), [[3]])
 
     def test_what_the_request_brings_is_kept(self) -> None:
         self.schema_file.write_text(
@@ -5280,19 +5761,14 @@ class SpoolTest(ProcessCase):
         )
         server = self.serve(url="")
         before = time.time()
-        body = body_of({"_t": "t"}, key="key")
-        headers = {
-            "User-Agent": "ägent".encode().decode("latin-1"),
-            "X-Real-IP": "192.0.2.7",
-            "Cookie": "secret",
-        }
-        server.post("/apps/app/events", body, headers)
+        agent = "ägent".encode().decode("latin-1")
+        headers = {"User-Agent": agent, "X-Real-IP": "192.0.2.7", "Cookie": "secret"}
+        server.post("/apps/app/events", body_of({"_t": "t"}, key="key"), headers)
         [[_agent, ip, app, at]] = self.read("SELECT * FROM t")
         self.assertEqual((ip, app), ("192.0.2.7", "app"))
         self.assertTrue(at.startswith("20"))
         server.stop()
-        content = self.spool.read_bytes()
-        self.assertNotIn(b"secret", content)  # neither the cookie nor the key
+        self.assertNotIn(b"secret", self.spool.read_bytes())  # neither the cookie nor the key
         self.replayed(self.serve())
         rows = self.query("SELECT agent, ip, app, extract(epoch FROM at)::float8 FROM t")
         self.assertEqual(rows[0][:3], ["ägent", "192.0.2.7", "app"])
@@ -5305,35 +5781,24 @@ class SpoolTest(ProcessCase):
             self.post(server, mark(number, f"{number}" if number % 4 else "none"), mark(100 + number, "7"))
         self.post(server, mark(1000, "8"), app="strict")
         server.stop()
-        changed = QUARANTINE_SCHEMA.replace("name: text", "name: text, type: i32").replace(
-            "  strict:", "  other:"
-        )
-        self.schema_file.write_text(changed)
+        other = QUARANTINE_SCHEMA.replace("  strict:", "  other:")
+        self.schema_file.write_text(other.replace("name: text", "name: text, type: i32"))
         server = self.serve()
         self.replayed(server)
         self.assertEqual(self.query("SELECT count(*) FROM marks"), [[0]])
         self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(41,)])
+        columns = 'app, "table", "column", reason, event, client_ip'
+        reason, event = 'text: expected an integer, got "none"', '{"_t":"marks","mark":0,"text":"none"}'
         self.assertEqual(
-            self.read(
-                'SELECT app, "table", "column", reason, event, client_ip FROM quarantine ORDER BY id LIMIT 1'
-            ),
-            [
-                (
-                    "app",
-                    "marks",
-                    "text",
-                    'text: expected an integer, got "none"',
-                    '{"_t": "marks", "mark": 0, "text": "none"}',
-                    "127.0.0.1",
-                )
-            ],
+            self.read(f"SELECT {columns} FROM quarantine ORDER BY id LIMIT 1"),
+            [("app", "marks", "text", reason, event, "127.0.0.1")],
         )
         self.assertEqual(
             self.read("SELECT reason FROM quarantine WHERE app = 'strict'"),
             [('the schema file has no app "strict"',)],
         )
         server.stop()
-        self.schema_file.write_text(QUARANTINE_SCHEMA.replace("  strict:", "  other:"))
+        self.schema_file.write_text(other)
         self.query("ALTER TABLE marks ALTER COLUMN text TYPE varchar")
         server = self.serve("--retry_quarantine")
         self.replayed(server)
@@ -5346,30 +5811,24 @@ class SpoolTest(ProcessCase):
     def test_bad_events_go_to_the_quarantine_where_the_app_says_so(self) -> None:
         self.schema_file.write_text(QUARANTINE_SCHEMA)
         server = self.serve()
-        answer = self.post(
-            server, mark(1), mark("x"), {"_t": "nope"}, 7, mark(2), {"_t": "marks", "mark": 1.5, "text": 3}
-        )
+        events = [mark(1), mark("x"), {"_t": "nope"}, 7, mark(2), {"_t": "marks", "mark": 1.5, "text": 3}]
+        answer = self.post(server, *events)
         self.assertEqual(answer.status, 200)
         self.assertEqual((answer.json["accepted"], answer.json["stored"]), (2, "database"))
         places = [(problem["index"], problem["column"]) for problem in answer.json["quarantined"]]
         self.assertEqual(places, [(1, "mark"), (2, "_t"), (3, None), (5, "mark"), (5, "text")])
         self.assertEqual(self.query("SELECT mark FROM marks ORDER BY mark"), [[1], [2]])
-        self.assertEqual(
-            self.read("SELECT event FROM quarantine"),
-            [
-                ('{"_t": "marks", "mark": "x", "text": null}',),
-                ('{"_t": "nope"}',),
-                ("7",),
-                ('{"_t": "marks", "mark": 1.5, "text": 3}',),
-            ],
-        )
+        kept = ['{"_t":"marks","mark":"x","text":null}', '{"_t":"nope"}', "7"]
+        kept += ['{"_t":"marks","mark":1.5,"text":3}']
+        self.assertEqual(self.read("SELECT event FROM quarantine"), [(event,) for event in kept])
         self.assertEqual(self.post(server, mark("x"), app="strict").status, 400)
         self.query("ALTER TABLE marks ADD CONSTRAINT small CHECK (mark < 100)")
         answer = self.post(server, mark("y"), mark(101), mark(3), mark(102))
-        self.assertEqual((answer.json["accepted"], answer.json["stored"]), (1, "database"))
-        self.assertEqual(sorted(problem["index"] for problem in answer.json["quarantined"]), [0, 1, 3])
-        self.assertEqual(self.query("SELECT mark FROM marks ORDER BY mark"), [[1], [2], [3]])
-        self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(7,)])
+        # What the database refuses is found by the replay.
+        self.assertEqual((answer.json["accepted"], answer.json["stored"]), (3, "spool"))
+        self.assertEqual([problem["index"] for problem in answer.json["quarantined"]], [0])
+        wait_until(lambda: self.query("SELECT mark FROM marks ORDER BY mark") == [[1], [2], [3]])
+        wait_until(lambda: self.read("SELECT count(*) FROM quarantine") == [(7,)])
         server.stop()
         self.query("ALTER TABLE marks DROP CONSTRAINT small")
         server = self.serve("--retry_quarantine")
@@ -5386,53 +5845,22 @@ class SpoolTest(ProcessCase):
         self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(6_001,)])
         self.assertEqual(self.read("SELECT count(*) FROM marks"), [(501,)])
         server.stop()
-        needs_more = QUARANTINE_SCHEMA.replace(
-            "name: text }",
-            "name: text }\n      - { name: a, required: true }\n      - { name: b, required: true }",
-        )
-        self.schema_file.write_text(needs_more)
+        more = "name: text }\n      - { name: a, required: true }\n      - { name: b, required: true }"
+        self.schema_file.write_text(QUARANTINE_SCHEMA.replace("name: text }", more))
         server = self.serve()
         self.replayed(server)
         self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(6_502,)])
         self.assertEqual(self.post(server, {**mark(1), "a": "", "b": ""}).status, 200)
 
-    def test_an_event_that_speaks_like_the_ledger_is_poison_like_any_other(self) -> None:
-        server = self.serve()
-        self.query("ALTER TABLE plain ADD COLUMN number int GENERATED ALWAYS AS (text::int) STORED")
-        answer = self.post(server, mark(1, f"0 {attolytics.LEDGER_MOVED} {uuid.uuid4()}", "plain"))
-        self.assertEqual(answer.status, 400)
-        self.assertEqual(self.post(server, mark(2, "2", "plain")).json["stored"], "database")
-
     def test_poison_in_the_spool_is_narrowed_down_to_the_single_event(self) -> None:
+        self.serve().stop()  # makes the tables
+        self.query("CREATE UNIQUE INDEX ON plain (text); ALTER TABLE plain ADD CHECK (mark % 700 <> 5)")
         server = self.serve(url="")
+        texts = {n: "twice" if n in (40, 2500) else str(n) for n in range(3000)}
         for start in range(0, 3000, 300):
-            self.post(
-                server,
-                *[
-                    mark(n, "twice" if n in (40, 2500) else str(n), "plain")
-                    for n in range(start, start + 300)
-                ],
-            )
+            self.post(server, *[mark(n, texts[n], "plain") for n in range(start, start + 300)])
         server.stop()
-        server = self.serve()  # makes the tables
-        self.replayed(server)
-        server.stop()
-        self.query(
-            "TRUNCATE plain; CREATE UNIQUE INDEX ON plain (text);"
-            " ALTER TABLE plain ADD CHECK (mark % 700 <> 5)"
-        )
-        server = self.serve(url="")
-        for start in range(0, 3000, 300):
-            self.post(
-                server,
-                *[
-                    mark(n, "twice" if n in (40, 2500) else str(n), "plain")
-                    for n in range(start, start + 300)
-                ],
-            )
-        server.stop()
-        server = self.serve()
-        self.replayed(server)
+        self.replayed(self.serve())
         bad = {5, 705, 1405, 2105, 2805, 2500}
         self.assertEqual(self.stored(), [n for n in range(3000) if n not in bad])
         reasons = self.read("SELECT json_extract(event, '$.mark'), reason FROM quarantine ORDER BY 1")
@@ -5451,7 +5879,7 @@ class SpoolTest(ProcessCase):
             answer = self.post(server, mark(-7, "no_such_table", "plain"))
             self.assertEqual(answer.json["stored"], "spool")
             wait_for_more(accepted, 50)
-        wait_until(lambda: self.post(server, mark(1)).json["stored"] == "database")
+        self.wait_for_database(server)
         self.check_exactly_once(accepted)
         self.assertNotIn(-7, self.stored())
         self.assertEqual(len(self.read("SELECT * FROM quarantine")), 1)
@@ -5471,9 +5899,9 @@ class SpoolTest(ProcessCase):
         server.stop()
         server = self.serve("--spool_limit", "2M")
         self.replayed(server)
-        wait_until(lambda: self.post(server, mark(99, None, "plain")).json.get("stored") == "database")
-        self.assertEqual([n for n in self.stored() if n != 99], list(range(full)))
-        self.assertLess(self.spool.stat().st_size, 100_000)
+        self.wait_for_database(server)
+        self.assertEqual(self.stored(), list(range(full)))
+        wait_until(lambda: self.spool.stat().st_size < 100_000)
 
     def test_a_full_disk_refuses_new_events_and_keeps_the_old_ones(self) -> None:
         disk = self.directory / "disk"
@@ -5491,8 +5919,7 @@ class SpoolTest(ProcessCase):
         (disk / "filler").write_bytes(b"x" * (4 << 20))  # somebody else takes what is left
         self.assertEqual(self.post(server, mark(0, None, "plain")).status, 503)
         server.stop(signal.SIGKILL)
-        server = self.serve("--spool", disk / "spool")
-        self.replayed(server)
+        self.replayed(self.serve("--spool", disk / "spool"))
         self.assertEqual(self.stored(), list(range(full)))
 
     def test_a_file_size_limit_refuses_new_events_and_keeps_the_old_ones(self) -> None:
@@ -5510,8 +5937,8 @@ class SpoolTest(ProcessCase):
         server = self.serve(url="")
         for number in range(200):
             self.post(server, mark(number, "x" * 1000, "plain"))
-        second = ["-s", str(self.schema_file), "-p", "0", "--spool", str(self.spool)]
-        code, lines = self.fail_to_start(*second)
+        start = ["-s", str(self.schema_file), "-p", "0", "--spool"]
+        code, lines = self.fail_to_start(*start, self.spool)
         self.assertEqual((code, len(lines)), (1, 2))
         self.assertIn("waiting for the server that uses the spool", lines[0])
         self.assertIn("another server uses the spool", lines[1])
@@ -5532,13 +5959,13 @@ class SpoolTest(ProcessCase):
         ]:
             with self.subTest(text):
                 self.spool.write_bytes(content)
-                code, lines = self.fail_to_start(*second)
+                code, lines = self.fail_to_start(*start, self.spool)
                 self.assertEqual((code, len(lines)), (1, 1), lines)
                 self.assertIn(text, lines[0])
                 self.assertIn("--spool", lines[0])
                 self.assertEqual(self.spool.read_bytes(), content)
         self.spool.write_bytes(good)
-        code, lines = self.fail_to_start("-s", str(self.schema_file), "-p", "0", "--spool", "/proc/nope/x")
+        code, lines = self.fail_to_start(*start, "/proc/nope/x")
         self.assertEqual(code, 1)
         self.assertIn("with --spool PATH", lines[0])
         self.replayed(self.serve())
@@ -5549,18 +5976,14 @@ class SpoolTest(ProcessCase):
         for start in range(4):
             server = self.serve(url="")
             with contextlib.suppress(OSError, http.client.HTTPException):
-                killer = threading.Timer(0.2, server.process.kill)
-                killer.start()
+                threading.Timer(0.2, server.process.kill).start()
                 for number in range(start * 10_000, (start + 1) * 10_000):
                     self.post(server, mark(number, None, "plain"))
                     accepted.append(number)
             server.end()
         self.replayed(self.serve())
-        stored = self.stored()
         self.assertGreater(len(accepted), 20)
-        self.assertEqual(set(accepted) - set(stored), set())
-        self.assertEqual(len(stored), len(set(stored)))
-        self.assertEqual(self.query("SELECT count(*) FROM attolytics_ledger"), [[1]])
+        self.check_exactly_once(accepted)
 
     def test_the_replay_goes_on_where_kill_9_ended_it(self) -> None:
         server = self.serve(url="")
@@ -5572,43 +5995,35 @@ class SpoolTest(ProcessCase):
             server = self.serve()
             time.sleep(delay)
             server.stop(signal.SIGKILL)
-        self.serve()
-        wait_until(lambda: len(self.stored()) >= 10_000)
-        time.sleep(0.5)
+        self.wait_for_database(self.serve())
         self.assertEqual(self.stored(), list(range(10_000)))
 
 
-class QuarantineTableTest(ProcessCase):
+class QuarantineTableTest(SpoolCase):
     """A table that has the name of the quarantine's view in the spool."""
 
     def test_the_quarantine_keeps_its_view_and_the_table_its_events(self) -> None:
-        spool = self.directory / "attolytics.sqlite3"
-
-        def read(sql: str) -> list[Any]:
-            with contextlib.closing(sqlite3.connect(spool)) as db:
-                return db.execute(sql).fetchall()
-
         for name in ("quarantine", "Quarantine"):
             with self.subTest(name):
                 self.schema_file.write_text(QUARANTINE_SCHEMA.replace("marks", name))
-                server = self.run_server(url="", directory=self.directory)
-                events = [mark(1, "x", name), mark("y", None, name), mark(2, None, name)]
-                answer = server.post("/apps/app/events", body_of(*events, key="key"))
+                server = self.serve(url="")
+                answer = self.post(server, mark(1, "x", name), mark("y", None, name), mark(2, None, name))
                 self.assertEqual((answer.json["accepted"], answer.json["stored"]), (2, "spool"))
                 reason = 'mark: expected an integer, got "y"'
-                self.assertEqual(read('SELECT "table", reason FROM quarantine'), [(name, reason)])
+                self.assertEqual(self.read('SELECT "table", reason FROM quarantine'), [(name, reason)])
                 [line] = [line for line in server.lines if "view" in line]
                 self.assertIn(f'"{name}"', line)
                 server.stop()
-                server = self.run_server(directory=self.directory)
-                sql = f'SELECT mark, text FROM "{name}" ORDER BY mark'
-                wait_until(lambda sql=sql: self.query(sql) == [[1, "x"], [2, None]])  # type: ignore[misc]
-                self.assertEqual(read('SELECT "table", reason FROM quarantine'), [(name, reason)])
+                server = self.serve()
+                self.replayed(server)
+                rows = self.query(f'SELECT mark, text FROM "{name}" ORDER BY mark')
+                self.assertEqual(rows, [[1, "x"], [2, None]])
+                self.assertEqual(self.read('SELECT "table", reason FROM quarantine'), [(name, reason)])
                 server.stop()
-                spool.unlink()
+                self.spool.unlink()
 
 
-class PartitionTest(ProcessCase):
+class PartitionTest(SpoolCase):
     """A partitioned table that has no partition for a row: its operator's to mend, not the client's."""
 
     def setUp(self) -> None:
@@ -5616,22 +6031,24 @@ class PartitionTest(ProcessCase):
         self.schema_file.write_text(ALL_TYPES + KEEPING_APP)
         self.query("CREATE TABLE plain (mark bigint, text varchar) PARTITION BY RANGE (mark)")
         self.query("CREATE TABLE plain_0 PARTITION OF plain FOR VALUES FROM (0) TO (100)")
-        self.attolytics = self.run_server(directory=self.directory)
+        self.attolytics = self.serve()
 
-    def post(self, *numbers: int, app: str = "app") -> Answer:
-        events = [mark(number, table="plain") for number in numbers]
-        return self.attolytics.post(f"/apps/{app}/events", body_of(*events, key="key"))
+    def send(self, *numbers: int, app: str = "app") -> Answer:
+        return self.post(self.attolytics, *[mark(number, table="plain") for number in numbers], app=app)
+
+    def create_partition(self) -> None:
+        self.query("CREATE TABLE plain_1 PARTITION OF plain FOR VALUES FROM (100) TO (200)")
 
     def check(self, app: str, *numbers: int) -> None:
         """Post events of which some have no partition; they must be stored when they have one."""
-        answer = self.post(*numbers, app=app)
+        answer = self.send(*numbers, app=app)
         self.assertEqual(answer.status, 200, answer.text)
         self.assertEqual(answer.json, {"accepted": len(numbers), "stored": "spool"})
         wait_until(lambda: any("no partition" in line for line in self.attolytics.lines))
         self.assertEqual(self.stored(), [])
-        self.query("CREATE TABLE plain_1 PARTITION OF plain FOR VALUES FROM (100) TO (200)")
+        self.create_partition()
         wait_until(lambda: self.stored() == sorted(numbers))
-        wait_until(lambda: self.post(1).json["stored"] == "database")
+        self.wait_for_database(self.attolytics)
 
     def test_its_event_is_stored_when_there_is_one(self) -> None:
         self.check("app", 150)
@@ -5639,8 +6056,20 @@ class PartitionTest(ProcessCase):
     def test_so_is_a_batch_of_which_a_part_has_one(self) -> None:
         self.check("app", 50, 150)
 
-    def test_it_is_no_event_for_the_quarantine(self) -> None:
+    def test_so_is_one_of_an_app_that_quarantines(self) -> None:
         self.check("keeping", 50, 150)
+
+    def test_among_others_it_is_set_aside_until_it_is_tried_again(self) -> None:
+        self.assertEqual(self.send(*range(10), 150).json["stored"], "spool")
+        self.wait_for_database(self.attolytics)
+        self.assertEqual(self.stored(), [*range(10)])
+        [[mark_, reason]] = self.read("SELECT json_extract(event, '$.mark'), reason FROM quarantine")
+        self.assertEqual(mark_, 150)
+        self.assertIn("no partition", reason)
+        self.attolytics.stop()
+        self.create_partition()
+        self.wait_for_database(self.serve("--retry_quarantine"))
+        self.assertEqual(self.stored(), [*range(10), 150])
 
     def test_what_else_has_its_code_is_the_clients_fault(self) -> None:
         self.query("ALTER TABLE plain ADD CONSTRAINT small CHECK (mark < 50)")
@@ -5651,13 +6080,13 @@ class PartitionTest(ProcessCase):
             " EXECUTE FUNCTION refuse()"
         )
         for number, reason in [(60, "violates check constraint"), (7, "not this one")]:
-            answer = self.post(number)
+            answer = self.send(number)
             self.assertEqual(answer.status, 400)
             self.assertIn(reason, answer.json["events"][0]["reason"])
-        self.assertEqual(self.post(1).json["stored"], "database")
+        self.assertEqual(self.send(1).json["stored"], "database")
 
 
-class NotANumberTest(ProcessCase):
+class NotANumberTest(SpoolCase):
     """NaN and Infinity, which many languages write into JSON, and which are none."""
 
     SHAPES = (
@@ -5678,52 +6107,46 @@ class NotANumberTest(ProcessCase):
         '{"secret_key":"key","events":[{"_t":"everything","more":{word}}]}',
     )
 
-    def check_refused(self, server: Attolytics) -> None:
-        for shape, word in itertools.product(self.SHAPES, ["NaN", "Infinity", "-Infinity"]):
-            body = shape.replace("{word}", word)
-            for app in ("app", "keeping"):
-                with self.subTest(body, app=app):
-                    answer = server.post(f"/apps/{app}/events", body.encode())
-                    self.assertEqual(answer.status, 400)
-                    self.assertRegex(answer.text, rf"(?<!-){word}")
-
     def setUp(self) -> None:
         super().setUp()
         self.schema_file.write_text(ALL_TYPES + KEEPING_APP)
-        self.spool = self.directory / "attolytics.sqlite3"
 
-    def read(self, sql: str) -> list[Any]:
-        with contextlib.closing(sqlite3.connect(self.spool)) as db:
-            return db.execute(sql).fetchall()
+    def check_refused(self, server: Attolytics) -> None:
+        words, apps = ("NaN", "Infinity", "-Infinity"), ("app", "keeping")
+        for shape, word, app in itertools.product(self.SHAPES, words, apps):
+            body = shape.replace("{word}", word)
+            with self.subTest(body, app=app):
+                answer = server.post(f"/apps/{app}/events", body.encode())
+                self.assertEqual(answer.status, 400)
+                self.assertRegex(answer.text, rf"(?<!-){word}")
 
     def test_it_is_refused_wherever_it_stands(self) -> None:
-        self.check_refused(self.run_server())
+        self.check_refused(self.serve())
         self.assertEqual(self.stored(), [])
         self.assertEqual(self.query("SELECT count(*) FROM everything"), [[0]])
 
     def test_it_hides_nothing_in_the_views_of_the_spool(self) -> None:
-        server = self.run_server(url="", directory=self.directory)
+        server = self.serve(url="")
         with self.under_load(server, 4) as accepted:
             self.check_refused(server)
         self.assertEqual({mark for (mark,) in self.read("SELECT mark FROM plain")}, set(accepted))
         self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(0,)])
 
     def test_a_spool_that_has_it_is_replayed(self) -> None:
-        server = self.run_server(url="", directory=self.directory)
+        server = self.serve(url="")
         for number in (1, 2):
-            body = body_of({**mark(number, table="plain"), "more": 0}, key="key")
-            self.assertEqual(server.post("/apps/app/events", body).status, 200)
+            self.assertEqual(self.post(server, {**mark(number, table="plain"), "more": 0}).status, 200)
         server.stop()
         with contextlib.closing(sqlite3.connect(self.spool)) as db, db:
-            sql = "UPDATE attolytics_spool SET batches = replace(batches, '\"more\": 0', '\"more\": NaN')"
+            sql = "UPDATE attolytics_spool SET batches = replace(batches, '\"more\":0', '\"more\":NaN')"
             self.assertEqual(db.execute(sql).rowcount, 2)
-        self.run_server(directory=self.directory)
-        wait_until(lambda: self.stored() == [1, 2])
+        self.replayed(self.serve())
+        self.assertEqual(self.stored(), [1, 2])
 
 
 # --- Monitor ------------------------------------------------------------------
 
-# Dashboards and alerts use these names.
+
 METRICS = {
     "counter": {
         "attolytics_events_accepted",
@@ -5968,7 +6391,8 @@ class MonitorTest(ProcessCase):
         values = self.metrics(server)
         self.assertEqual((values["events_spooled_total"], values["events_replayed_total"]), (2, 2))
         self.assertEqual(values['events_accepted_total{app="app",table="marks"}'], 2)
-        self.assertEqual(values['events_duplicate_total{table="marks"}'], 1)
+        # What a late message has skipped nobody hears.
+        self.assertLessEqual(values['events_duplicate_total{table="marks"}'], 1)
         self.assertEqual(self.rows("marks"), 1)
 
     def test_what_goes_to_the_quarantine_is_counted(self) -> None:
@@ -5977,30 +6401,32 @@ class MonitorTest(ProcessCase):
         server = self.serve()
         self.query("ALTER TABLE marks ADD CONSTRAINT small CHECK (mark < 100)")
         answer = self.post(server, mark("y"), mark(101), mark(3), mark(3), mark(102), {"_t": "nope"})
-        self.assertEqual((answer.status, answer.json["accepted"]), (200, 2))
-        values = self.metrics(server)
-        self.assertEqual(values['events_accepted_total{app="app",table="marks"}'], 2)
-        self.assertEqual(values['events_duplicate_total{table="marks"}'], 1)
-        self.assertEqual((values["events_quarantined_total"], values["quarantine_events"]), (4, 4))
+        self.assertEqual((answer.status, answer.json["accepted"]), (200, 4))  # the replay finds the other two
+        self.assertEqual(self.counts(server), {"accepted": 4, "spooled": 4, "replayed": 2, "quarantined": 4})
+        self.assertEqual(self.metrics(server)['events_duplicate_total{table="marks"}'], 1)
         self.assertEqual(self.rows("marks"), 1)
         self.postgres.stop()
         answer = self.post(server, mark("z"), mark(4), mark(5), mark(6), mark(200))
         self.assertEqual((answer.json["accepted"], answer.json["stored"]), (4, "spool"))
-        values = self.metrics(server)
-        self.assertEqual((values["events_quarantined_total"], values["quarantine_events"]), (5, 5))
+        self.assertEqual(self.metrics(server)["quarantine_events"], 5)
         self.postgres.start()
-        wait_until(lambda: self.metrics(server)["spool_events"] == 0)
-        values = self.metrics(server)
-        self.assertEqual((values["events_spooled_total"], values["events_replayed_total"]), (4, 3))
-        self.assertEqual((values["events_quarantined_total"], values["quarantine_events"]), (6, 6))
+        self.assertEqual(self.counts(server), {"accepted": 8, "spooled": 8, "replayed": 5, "quarantined": 6})
         self.assertEqual(self.health(server)[1]["quarantine"], 6)
         self.assertEqual(self.rows("marks"), 4)
         server.stop()
         self.query("ALTER TABLE marks DROP CONSTRAINT small")
         server = self.serve("--retry_quarantine")
-        wait_until(lambda: self.metrics(server)["events_replayed_total"] == 3)
+        self.assertEqual(self.counts(server), {"accepted": 0, "spooled": 3, "replayed": 3, "quarantined": 0})
         self.assertEqual(self.metrics(server)["quarantine_events"], 3)
         self.assertEqual(self.rows("marks"), 7)
+
+    def counts(self, server: Attolytics) -> dict[str, float]:
+        """Return how many events of `marks` went where, once the spool is empty."""
+        wait_until(lambda: self.metrics(server)["spool_events"] == 0)
+        values = self.metrics(server)
+        accepted = values['events_accepted_total{app="app",table="marks"}']
+        moved = {name: values[f"events_{name}_total"] for name in ("spooled", "replayed", "quarantined")}
+        return {"accepted": accepted, **moved}
 
     def test_health_follows_a_full_disk_without_any_event(self) -> None:
         disk = self.directory / "disk"
@@ -6039,7 +6465,6 @@ class MonitorTest(ProcessCase):
     def test_a_database_that_hangs_is_found_out_without_any_event(self) -> None:
         server = self.serve()
         [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
-        time.sleep(attolytics.PROBE_S)
         os.kill(pid, signal.SIGSTOP)
         try:
             self.assertEqual(self.metrics(server)["database_up"], 1)  # asks the database for the next one
@@ -6081,17 +6506,38 @@ class MonitorTest(ProcessCase):
     def test_health_notices_a_writer_that_is_stuck(self) -> None:
         now = 100.0
         spool = Spool(self.spool_path(), attolytics.SPOOL_BYTES_MAX, self.schema, str(uuid.uuid4()))
-        writer = Writer(self.schema, spool, None, lambda: now)  # its thread does not run
-        service = attolytics.Service(self.schema, writer, 1000, lambda: now)
-        monitor = attolytics.Monitor(service, attolytics.Pool(1, "test", writer.complaints))
+        metrics = attolytics.Metrics(self.schema)
+        replayer = attolytics.Replayer(self.schema, spool, None, metrics, lambda: now)
+        writer = Writer(spool, replayer, metrics, lambda: now)  # its thread does not run
+        service = attolytics.Service(self.schema, writer, spool, metrics, 1000, lambda: now)
+        pool = attolytics.Pool(1, "test")
+        monitor = attolytics.Monitor(socket.AF_INET, ("127.0.0.1", 0), service, replayer, pool)
+        self.addCleanup(monitor.server_close)
         self.assertEqual(monitor.health()[0], 200)
         now += attolytics.STALLED_S + 1
-        status, text = monitor.health()
+        with spool.switch, concurrent.futures.ThreadPoolExecutor() as others:  # the writer may have it
+            status, text, _ = others.submit(monitor.health).result(10)
+            others.submit(monitor.metrics).result(10)
         self.assertEqual((status, json.loads(text)["reason"]), (503, "the writer has not moved for 11 s"))
         thread = writer.start(None)
         wait_until(lambda: monitor.health()[0] == 200)
         writer.stop()
         thread.join(10)
+
+    def test_what_holds_the_replay_up_is_said_after_a_while(self) -> None:
+        server = self.serve()
+        with contextlib.closing(self.postgres.connect(self.database)) as session:
+            session.run("BEGIN; LOCK TABLE marks")
+            self.assertEqual(self.post(server, mark(1)).json["stored"], "spool")
+            self.assertEqual(self.health(server)[1]["replay"], None)
+            wait_until(lambda: self.health(server)[1]["status"] == "degraded", 30)
+            status, health = self.health(server)
+            self.assertEqual((status, health["reason"]), (200, health["replay"]))
+            self.assertRegex(health["replay"], r"the replay has been held up for \d\d s: .*lock")
+            self.assertTrue(any("lock timeout" in line for line in server.lines), server.lines)
+        wait_until(lambda: self.health(server)[1]["status"] == "ok")
+        self.assertEqual(self.health(server)[1]["replay"], None)
+        wait_until(lambda: self.rows("marks") == 1)
 
     def test_it_answers_while_the_server_drains(self) -> None:
         server = self.serve()
@@ -6143,16 +6589,21 @@ class MonitorTest(ProcessCase):
         server = self.serve()
         address = self.monitors(server)[0]
         for garbage in (
-            b"\r\n\r\n",
             b"\x16\x03\x01\0\0",
             b"GET /metrics\r\n\r\n",
             b"GET /metrics HTTP/1.1\r\n\r\n",
+            b"\r\n",
         ):
             with socket.create_connection(address, 5) as sock:
                 sock.sendall(garbage)
                 sock.shutdown(socket.SHUT_WR)
-                self.assertEqual(read_answer(sock).status, 400, garbage)
+                if garbage == b"\r\n":  # nothing was asked
+                    self.assertEqual(sock.recv(1000), b"")
+                else:
+                    self.assertEqual(read_answer(sock).status, 400, garbage)
         silent = [socket.create_connection(address, 5) for _ in range(20)]
+        places = attolytics.MONITOR_CONNECTIONS_MAX
+        wait_until(lambda: len(select.select(silent, [], [], 0)[0]) == len(silent) - places)
         for sock in silent:
             sock.close()
         wait_until(lambda: self.answers(server))
@@ -6251,7 +6702,7 @@ def tag(text: bytes) -> bytes:
     return b"C" + (len(text) + 5).to_bytes(4) + text + b"\0"
 
 
-class CommitTest(ProcessCase):
+class CommitTest(SpoolCase):
     """A COMMIT is one only if PostgreSQL says so: of a transaction that has failed it makes a ROLLBACK."""
 
     def setUp(self) -> None:
@@ -6259,11 +6710,8 @@ class CommitTest(ProcessCase):
         self.schema_file.write_text(ALL_TYPES + KEEPING_APP)
         self.proxy = Proxy(self.postgres.front_port)
         self.addCleanup(self.proxy.close)
+        self.proxied = f"postgres://postgres@127.0.0.1:{self.proxy.port}/{self.database}?sslmode=disable"
         self.changed = 0
-
-    def serve(self) -> Attolytics:
-        url = f"postgres://postgres@127.0.0.1:{self.proxy.port}/{self.database}?sslmode=disable"
-        return self.run_server(url=url, directory=self.directory)
 
     def roll_back(self, data: bytes, is_request: bool) -> bytes:
         """Let PostgreSQL roll back what should be committed."""
@@ -6288,32 +6736,28 @@ class CommitTest(ProcessCase):
 
     def check(self, change: Callable[[bytes, bool], bytes]) -> None:
         """Change the COMMITs of flushes of all kinds; each event must end up in its table once."""
-        server = self.serve()
+        server = self.serve(url=self.proxied)
         self.query("ALTER TABLE plain ADD CHECK (mark <> 13)")
-        large = [mark(number, table="plain") for number in range(100, 1700)]
         for app, accepted, events in [
             ("app", 1, [mark(1, table="plain")]),
             ("app", 2, [mark(2), mark(2, table="plain")]),
-            ("keeping", 1, [mark(3, table="plain"), mark(13, table="plain")]),
-            ("app", 1600, large),
+            ("keeping", 2, [mark(3, table="plain"), mark(13, table="plain")]),
+            ("app", 1600, [mark(number, table="plain") for number in range(100, 1700)]),
         ]:
             with self.subTest(app=app, accepted=accepted):
                 self.changed = 0
                 self.proxy.change = change
-                answer = server.post(f"/apps/{app}/events", body_of(*events, key="key"))
+                answer = self.post(server, *events, app=app)
+                if app == "keeping":  # its flush is refused as a whole, the replay stores what is good
+                    wait_until(lambda: self.changed)
                 self.proxy.change = self.pass_on
                 self.assertGreater(self.changed, 0)
                 self.assertEqual(answer.status, 200)
-                self.assertEqual((answer.json["accepted"], answer.json["stored"]), (accepted, "spool"))
+                self.assertEqual(answer.json, {"accepted": accepted, "stored": "spool"})
                 self.wait_for_database(server)
         self.assertEqual(self.stored(), [1, 2, 3, *range(100, 1700)])
         self.assertEqual(self.query("SELECT mark FROM marks"), [[2]])
-
-    def wait_for_database(self, server: Attolytics) -> None:
-        """Wait until events go to the database, so that the spool is empty."""
-        wait_until(
-            lambda: server.post("/apps/app/events", body_of(mark(2), key="key")).json["stored"] == "database"
-        )
+        self.assertEqual(self.read("SELECT json_extract(event, '$.mark') FROM quarantine"), [(13,)])
 
     def test_what_was_rolled_back_is_stored_later(self) -> None:
         self.check(self.roll_back)
@@ -6322,246 +6766,28 @@ class CommitTest(ProcessCase):
         self.check(self.pretend)
 
     def test_a_replay_that_was_rolled_back_is_repeated(self) -> None:
-        server = self.run_server(url="", directory=self.directory)
+        server = self.serve(url="")
         for number in range(20):
-            body = body_of(mark(number, table="plain"), key="key")
-            self.assertEqual(server.post("/apps/app/events", body).status, 200)
+            self.assertEqual(self.post(server, mark(number, table="plain")).status, 200)
         server.stop()
         self.proxy.change = self.roll_back_rows
-        server = self.serve()
+        server = self.serve(url=self.proxied)
         wait_until(lambda: self.changed >= 2)
         self.assertEqual(self.stored(), [])
         self.proxy.change = self.pass_on
-        wait_until(lambda: self.stored() == list(range(20)))
         self.wait_for_database(server)
         self.assertEqual(self.stored(), list(range(20)))
 
 
-class Storm:
-    """Clients that send events while faults happen at random, and the account of both."""
+class StormTest(unittest.TestCase):
+    """A quarter of a minute of bench/faults.py, which loses, doubles and delays nothing."""
 
-    CLIENTS = 6
-
-    def __init__(self, postgres: Postgres, database: str, directory: Path, seed: int) -> None:
-        self.postgres = postgres
-        self.random = random.Random(seed)
-        self.proxy = Proxy(postgres.front_port)
-        (directory / "schema.yaml").write_text(ALL_TYPES)
-        self._url = f"postgres://postgres@127.0.0.1:{self.proxy.port}/{database}?connect_timeout=2"
-        self._database = database
-        self._directory = directory
-        self._port = free_port()
-        self._stop = threading.Event()
-        self.accepted: set[int] = set()
-        self.slowest = 0.0
-        self.faults: dict[str, int] = {}
-        self.start_server()
-        self._threads = [
-            threading.Thread(target=self._send, args=(client,)) for client in range(self.CLIENTS)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def start_server(self) -> None:
-        self.server = Attolytics(
-            "-s", "schema.yaml", "-d", self._url, "-p", self._port, directory=self._directory
-        )
-
-    def rage(self, faults: int) -> None:
-        """Let faults happen, one after the other; each is over when the next begins."""
-        kinds = [
-            self.kill_server,
-            self.stop_server,
-            self.kill_postgres,
-            self.restart_postgres,
-            self.kill_both,
-            self.kill_backend,
-            self.terminate_backend,
-            self.cancel_statements,
-            self.pause_backend,
-            self.cut_network,
-            self.lose_answers,
-            self.lose_everything,
-            self.lock_table,
-            self.be_read_only,
-            self.hide_table,
-        ]
-        order: list[Callable[[], None]] = []
-        while len(order) < faults:
-            order += self.random.sample(kinds, len(kinds))
-        for fault in order[:faults]:
-            self.pause(0.3, 1.2)
-            self.faults[fault.__name__] = self.faults.get(fault.__name__, 0) + 1
-            fault()
-
-    def end(self) -> list[int]:
-        """Stop the clients, wait until the spool is empty, and return the events in the table."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(60)
-        self.wait_for_database()
-        [[epochs]] = self.sql("SELECT count(*) FROM attolytics_ledger")
-        assert epochs in {1, 2}, f"{epochs} rows in the ledger"  # the writer's, and its lane's
-        self.server.stop()
-        assert self.sql("SELECT count(*) FROM attolytics_ledger") == [[0]]
-        self.proxy.close()
-        return [row[0] for row in self.sql("SELECT mark FROM plain")]
-
-    def abandon(self) -> None:
-        """Stop everything, after a failure."""
-        self._stop.set()
-        self.server.stop(signal.SIGKILL)
-        self.proxy.close()
-
-    def wait_for_database(self) -> None:
-        """Wait until the spool is empty."""
-        body = body_of({"_t": 'odd "table"', "select": "x"}, key="key")
-
-        def is_stored() -> bool:
-            return bool(self.server.post("/apps/app/events", body).json["stored"] == "database")
-
-        wait_until(is_stored, 120)
-
-    def pause(self, low: float, high: float) -> None:
-        time.sleep(self.random.uniform(low, high))
-
-    def sql(self, sql: str, database: str | None = None) -> list[Any]:
-        connection = self.postgres.connect(database or self._database)
-        try:
-            return list(connection.run(sql) or [])
-        finally:
-            connection.close()
-
-    def backend(self) -> int | None:
-        rows = self.sql(
-            "SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'"
-            f" AND datname = '{self._database}'"
-        )
-        return self.random.choice(rows)[0] if rows else None
-
-    def _send(self, client: int) -> None:
-        number = client * 10_000_000
-        while not self._stop.is_set():
-            size = 1 + client
-            if client == self.CLIENTS - 1:
-                size = attolytics.LARGE_BATCH_EVENTS + 1
-                time.sleep(0.05)  # so that there is not too much to count
-            numbers = range(number, number + size)
-            number += len(numbers)
-            body = body_of(*[mark(n, table="plain") for n in numbers], key="key")
-            started = time.monotonic()
-            try:
-                if self.server.post("/apps/app/events", body).status == 200:
-                    self.accepted.update(numbers)
-                    self.slowest = max(self.slowest, time.monotonic() - started)
-            except (OSError, http.client.HTTPException, IndexError):
-                time.sleep(0.02)  # the server is not there
-
-    # The faults.
-
-    def kill_server(self) -> None:
-        self.server.stop(signal.SIGKILL)
-        self.start_server()
-
-    def stop_server(self) -> None:
-        self.server.stop()
-        self.start_server()
-
-    def kill_postgres(self) -> None:
-        self.postgres.stop(signal.SIGKILL)
-        self.pause(0, 2)
-        self.postgres.start()
-
-    def restart_postgres(self) -> None:
-        self.postgres.stop()
-        self.postgres.start()
-
-    def kill_both(self) -> None:
-        self.postgres.stop(signal.SIGKILL)
-        self.server.stop(signal.SIGKILL)
-        steps = [self.postgres.start, self.start_server]
-        self.random.shuffle(steps)
-        for step in steps:
-            step()
-
-    def kill_backend(self) -> None:
-        if pid := self.backend():
-            os.kill(pid, signal.SIGKILL)
-            time.sleep(0.5)
-            wait_until(self.postgres._answers)
-
-    def terminate_backend(self) -> None:
-        if pid := self.backend():
-            self.sql(f"SELECT pg_terminate_backend({pid})")
-
-    def cancel_statements(self) -> None:
-        for _ in range(20):
-            self.sql(
-                "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'attolytics'"
-                f" AND datname = '{self._database}'"
-            )
-            self.pause(0, 0.05)
-
-    def pause_backend(self) -> None:
-        if pid := self.backend():
-            os.kill(pid, signal.SIGSTOP)
-            self.pause(0.2, 14)  # sometimes it is given up, and runs its flush late
-            os.kill(pid, signal.SIGCONT)
-
-    def cut_network(self) -> None:
-        self.proxy.cut()
-
-    def lose_answers(self) -> None:
-        self.proxy.drops_answers = True
-        self.pause(0.1, 0.5)
-        self.proxy.cut()
-        self.proxy.drops_answers = False
-
-    def lose_everything(self) -> None:
-        self.proxy.drops_answers = self.proxy.drops_requests = True
-        self.pause(0.5, 3)
-        self.proxy.drops_answers = self.proxy.drops_requests = False
-        self.proxy.cut()  # what was dropped cannot come back
-
-    def lock_table(self) -> None:
-        session = self.postgres.connect(self._database)
-        session.run("BEGIN; LOCK TABLE plain")
-        self.pause(0.2, 3)
-        session.run("COMMIT")
-        session.close()
-
-    def be_read_only(self) -> None:
-        self.sql(f"ALTER DATABASE {self._database} SET default_transaction_read_only = on", "postgres")
-        self.terminate_backend()
-        self.pause(0.2, 1)
-        self.sql(f"ALTER DATABASE {self._database} RESET default_transaction_read_only", "postgres")
-
-    def hide_table(self) -> None:
-        self.wait_for_database()  # at its start the server would create the table
-        self.sql("ALTER TABLE plain RENAME TO hidden")
-        self.pause(0.2, 1)
-        self.sql("ALTER TABLE hidden RENAME TO plain")
-
-
-class StormTest(DatabaseCase):
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.server = Postgres()
-        cls.addClassCleanup(cls.server.remove)
-
-    def test_random_faults_lose_and_double_nothing(self) -> None:
-        directory = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, directory)
-        storm = Storm(self.postgres, self.database, directory, seed=1)
-        try:
-            storm.rage(15)
-            stored = storm.end()
-        except BaseException:
-            storm.abandon()
-            raise
-        self.assertGreater(len(storm.accepted), 100)
-        self.assertEqual(storm.accepted - set(stored), set())
-        self.assertEqual(len(stored), len(set(stored)))
+    def test_random_faults_lose_double_and_delay_nothing(self) -> None:
+        pooled = ["--pgbouncer"] if POOLED else []
+        command = [sys.executable, str(HERE / "bench" / "faults.py"), "--minutes", "0.25", *pooled]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+        self.assertIn(" 0 lost, 0 doubled", result.stdout)
 
 
 # --- The examples -------------------------------------------------------------
@@ -6672,10 +6898,17 @@ class NginxTest(ProcessCase):
         super().setUp()
         self.ports = [free_port(), free_port()]
 
-    def start_nginx(self, rate: str = "20r/s") -> Nginx:
+    def start_nginx(self, rate: str = "20r/s", configuration: str = "") -> Nginx:
         directory = self.directory / "nginx"
         directory.mkdir()
         nginx = Nginx(directory, self.ports, rate)
+        if configuration:
+            changes = {
+                "/etc/letsencrypt/live/events.example.com": directory,
+                "listen 443 ssl;": f"listen 127.0.0.1:{nginx.port} ssl;",
+                "127.0.0.1:8005": f"127.0.0.1:{self.ports[0]}",
+            }
+            (directory / "attolytics.conf").write_text(replaced(configuration, changes))
         self.assertIn("test is successful", nginx.check())
         nginx.start()
         self.addCleanup(nginx.stop)
@@ -6683,20 +6916,8 @@ class NginxTest(ProcessCase):
 
     def test_the_shortest_configuration_does_its_work(self) -> None:
         self.start_instance(0)
-        directory = self.directory / "nginx"
-        directory.mkdir()
-        nginx = Nginx(directory, self.ports)
         [text] = code_blocks(HERE / "docs" / "operating.md", "nginx")
-        changes = {
-            "/etc/letsencrypt/live/events.example.com": directory,
-            "listen 443 ssl;": f"listen 127.0.0.1:{nginx.port} ssl;",
-            "127.0.0.1:8005": f"127.0.0.1:{self.ports[0]}",
-        }
-        (directory / "attolytics.conf").write_text(replaced(text, changes))
-        self.assertIn("test is successful", nginx.check())
-        nginx.start()
-        self.addCleanup(nginx.stop)
-        answer = nginx.post(body_of(mark(1), key="key"))
+        answer = self.start_nginx(configuration=text).post(body_of(mark(1), key="key"))
         self.assertEqual(answer.json, {"accepted": 1, "stored": "database"})
 
     def start_instance(self, number: int) -> Attolytics:
@@ -6705,11 +6926,6 @@ class NginxTest(ProcessCase):
         self.addCleanup(self.kill, server)
         return server
 
-    def curl(self, nginx: Nginx, *arguments: str) -> str:
-        command = [program("curl"), "-sS", "--cacert", str(self.directory / "nginx" / "ca.pem"), *arguments]
-        url = f"https://localhost:{nginx.port}/apps/app/events"
-        return subprocess.run([*command, url], capture_output=True, text=True, check=True).stdout
-
     def test_requests_of_every_kind_come_through(self) -> None:
         self.start_instance(0)
         self.start_instance(1)
@@ -6717,11 +6933,10 @@ class NginxTest(ProcessCase):
         body = body_of(mark(1), key="key")
         self.assertEqual(nginx.post(body).json, {"accepted": 1, "stored": "database"})
         self.assertEqual(nginx.post(gzip.compress(body), {"Content-Encoding": "gzip"}).status, 200)
-        version = self.curl(
-            nginx,
-            *("--http2", "-H", "Content-Type: application/json", "-d", body.decode()),
-            *("-o", "/dev/null", "-w", "%{http_code} %{http_version}"),
-        )
+        command = [program("curl"), "-sS", "--cacert", str(self.directory / "nginx" / "ca.pem"), "--http2"]
+        command += ["-H", "Content-Type: application/json", "-d", body.decode(), "-o", "/dev/null"]
+        command += ["-w", "%{http_code} %{http_version}", f"https://localhost:{nginx.port}/apps/app/events"]
+        version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         self.assertIn(version, ("200 2", "200 1.1"))  # not every curl knows HTTP/2
         for size, status in [(attolytics.BODY_BYTES_MAX, 400), (attolytics.BODY_BYTES_MAX + 1, 413)]:
             answer = nginx.post(b" " * size)
@@ -6758,48 +6973,41 @@ class NginxTest(ProcessCase):
         stop = threading.Event()
         accepted: list[int] = []
         failed: list[str] = []
-        threads = [
-            threading.Thread(target=self.send, args=(nginx, stop, accepted, failed, client))
-            for client in range(self.CLIENTS)
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            for restart in range(self.RESTARTS):
-                wait_for_more(accepted, 500)
-                number = restart % 2
-                self.assertEqual(instances[number].stop(), 0)
-                wait_for_more(accepted, 200)
-                instances[number] = self.start_instance(number)
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join(60)
+
+        def send(client: int) -> None:
+            """Send events on one connection until told to stop; note what became of each."""
+            connection = nginx.connect()
+            for number in itertools.count(client * 1_000_000):
+                if stop.is_set():
+                    break
+                body = body_of(mark(number, table="plain"), key="key")
+                try:
+                    connection.request("POST", "/apps/app/events", body)
+                    answer = Answer(connection.getresponse())
+                except (OSError, http.client.HTTPException) as error:
+                    failed.append(repr(error))
+                    connection.close()
+                    continue
+                if answer.status == 200:
+                    accepted.append(number)
+                else:
+                    failed.append(f"{answer.status} {answer.text.strip()}")
+            connection.close()
+
+        with concurrent.futures.ThreadPoolExecutor(self.CLIENTS) as pool:
+            senders = [pool.submit(send, client) for client in range(self.CLIENTS)]
+            try:
+                for restart in range(self.RESTARTS):
+                    wait_for_more(accepted, 500)
+                    self.assertEqual(instances[restart % 2].stop(), 0)
+                    wait_for_more(accepted, 200)
+                    instances[restart % 2] = self.start_instance(restart % 2)
+            finally:
+                stop.set()
+            for sender in senders:
+                sender.result()
         self.assertFalse(failed, f"{Counter(failed)} of {len(accepted)}; nginx: {nginx.errors()}")
         self.check_exactly_once(accepted)
-
-    def send(
-        self, nginx: Nginx, stop: threading.Event, accepted: list[int], failed: list[str], client: int
-    ) -> None:
-        """Send events on one connection until told to stop; note what became of each."""
-        number = client * 1_000_000
-        connection = nginx.connect()
-        while not stop.is_set():
-            number += 1
-            try:
-                connection.request(
-                    "POST", "/apps/app/events", body_of(mark(number, table="plain"), key="key")
-                )
-                answer = Answer(connection.getresponse())
-            except (OSError, http.client.HTTPException) as error:
-                failed.append(repr(error))
-                connection.close()
-                continue
-            if answer.status == 200:
-                accepted.append(number)
-            else:
-                failed.append(f"{answer.status} {answer.text.strip()}")
-        connection.close()
 
 
 # The series that the dashboards and alerts may ask for, by the names that Prometheus stores.
@@ -6808,6 +7016,7 @@ SERIES = {
     *(f"{name}_total" for name in METRICS["counter"]),
     *(f"{name}_{part}" for name in METRICS["histogram"] for part in ("bucket", "sum", "count")),
 }
+
 
 ALERT_TEST = """
 rule_files: [{alerts}]
@@ -6851,10 +7060,7 @@ class DashboardTest(DatabaseCase):
     # What Grafana's PostgreSQL data source makes of its macros and variables.
     MACROS = (
         (r"\$__timeFilter\((\w+)\)", r"\1 BETWEEN now() - interval '1 day' AND now()"),
-        (
-            r"\$__timeGroupAlias\((\w+), \$__interval\)",
-            r'floor(extract(epoch from \1)/60)*60 AS "time"',
-        ),
+        (r"\$__timeGroupAlias\((\w+), \$__interval\)", r'floor(extract(epoch from \1)/60)*60 AS "time"'),
         (r"\$__interval_ms", "60000"),
         (r"\$\{platform:sqlstring\}", "'linux','ios'"),
         (r"\$\{version:sqlstring\}", "'1.0','2.0'"),
@@ -6870,8 +7076,12 @@ class DashboardTest(DatabaseCase):
     def targets(self, dashboard: Any) -> list[Any]:
         return [target for panel in dashboard["panels"] for target in panel["targets"]]
 
-    def promtool(self, *arguments: object) -> None:
-        command = [program("promtool"), *map(str, arguments)]
+    def promtool(self, *arguments: object, text: str = "") -> None:
+        """Run it, with the name of a file that has the text as the last argument if there is one."""
+        file = self.enterContext(tempfile.NamedTemporaryFile("w", suffix=".yml"))
+        file.write(text)
+        file.flush()
+        command = [program("promtool"), *map(str, arguments), *([file.name] if text else [])]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
 
@@ -6915,17 +7125,10 @@ class DashboardTest(DatabaseCase):
         used = " ".join(expressions)
         for name in itertools.chain(*METRICS.values()):
             self.assertIn(name, used)
-        rules = [
-            {
-                "record": f"r{number}",
-                "expr": text.replace("$__rate_interval", "5m").replace("$instance", ".*"),
-            }
-            for number, text in enumerate(expressions)
-        ]
-        with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
-            yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}, file)
-            file.flush()
-            self.promtool("check", "rules", file.name)
+        plain = [text.replace("$__rate_interval", "5m").replace("$instance", ".*") for text in expressions]
+        rules = [{"record": f"r{number}", "expr": text} for number, text in enumerate(plain)]
+        groups = {"groups": [{"name": "dashboard", "rules": rules}]}
+        self.promtool("check", "rules", text=yaml.safe_dump(groups))
 
     def test_the_configuration_of_prometheus_is_valid(self) -> None:
         self.promtool("check", "config", self.EXAMPLES / "prometheus.yml")
@@ -6935,10 +7138,7 @@ class DashboardTest(DatabaseCase):
         for group in yaml.safe_load(alerts.read_text())["groups"]:
             for rule in group["rules"]:
                 self.check_metrics(rule["expr"])
-        with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
-            file.write(ALERT_TEST.format(alerts=alerts))
-            file.flush()
-            self.promtool("test", "rules", file.name)
+        self.promtool("test", "rules", text=ALERT_TEST.format(alerts=alerts))
 
     def test_the_cube_model_fits_the_example_schema(self) -> None:
         schema = attolytics.read_schema(str(HERE / "schema-example.conf.yaml"))
@@ -6992,9 +7192,10 @@ class PgBouncerTest(unittest.TestCase):
         "RoundTripTest.test_numbers_keep_their_digits",
         "HttpTest",
         "WriterTest.test_a_bad_batch_does_not_harm_those_that_share_its_flush",
-        "WriterTest.test_the_event_that_a_trigger_refuses_is_named",
+        "WriterTest.test_the_event_that_a_trigger_refuses_is_named_where_copy_names_its_line",
         "WriterTest.test_a_deadlock_between_instances_is_tried_again",
-        "WriterTest.test_a_backend_that_is_terminated_in_the_middle_costs_nothing",
+        "WriterTest.test_a_session_that_is_lost_in_mid_flush_costs_nothing_whatever_its_size",
+        "CommitTest",
         "SpoolTest.test_poison_in_the_spool_is_narrowed_down_to_the_single_event",
     )
 
@@ -7027,7 +7228,27 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def global_names(scope: symtable.SymbolTable) -> set[str]:
+    """Return the names of the module that a function or a class uses. Annotations do not count."""
+    names = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global()}
+    return names.union(*map(global_names, scope.get_children()))
+
+
 class RepositoryTest(DatabaseCase):
+    def serve(
+        self, *options: object, directory: Path | None = None, schema: Path | None = None
+    ) -> Attolytics:
+        """Start a server with the example's schema."""
+        schema = schema or HERE / "schema-example.conf.yaml"
+        server = Attolytics("-s", schema, "-p", "0", *options, directory=directory)
+        self.addCleanup(server.stop)
+        return server
+
+    def new_directory(self) -> Path:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        return Path(directory.name)
+
     def test_the_script_metadata_names_the_same_as_the_project(self) -> None:
         project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
         source = (HERE / "attolytics.py").read_text()
@@ -7042,38 +7263,47 @@ class RepositoryTest(DatabaseCase):
         imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
         self.assertEqual(imported - sys.stdlib_module_names, {"pg8000", "yaml"})
 
+    def test_the_module_can_be_read(self) -> None:
+        """It and its parts are short, and a name is used only below where it is defined."""
+        source = (HERE / "attolytics.py").read_text()
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                self.assertLessEqual(lines, 200 if isinstance(node, ast.ClassDef) else 70, node.name)
+        defined: dict[str, int] = {}
+        for statement in tree.body:
+            if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+                defined[statement.name] = statement.lineno
+                continue
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    defined.setdefault(node.id, node.lineno)
+        for scope in symtable.symtable(source, "attolytics.py", "exec").get_children():
+            for name in global_names(scope) - {scope.get_name()}:
+                self.assertLess(defined.get(name, 0), scope.get_lineno(), f"{scope.get_name()} uses {name}")
+        self.assertLessEqual(len(source.splitlines()), 5_300)
+
     def test_the_readmes_first_steps_lead_to_rows_in_the_database(self) -> None:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
         readme = (HERE / "README.md").read_text()
         curl = re.search(r"^curl .*(?:\n .*)*", readme, re.MULTILINE)
         look = re.search(r"^sqlite3 attolytics.sqlite3 '(.*)'$", readme, re.MULTILINE)
         assert curl and look
-        where = Path(directory.name)
-        server = Attolytics("-s", HERE / "schema-example.conf.yaml", "-p", "0", directory=where)
-        self.addCleanup(server.stop)
-        result = subprocess.run(
-            ["bash", "-c", curl[0].replace(":8000", f":{server.port}")],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        directory = self.new_directory()
+        server = self.serve(directory=directory)
+        command = ["bash", "-c", curl[0].replace(":8000", f":{server.port}")]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
         self.assertIn(f"The answer is `{result.stdout.strip()}`", readme)
         self.assertEqual(json.loads(result.stdout), {"accepted": 1, "stored": "spool"})
-        with contextlib.closing(sqlite3.connect(where / "attolytics.sqlite3")) as spool:
+        with contextlib.closing(sqlite3.connect(directory / "attolytics.sqlite3")) as spool:
             self.assertEqual(len(spool.execute(look[1]).fetchall()), 1)
-        server.stop()
-        server = Attolytics(
-            "-s", HERE / "schema-example.conf.yaml", "-d", self.url, "-p", "0", directory=where
-        )
-        self.addCleanup(server.stop)
-        wait_until(lambda: self.query("SELECT 1 FROM events"))
-        self.assertEqual(self.query("SELECT count(*) FROM events"), [[1]])
+        server.process.terminate()
+        self.serve("-d", self.url, directory=directory)
+        wait_until(lambda: self.query("SELECT count(*) FROM events") == [[1]])
 
     def test_the_readmes_requests_and_answers_are_so(self) -> None:
         request, answer = code_blocks(HERE / "README.md", "json")
-        server = Attolytics("-s", HERE / "schema-example.conf.yaml", "-d", self.url, "-p", "0")
-        self.addCleanup(server.stop)
+        server = self.serve("-d", self.url)
         result = server.post(PATH, request.encode())
         self.assertEqual((result.status, result.json), (200, {"accepted": 2, "stored": "database"}))
         result = server.post(PATH, replaced(request, {'"score": 7': '"score": "7"'}).encode())
@@ -7087,16 +7317,13 @@ class RepositoryTest(DatabaseCase):
     def test_the_quarantine_is_read_as_the_page_says(self) -> None:
         [command] = code_blocks(HERE / "docs" / "promises.md", "sh")
         [_, file, query] = shlex.split(command)
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        schema = Path(directory.name) / "schema.yaml"
+        directory = self.new_directory()
+        schema = directory / "schema.yaml"
         text = (HERE / "schema-example.conf.yaml").read_text()
         schema.write_text(replaced(text, {"invalid_events: refuse": "invalid_events: quarantine"}))
-        server = Attolytics("-s", schema, "-p", "0", directory=Path(directory.name))
-        self.addCleanup(server.stop)
-        answer = server.post(PATH, body_of(example(score="7"), key=KEY))
+        answer = self.serve(directory=directory, schema=schema).post(PATH, body_of(example(score="7")))
         self.assertEqual(answer.json["accepted"], 0)
-        with contextlib.closing(sqlite3.connect(Path(directory.name) / file)) as spool:
+        with contextlib.closing(sqlite3.connect(directory / file)) as spool:
             [[_, app, table, column, reason, _]] = spool.execute(query).fetchall()
         self.assertEqual((app, table, column), ("com.example.myapp", "events", "score"))
         self.assertIn("expected an integer", reason)
@@ -7141,6 +7368,18 @@ class RepositoryTest(DatabaseCase):
             if not name.startswith("process_"):
                 self.assertTrue(re.search(rf"`{name}[`_{{]", text), name)
 
+    def test_the_page_on_operating_has_every_key_of_healthz(self) -> None:
+        [text] = code_blocks(HERE / "docs" / "operating.md", "json")
+        server = self.serve("-d", self.url, "--monitor_port", "0")
+        wait_until(lambda: any("/healthz" in line for line in server.lines))
+        port = re.findall(r":([0-9]+)", next(line for line in server.lines if "/healthz" in line))[-1]
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)) as connection:
+            connection.request("GET", "/healthz")
+            health = Answer(connection.getresponse()).json
+        page = json.loads(text)
+        self.assertEqual(health.keys(), page.keys())
+        self.assertEqual(health["spool"].keys(), page["spool"].keys())
+
     def test_the_service_file_is_hardened(self) -> None:
         analyze = shutil.which("systemd-analyze")
         if not analyze:
@@ -7152,3 +7391,135 @@ class RepositoryTest(DatabaseCase):
 
 if __name__ == "__main__":
     unittest.main()
+
+
+class PlanTest(unittest.TestCase):
+    def plan(self, **existing: attolytics.ExistingTable) -> attolytics.Plan:
+        ledger = attolytics.ExistingTable({"session": attolytics.ExistingColumn("uuid")})
+        return attolytics.make_plan(schema_of(GROWN_SCHEMA), {attolytics.LEDGER: ledger, **existing}, "me")
+
+    def test_a_missing_table_is_created_with_its_indexes(self) -> None:
+        schema = schema_of(
+            "{tables: {t: {columns: [{name: a, required: true}, {name: b, type: i64, indexed: true},"
+            " {name: c, unique: true, indexed: true}, {name: j, type: json, indexed: true}]}},"
+            " apps: {x: {secret_key: k, tables: [t]}}}"
+        )
+        plan = attolytics.make_plan(schema, {}, "me")
+        self.assertEqual(
+            plan.statements,
+            [
+                attolytics.CREATE_LEDGER,
+                'CREATE TABLE "t" ("a" varchar NOT NULL, "b" bigint, "c" varchar, "j" jsonb)',
+                'CREATE INDEX ON "t" ("b")',
+                'CREATE UNIQUE INDEX ON "t" ("c")',
+                'CREATE INDEX ON "t" USING gin ("j")',
+            ],
+        )
+        self.assertEqual({step.way for step in plan}, {attolytics.Way.CREATE})
+        self.assertEqual(plan.reasons, ['there is no table "attolytics_ledger"', 'there is no table "t"'])
+
+    def test_a_plan_changes_a_table_at_once_and_then_builds_its_indexes(self) -> None:
+        old = {
+            "a": attolytics.ExistingColumn("int8", not_null=True),
+            "gone": attolytics.ExistingColumn("text", not_null=True),
+        }
+        plan = self.plan(t=attolytics.ExistingTable(old, [attolytics.ExistingIndex("a")]))
+        self.assertEqual(
+            plan.statements,
+            [
+                'ALTER TABLE "t" ADD COLUMN "b" varchar, ADD COLUMN "c" uuid,'
+                ' ADD COLUMN "d" varchar /* NOT NULL when all rows have values */,'
+                ' ADD COLUMN "j" jsonb, ALTER COLUMN "a" DROP NOT NULL, ALTER COLUMN "gone" DROP NOT NULL',
+                'CREATE INDEX CONCURRENTLY IF NOT EXISTS "t_b_idx" ON "t" ("b")',
+                'CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS "t_c_idx" ON "t" ("c")',
+                'CREATE INDEX CONCURRENTLY IF NOT EXISTS "t_j_idx" ON "t" USING gin ("j")',
+            ],
+        )
+        self.assertFalse(plan.by(attolytics.Way.HAND))
+
+    def test_a_required_column_is_not_null_only_in_a_table_without_rows(self) -> None:
+        for empty, column in [
+            (True, 'ADD COLUMN "d" varchar NOT NULL'),
+            (False, 'ADD COLUMN "d" varchar /*'),
+        ]:
+            plan = self.plan(t=attolytics.ExistingTable({}, is_empty=functools.partial(bool, empty)))
+            self.assertIn(column, plan[0].statements[0])
+
+    def test_what_rewrites_drops_or_grants_is_left_to_the_operator(self) -> None:
+        columns = {
+            "a": attolytics.ExistingColumn("int4", not_null=True, primary_key="t_pkey"),
+            "b": attolytics.ExistingColumn("text", generated="stored"),
+            "c": attolytics.ExistingColumn("uuid"),
+            "d": attolytics.ExistingColumn("text"),
+            "j": attolytics.ExistingColumn("jsonb"),
+        }
+        indexes = [attolytics.ExistingIndex(name, unique=name == "c") for name in "abcj"]
+        plan = self.plan(t=attolytics.ExistingTable(columns, indexes, can_insert=False))
+        self.assertEqual({step.way for step in plan}, {attolytics.Way.HAND})
+        self.assertEqual(
+            plan.by(attolytics.Way.HAND).statements,
+            [
+                'GRANT SELECT, INSERT ON "t" TO "me"',
+                'ALTER TABLE "t" ALTER COLUMN "a" TYPE bigint USING "a"::text::bigint',
+                'ALTER TABLE "t" ALTER COLUMN "b" DROP EXPRESSION',
+                'ALTER TABLE "t" DROP CONSTRAINT "t_pkey", ALTER COLUMN "a" DROP NOT NULL',
+            ],
+        )
+        for kind in ("view", "foreign table"):
+            plan = self.plan(t=attolytics.ExistingTable({}, kind=kind))
+            self.assertEqual({step.way for step in plan}, {attolytics.Way.HAND})
+            self.assertGreater(len(plan), 5)
+
+    def test_only_invalid_indexes_of_our_kind_and_name_are_dropped(self) -> None:
+        other = attolytics.Index("t", "b").names()[1]
+        for index, dropped in [
+            (attolytics.ExistingIndex("b", name="t_b_idx"), True),
+            (attolytics.ExistingIndex("b", name=other), True),
+            (attolytics.ExistingIndex("b", name="t_b_idx", busy=True), False),
+            (attolytics.ExistingIndex("b", name="mine"), False),
+            (attolytics.ExistingIndex("b", name="t_b_idx_ccnew"), False),
+            (attolytics.ExistingIndex("b", name="t_b_idx", unique=True), False),
+            (attolytics.ExistingIndex("b", name="t_b_idx", method="hash"), False),
+            (attolytics.ExistingIndex("b", name="t_b_idx", plain=False), False),
+            (attolytics.ExistingIndex("more", name="t_more_idx"), False),
+        ]:
+            with self.subTest(index):
+                invalid = index._replace(valid=False, sql_name='s."x"')
+                plan = self.plan(t=attolytics.ExistingTable({}, [invalid], names=[index.name]))
+                drops = ['DROP INDEX CONCURRENTLY IF EXISTS s."x"'] if dropped else []
+                self.assertEqual(plan.by(attolytics.Way.DROP).statements, drops)
+                report = attolytics.script(plan)
+                self.assertEqual('\nDROP INDEX CONCURRENTLY IF EXISTS s."x";' in report, dropped)
+                # What somebody builds already is not offered to psql for a second time.
+                name = other if index.name == "t_b_idx" and not dropped else "t_b_idx"
+                create = f'\nCREATE INDEX CONCURRENTLY IF NOT EXISTS "{name}" ON "t" ("b");'
+                self.assertEqual(create in report, not index.busy)
+
+    def test_indexes_of_a_partitioned_table_are_built_only_while_it_is_empty(self) -> None:
+        for empty, way in [(True, attolytics.Way.ALTER), (False, attolytics.Way.HAND)]:
+            is_empty = functools.partial(bool, empty)
+            table = attolytics.ExistingTable({}, partitioned=True, is_empty=is_empty)
+            built = [step for step in self.plan(t=table) if step.index]
+            self.assertEqual([step.way for step in built], [way] * 4)
+            self.assertEqual(built[1].statements, ('CREATE INDEX ON "t" ("b")',))
+
+    def test_a_ledger_of_an_earlier_version_gets_its_column_at_every_start(self) -> None:
+        plan = self.plan(attolytics_ledger=attolytics.ExistingTable({}, can_insert=False))
+        self.assertEqual(
+            plan.by(attolytics.Way.CREATE).statements[:1],
+            ["ALTER TABLE attolytics_ledger ADD COLUMN session uuid"],
+        )
+        grant = 'GRANT SELECT, INSERT, UPDATE ON attolytics_ledger TO "me"'
+        self.assertEqual(plan.by(attolytics.Way.HAND).statements, [grant])
+
+    def test_a_report_is_a_script_whatever_names_there_are(self) -> None:
+        name = "x\n; DROP TABLE y; --"
+        schema = Schema({name: Table(name, (Column(name),))}, {})
+        catalog = {
+            name: attolytics.ExistingTable({name: attolytics.ExistingColumn("int4")}),
+            attolytics.LEDGER: attolytics.ExistingTable({"session": attolytics.ExistingColumn("uuid")}),
+        }
+        report = attolytics.script(attolytics.make_plan(schema, catalog, "me"))
+        self.assertIn("the type is int4", report)
+        for line in report.splitlines():
+            self.assertTrue(line.startswith("--"), line)

@@ -1,6 +1,6 @@
 """Load and random faults for minutes, then a comparison of what was acknowledged with what is stored.
 
-    python bench/faults.py [--minutes 2] [--seeds 1-3] [--file PATH]
+    python bench/faults.py [--minutes 2] [--seeds 1-3] [--file PATH] [--pgbouncer]
 
 Six clients send events to a server, while the server, PostgreSQL, its backends and the
 network between them are killed, stopped, cut, blocked and restarted in turn; with each seed anew, for so many
@@ -134,6 +134,30 @@ class Cluster:
                 if time.monotonic() > deadline:
                     raise BenchError(f"{sql}: {error}") from None
             time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def pooler(home: Path) -> Iterator[Path]:
+    """Run a PgBouncer in transaction mode before a PostgreSQL; yield its socket. Raises BenchError."""
+    directory = home / "pooler"
+    directory.mkdir()
+    settings = ["pool_mode = transaction", "auth_type = any", "listen_port = 6432"]
+    # It asks again soon after PostgreSQL was away, and a session that was read-only does not stay so.
+    settings += [f"unix_socket_dir = {directory}", "server_login_retry = 1", "server_idle_timeout = 1"]
+    databases = f"* = host={home} port=5432 user=bench"
+    (directory / "pgbouncer.ini").write_text(
+        "\n".join(["[databases]", databases, "[pgbouncer]", *settings]) + "\n"
+    )
+    account, program = database_account(), shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not program:
+        raise BenchError("pgbouncer is not installed")
+    if account:
+        os.chown(directory, account.uid, account.gid)
+    command: list[str | Path] = [program, directory / "pgbouncer.ini"]
+    with running(command, directory / "log", signal.SIGKILL, account) as child:
+        path = directory / ".s.PGSQL.6432"
+        child.wait_until(path.exists, "PgBouncer")
+        yield path
 
 
 class Proxy:
@@ -455,13 +479,14 @@ class Storm:
 # --- Command line -------------------------------------------------------------
 
 
-def run(program: Path, seed: int, seconds: float, home: Path) -> tuple[int, bool]:
+def run(program: Path, seed: int, seconds: float, home: Path, pooled: bool) -> tuple[int, bool]:
     """Let faults happen, and print what came of it; return how many and whether all is well."""
     with ExitStack() as stack:
         cluster = Cluster(home)
         stack.callback(cluster.close)
         cluster.sql("CREATE DATABASE storm", "postgres")
-        proxy = Proxy(home / ".s.PGSQL.5432")
+        front = stack.enter_context(pooler(home)) if pooled else home / ".s.PGSQL.5432"
+        proxy = Proxy(front)
         stack.callback(proxy.close)
         url = f"postgres://bench@127.0.0.1:{proxy.port}/storm?connect_timeout=2"
         server = Server(program, url, home)
@@ -515,6 +540,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2, help="with each seed (2)")
     parser.add_argument("--seeds", type=seeds, default=[1], help="of the faults: 7 or 1-5 or 1,3 (1)")
     parser.add_argument("--file", type=Path, default=PROGRAM, help="another copy of attolytics.py")
+    parser.add_argument("--pgbouncer", action="store_true", help="put a PgBouncer before PostgreSQL")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # Runs every clean-up.
     happened, failed = 0, []
@@ -522,7 +548,9 @@ def main() -> int:
         home = Path(tempfile.mkdtemp(prefix="attolytics-faults-"))
         is_well = False
         try:
-            faults, is_well = run(options.file.absolute(), seed, options.minutes * 60, home)
+            faults, is_well = run(
+                options.file.absolute(), seed, options.minutes * 60, home, options.pgbouncer
+            )
             happened += faults
         except BenchError as error:
             sys.stdout.write(f"seed {seed}: {error}\n")
