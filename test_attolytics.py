@@ -196,11 +196,12 @@ class SchemaTest(unittest.TestCase):
 
     def test_a_file_of_the_original_is_read_unchanged(self) -> None:
         schema = schema_of(ORIGINAL_SCHEMA)
-        filters = [
-            Column(name, indexed=True, required=True) for name in ("platform", "version", "event_type")
-        ]
-        time_, referer = Column("time", Type.TIMESTAMP, indexed=True), Column("referer", header="referer")
-        columns = (time_, referer, *filters[:2], Column("user_id"), filters[2], Column("score", Type.I32))
+        rest = {"time": {"type": Type.TIMESTAMP, "indexed": True}, "referer": {"header": "referer"}}
+        properties: dict[str, Any] = {**rest, "score": {"type": Type.I32}}
+        for name in ("platform", "version", "event_type"):
+            properties[name] = {"indexed": True, "required": True}
+        names = ("time", "referer", "platform", "version", "user_id", "event_type", "score")
+        columns = tuple(Column(name, **properties.get(name, {})) for name in names)
         self.assertEqual(schema.tables["events"].columns, columns)
         app = schema.apps["com.example.myapp"]
         self.assertEqual((app.secret_key, app.origins), (KEY, {"http://example.com"}))
@@ -348,45 +349,30 @@ class SchemaTest(unittest.TestCase):
             ("{name: a, type: json, extra: true}, {name: b, type: json, extra: true}", "only one column"),
         ]:
             with self.subTest(text):
-                file = (
-                    f"{{tables: {{t: {{columns: [{text}]}}}}, apps: {{x: {{secret_key: k, tables: [t]}}}}}}"
-                )
-                self.assertIn(expected, "\n".join(self.mistakes(file)))
+                mistakes = self.mistakes(f"{{tables: {{t: {{columns: [{text}]}}}}, apps: {{}}}}")
+                self.assertIn(expected, "\n".join(mistakes))
 
-    def test_what_another_schema_changes_is_told_without_its_keys(self) -> None:
-        long, other = "x" * 62, "apps:\n  new: { secret_key: secret, tables: [other] }"
-        grown = GROWN_SCHEMA.replace("name: d", f"name: {long}1")
+    def test_what_another_schema_changes_is_told_without_its_keys_and_new_columns_are_relaxed(self) -> None:
+        more = "  other: { columns: [{ name: x, required: true }] }\napps:\n"
+        more += "  new: { secret_key: k, tables: [other] }"
+        grown = GROWN_SCHEMA.replace("name: d", f"name: {'x' * 62}1")
         for old, new, expected in [
             ("", "", []),
             ("secret_key: key", "secret_key: secret", ['app "app" changed']),
             ("name: c, type: uuid", "name: e, type: i32", ['column "t.c" removed', 'column "t.e" added']),
             ("name: a, type: i64", "name: a, type: i32", ['column "t.a" changed']),
-            (
-                f"{long}1",
-                f"{long}2",
-                [f'column "t.{long}{n}" {what}' for n, what in [(1, "removed"), (2, "added")]],
-            ),
-            (
-                "apps:",
-                f"  other:\n    columns: [{{ name: x }}]\n{other}",
-                ['table "other" added', 'app "new" added'],
-            ),
+            ("apps:", more, ['table "other" added', 'app "new" added']),
+            ("xxx1", "xxx2", ["removed", "added"]),  # a long name is cut, but told apart
         ]:
             with self.subTest(new):
                 before, after = schema_of(grown), schema_of(grown.replace(old, new))
-                changes = attolytics.changes(before, after)
-                for change, prefix in zip(changes, expected, strict=True):
-                    self.assertEqual((change[:8], change.split()[-1]), (prefix[:8], prefix.split()[-1]))
-                    if long not in prefix:
-                        self.assertEqual(change, prefix)
+                for change, end in zip(attolytics.changes(before, after), expected, strict=True):
+                    self.assertTrue(change == end or change.endswith(f" {end}"), change)
                 self.assertEqual(len(attolytics.changes(after, before)), len(expected))
-
-    def test_only_new_columns_of_known_tables_are_relaxed(self) -> None:
-        other = "  other:\n    columns: [{ name: x, required: true }]\napps:"
         before = schema_of(GROWN_SCHEMA.replace("{ name: a, type: i64, indexed: true }", "{ name: z }"))
-        after = schema_of(GROWN_SCHEMA.replace("indexed: true }", "required: true }").replace("apps:", other))
-        tables = attolytics.relaxed(after, before).tables
-        required = [c.name for table in tables.values() for c in table.columns if c.required]
+        after = schema_of(GROWN_SCHEMA.replace("indexed: true }", "required: true }").replace("apps:", more))
+        tables = attolytics.relaxed(after, before).tables.values()
+        required = [column.name for table in tables for column in table.columns if column.required]
         self.assertEqual(required, ["b", "d", "j", "x"])
 
 
@@ -394,6 +380,7 @@ class SchemaTest(unittest.TestCase):
 
 # Also halves of surrogate pairs; but two that stand together are one character.
 DECODED_TEXT = st.text(st.characters()).map(lambda text: str(json.loads(json.dumps(text))))
+DECIMALS = st.decimals(allow_nan=False, allow_infinity=False)
 LONG_NUMBER = Decimal("0.12345678901234567890")
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -401,53 +388,41 @@ NAN, INFINITY = float("nan"), float("inf")
 class ConversionTest(unittest.TestCase):
     def test_values_become_the_texts_that_postgresql_reads(self) -> None:
         some_uuid = "123E4567-e89b-12d3-a456-426614174000"
-        texts: list[tuple[str, list[tuple[object, str]]]] = [
-            ("bool", [(True, "true"), (False, "false")]),
-            ("i32", [(0, "0"), (-(2**31), "-2147483648"), (5.0, "5")]),
-            (
-                "i64",
-                [
-                    (2**63 - 1, "9223372036854775807"),
-                    (Decimal("9223372036854775807.0"), "9223372036854775807"),
-                ],
-            ),
-            ("f32", [(1.5, "1.5"), (3.4028235e38, "3.4028235e+38")]),
-            ("f64", [(1, "1.0"), (-0.0, "-0.0"), (1.7976931348623157e308, "1.7976931348623157e+308")]),
-            ("f64", [(590295810358705700000, "5.902958103587057e+20"), (2**60, "1.152921504606847e+18")]),
-            ("string", [(text, text) for text in ("", "it's \\ \t\n\r \\. \U0001f600")]),
-            ("timestamp", [(0, "1970-01-01T00:00:00.000000Z"), (-1, "1969-12-31T23:59:59.000000Z")]),
-            ("timestamp", [(1554130180.123456, "2019-04-01T14:49:40.123456Z")]),
-            ("timestamp", [(253402300799.5, "9999-12-31T23:59:59.500000Z")]),
-            ("timestamp", [(-62135596800, "0001-01-01T00:00:00.000000Z")]),
-            ("timestamp", [(Decimal("20000000000.123456"), "2603-10-11T11:33:20.123456Z")]),
-            (
-                "timestamp",
-                [(f"2019-04-01{t}14:49:40{z}", "2019-04-01T14:49:40Z") for t, z in ("TZ", "tz", " Z")],
-            ),
-            ("timestamp", [("2019-04-01 14:49:40.5+02:00", "2019-04-01T12:49:40.500000Z")]),
-            ("timestamp", [("2019-04-01T14:49:40.1234567-00:30", "2019-04-01T15:19:40.123457Z")]),
-            ("timestamp", [("2016-12-31T23:59:60Z", "2017-01-01T00:00:00Z")]),
-            ("timestamp", [("2017-01-01T00:59:60+01:00", "2017-01-01T00:00:00Z")]),
-            ("json", [({"a": [1, 2.5, None, "é'"]}, '{"a":[1,2.5,null,"é\'"]}'), ("\\u0000", '"\\\\u0000"')]),
-            ("json", [([LONG_NUMBER], "[0.12345678901234567890]"), (Decimal("1e400"), "1E+400")]),
-            ("uuid", [(text, text) for text in (some_uuid, some_uuid.replace("-", ""))]),
+        at = "2019-04-01T14:49:40Z"
+        texts: list[tuple[str, dict[Any, str]]] = [
+            ("bool", {True: "true", False: "false"}),
+            ("i32", {0: "0", -(2**31): "-2147483648", 5.0: "5"}),
+            ("i64", {2**63 - 1: str(2**63 - 1), Decimal("9223372036854775806.0"): str(2**63 - 2)}),
+            ("f32", {1.5: "1.5", 3.4028235e38: "3.4028235e+38"}),
+            ("f64", {1: "1.0", -0.0: "-0.0", 1.7976931348623157e308: "1.7976931348623157e+308"}),
+            ("f64", {590295810358705700000: "5.902958103587057e+20", 2**60: "1.152921504606847e+18"}),
+            ("string", {text: text for text in ("", "it's \\ \t\n\r \\. \U0001f600")}),
+            ("timestamp", {0: "1970-01-01T00:00:00.000000Z", -1: "1969-12-31T23:59:59.000000Z"}),
+            ("timestamp", {1554130180.123456: "2019-04-01T14:49:40.123456Z"}),
+            ("timestamp", {253402300799.5: "9999-12-31T23:59:59.500000Z"}),
+            ("timestamp", {-62135596800: "0001-01-01T00:00:00.000000Z"}),
+            ("timestamp", {Decimal("20000000000.123456"): "2603-10-11T11:33:20.123456Z"}),
+            ("timestamp", dict.fromkeys([at, at.lower(), at.replace("T", " ")], at)),
+            ("timestamp", {"2019-04-01T14:49:40.1234567-00:30": "2019-04-01T15:19:40.123457Z"}),
+            ("timestamp", {"2016-12-31T23:59:60Z": "2017-01-01T00:00:00Z"}),
+            ("timestamp", {"2017-01-01T00:59:60+01:00": "2017-01-01T00:00:00Z"}),
+            ("json", {"\\u0000": '"\\\\u0000"', (LONG_NUMBER, None): f"[{LONG_NUMBER},null]"}),
+            ("json", {Decimal(number): number for number in ("1E+400", "9E+131071", "1E-16383")}),
+            ("uuid", {text: text for text in (some_uuid, some_uuid.replace("-", ""))}),
         ]
         for type_, cases in texts:
-            for value, text in cases:
+            for value, text in cases.items():
                 with self.subTest(type=type_, value=value):
-                    self.assertEqual(attolytics.CONVERTERS[Type(type_)](value), text)
+                    json_value = list(value) if isinstance(value, tuple) else value
+                    self.assertEqual(attolytics.CONVERTERS[Type(type_)](json_value), text)
+        text = attolytics.CONVERTERS[Type.JSON]({"a": [1, 2.5, "é'"]})
+        self.assertEqual(text, '{"a":[1,2.5,"é\'"]}')
 
     def test_values_that_do_not_fit_are_refused_with_a_reason(self) -> None:
-        deep: object = 1
-        for _ in range(attolytics.JSON_DEPTH_MAX + 1):
-            deep = [deep]
+        deep = json.loads("[" * 101 + "]" * 101)
+        self.assertEqual(len(attolytics.CONVERTERS[Type.JSON](deep[0])), 200)
         years = "expected a time in the years 1 to 9999"
-        times = (
-            "2019-02-30T00:00:00Z",
-            "2019-04-01T24:00:00Z",
-            "2019-04-01T00:00:00+24:00",
-            "0000-01-01T00:00:00Z",
-        )
+        times = [f"{day}T00:00:00Z" for day in ("2019-02-30", "2019-04-31", "0000-01-01")]
         refusals: list[tuple[str, str, Sequence[object]]] = [
             ("bool", "expected true or false, got 1", [1]),
             ("bool", 'expected true or false, got "true"', ["true"]),
@@ -471,7 +446,7 @@ class ConversionTest(unittest.TestCase):
             ("timestamp", "expected seconds since 1970 or a string", [True]),
             ("timestamp", "an offset is missing, such as Z or +02:00", ["2019-04-01T14:49:40"]),
             ("timestamp", "expected RFC 3339", ["yesterday", "٢٠١٩-04-01T14:49:40Z"]),
-            ("timestamp", "no such time", times),
+            ("timestamp", "no such time", [*times, "2019-04-01T24:00:00Z", "2019-04-01T00:00:00+24:00"]),
             ("timestamp", "a leap second is at 23:59:60 UTC only", ["2019-04-01T12:00:60Z"]),
             ("json", "not JSON", [{"a": NAN}, [LONG_NUMBER, INFINITY]]),
             ("json", "contains a NUL character", [{"a\0": 1}, ["\\\0"]]),
@@ -494,11 +469,7 @@ class ConversionTest(unittest.TestCase):
     @hypothesis.settings(deadline=None)
     @hypothesis.given(
         st.recursive(
-            st.none()
-            | st.booleans()
-            | st.integers()
-            | st.decimals(allow_nan=False, allow_infinity=False)
-            | DECODED_TEXT,
+            st.one_of(st.none(), st.booleans(), st.integers(), DECIMALS, DECODED_TEXT),
             lambda inner: st.lists(inner) | st.dictionaries(DECODED_TEXT, inner),
         )
     )
@@ -509,15 +480,12 @@ class ConversionTest(unittest.TestCase):
         self.assertEqual(attolytics.exact_json(read), text)
 
     def test_exact_json_takes_no_text_for_a_number_and_keeps_digits_at_every_depth(self) -> None:
-        value = json.loads(
-            r'["\ud800\udc005","\ud800\ud800\udc005","\udc00\ud800",{"\ud800\udc007":1.50E+9}]',
-            parse_float=Decimal,
-        )
+        text = r'["\ud800\udc005","\ud800\ud800\udc005","\udc00\ud800",{"\ud800\udc007":1.50E+9}]'
+        value = json.loads(text, parse_float=Decimal)
         again = attolytics.exact_json(value)
         self.assertEqual(json.loads(again, parse_float=Decimal), value)
         self.assertTrue(again.endswith(":1.50E+9}]"), again)
-        numbers = [Decimal("0." + "1234567890" * 50), Decimal("-1E+99999"), Decimal("1E-400"), 10**4000]
-        nested: object = ["\ud800", "\0", *numbers]
+        nested: object = ["\0", Decimal("0." + "1234567890" * 50), Decimal("-1E+99999"), 10**4000]
         for level in range(399):
             nested = [1, nested] if level % 2 else {"é\0": nested, "b": None}
 
@@ -525,18 +493,6 @@ class ConversionTest(unittest.TestCase):
             return deep_in_stack(frames - 1) if frames else attolytics.exact_json(nested)
 
         self.assertEqual(json.loads(deep_in_stack(500), parse_float=Decimal), nested)
-
-    def test_a_decimal_is_taken_where_numeric_can_hold_it(self) -> None:
-        for text in ("9E+131071", "1E-16383"):
-            self.assertEqual(attolytics.CONVERTERS[Type.JSON]({"n": Decimal(text)}), f'{{"n":{text}}}')
-
-    def test_depth_is_counted_in_arrays_and_objects(self) -> None:
-        for value, depth in [(1, 0), ("[[", 0), ([], 1), ({"a": 1, "b": [[]]}, 3), ([1, {"a": {}}, 2], 3)]:
-            with self.subTest(value=value):
-                attolytics.check_depth(value, depth)
-                if depth:
-                    with self.assertRaisesRegex(ValueError, f"deeper than {depth - 1} levels"):
-                        attolytics.check_depth(value, depth - 1)
 
     @hypothesis.settings(deadline=None)
     @hypothesis.given(st.datetimes(timezones=st.timezones()), st.sampled_from(" T"))
@@ -566,16 +522,9 @@ class ConversionTest(unittest.TestCase):
         self.assertLessEqual(abs(stored - exact), Decimal("1e-6"))
 
     def test_values_are_shown_as_json_and_long_ones_cut(self) -> None:
-        shown = [
-            (True, "true"),
-            (1.5, "1.5"),
-            (NAN, "NaN"),
-            (INFINITY, "Infinity"),
-            ({}, "an object"),
-            ([], "an array"),
-        ]
-        for value, text in [*shown, ("x" * 60, '"' + "x" * 60 + '"'), (Decimal("1e400"), "1E+400")]:
-            self.assertEqual(attolytics.show(value), text)
+        values = [True, 1.5, NAN, INFINITY, "x" * 60, Decimal("1e400"), {}, []]
+        shown = ["true", "1.5", "NaN", "Infinity", f'"{"x" * 60}"', "1E+400", "an object", "an array"]
+        self.assertEqual([attolytics.show(value) for value in values], shown)
         for value in ("x" * 100_000, "\0" * 100_000, 10**4299):
             self.assertLess(len(attolytics.show(value)), 80)
 
@@ -608,28 +557,22 @@ class BatchTest(unittest.TestCase):
         purchase = {"_t": "purchases", "id": "123e4567-e89b-12d3-a456-426614174000", "product": "hat"}
         events = example(time=0, score=7), purchase, example(user_id="me")
         batch = self.batch(*events, headers={"referer": "http://a.example/'"})
+        filled = "'2019-04-01T14:49:40.250000Z','192.0.2.1','com.example.myapp'"
         rows = {
             "events": [
                 "1970-01-01T00:00:00.000000Z\tlinux\t1\t\\N\tstart\t7\thttp://a.example/'",
                 "\\N\tlinux\t1\tme\tstart\t\\N\thttp://a.example/'",
             ],
             # It has a unique column.
-            "purchases": [
-                "('123e4567-e89b-12d3-a456-426614174000','hat',NULL,NULL,"
-                "'2019-04-01T14:49:40.250000Z','192.0.2.1','com.example.myapp',NULL)"
-            ],
+            "purchases": [f"('123e4567-e89b-12d3-a456-426614174000','hat',NULL,NULL,{filled},NULL)"],
         }
         self.assertEqual((batch.accepted, self.rows(batch), batch.warnings), (3, rows, []))
-        batch = self.batch()
-        self.assertEqual((batch.accepted, batch.rows), (0, {}))
 
     def test_a_body_of_another_shape_is_refused(self) -> None:
         for body, reason in [
             (b"", "not JSON: Expecting value at line 1, column 1"),
             (b'{"a": x}', "not JSON: Expecting value at line 1, column 7"),
-            (b'{"events": [1,]}', "not JSON"),
             (b'{"a": 1} x', "not JSON: Extra data"),
-            (b'{"a": 1, "a": 2', "not JSON"),
             (b"[]", 'expected an object with "secret_key" and "events", got an array'),
             (b'{"events": []}', 'expected a string "secret_key", got nothing'),
             (b'{"secret_key": 5, "events": []}', 'expected a string "secret_key", got 5'),
@@ -650,13 +593,11 @@ class BatchTest(unittest.TestCase):
         self.assertEqual(self.intake.batch(b"\xef\xbb\xbf" + body_of(example()), delivery()).accepted, 1)
 
     def test_what_might_not_be_read_again_from_the_spool_is_refused_for_its_depth(self) -> None:
-        body = f'{{"secret_key": "{KEY}", "deep": %s, "events": []}}'
-        for levels in (attolytics.BODY_DEPTH_MAX - 1, attolytics.BODY_DEPTH_MAX + 1):
-            nested = (body % ("[" * levels + "]" * levels)).encode()
-            if levels < attolytics.BODY_DEPTH_MAX:
-                self.intake.batch(nested, delivery())
-            else:
-                self.assertIn("nested deeper than 400 levels", self.refusal(nested).reason)
+        levels = attolytics.BODY_DEPTH_MAX - 1
+        body = f'{{"secret_key": "{KEY}", "deep": {"[" * levels}{"]" * levels}, "events": []}}'
+        self.intake.batch(body.encode(), delivery())
+        refusal = self.refusal(body.replace("[]", "[[[]]]", 1).encode())
+        self.assertIn(f"nested deeper than {levels + 1} levels", refusal.reason)
 
     def test_a_wrong_key_and_too_many_events_are_refused(self) -> None:
         for key in ["", "x", KEY + " ", "\ud800", "é"]:
@@ -669,29 +610,18 @@ class BatchTest(unittest.TestCase):
     def test_every_bad_event_is_listed_with_its_column_and_the_reason(self) -> None:
         without = example()
         del without["platform"]
-        time_reason = "expected seconds since 1970 or a string such as 2019-04-01T14:49:40Z, got an array"
-        bad = [
-            example(score="x"),
-            5,
-            example(),
-            example(score=1.5, time=[]),
-            without,
-            example(platform=None),
-            {},
+        bad = [example(score="x"), 5, example(), example(score=1.5, time=[]), without, example(platform=None)]
+        reasons = [
+            (0, "score", 'expected an integer, got "x"'),
+            (1, None, "expected an object, got 5"),
+            (3, "time", "expected seconds since 1970 or a string such as 2019-04-01T14:49:40Z, got an array"),
+            (3, "score", "expected an integer, got 1.5"),
+            (4, "platform", "missing, but required"),
+            (5, "platform", "null, but required"),
+            (6, "_t", "expected the name of a table, got nothing"),
+            (7, "_t", "expected the name of a table, got 5"),
         ]
-        self.assertEqual(
-            self.problems(*bad, {"_t": 5}),
-            [
-                Problem(0, "score", 'expected an integer, got "x"'),
-                Problem(1, None, "expected an object, got 5"),
-                Problem(3, "time", time_reason),
-                Problem(3, "score", "expected an integer, got 1.5"),
-                Problem(4, "platform", "missing, but required"),
-                Problem(5, "platform", "null, but required"),
-                Problem(6, "_t", "expected the name of a table, got nothing"),
-                Problem(7, "_t", "expected the name of a table, got 5"),
-            ],
-        )
+        self.assertEqual(self.problems(*bad, {}, {"_t": 5}), [Problem(*reason) for reason in reasons])
         for each in (5, example(score="x")):
             self.assertEqual(len(self.problems(*[each] * 5000)), attolytics.PROBLEMS_MAX)
 
@@ -704,21 +634,14 @@ class BatchTest(unittest.TestCase):
         event = json.dumps(example(score=1))[:-1] + ', "score": 2}'
         nested = json.dumps(example())[:-1] + ', "x": [{"a": 1, "a": 1}]}'
         body = f'{{"secret_key": "{KEY}", "events": [{json.dumps(example())}, {event}, {nested}]}}'
-        self.assertEqual(
-            list(self.refusal(body.encode()).problems),
-            [
-                Problem(1, "score", 'the key "score" stands twice in one object'),
-                Problem(2, "x", 'the key "a" stands twice in one object'),
-            ],
-        )
-        key = json.dumps("a\n" + "x" * 100_000)
-        [problem] = self.refusal(
-            f'{{"secret_key": "{KEY}", "events": [{{{key}: 1, {key}: 2}}]}}'.encode()
-        ).problems
-        self.assertLess(len(problem.column or ""), 100)
-        reason = self.refusal(f"{{{key}: 1, {key}: 2}}".encode()).reason
-        self.assertLess(len(reason), 200)
-        self.assertNotIn("\n", reason)
+        reasons = [(1, "score", 'the key "score" stands twice in one object')]
+        reasons.append((2, "x", 'the key "a" stands twice in one object'))
+        problems = list(self.refusal(body.encode()).problems)
+        self.assertEqual(problems, [Problem(*reason) for reason in reasons])
+        long = json.dumps("a\n" + "x" * 100_000)
+        refusal = self.refusal(f'{{"secret_key": "{KEY}", "events": [{{{long}: 1, {long}: 2}}]}}'.encode())
+        self.assertLess(len(refusal.problems[0].column or ""), 100)
+        self.assertRegex(self.refusal(f"{{{long}: 1, {long}: 2}}".encode()).reason, "^.{,200}$")
 
     def test_a_repeated_key_is_found_quickly_among_many_and_deep_down(self) -> None:
         many = "".join(f'"k{i}": 1, ' for i in range(60_000))
@@ -747,14 +670,6 @@ class BatchTest(unittest.TestCase):
         self.assertIn(""",'{"color":"red","n":[1]}')""", self.rows(batch)["purchases"][0])
         self.assertEqual(batch.warnings, [])
         self.assertEqual(self.problems({**event, "color": "\0"})[0].column, "extra")
-
-    def test_numbers_stay_exact(self) -> None:
-        floats = ["0.1", "1.50", "1e3", "123456789012345.6"]
-        for text in [*floats, "0.12345678901234567890", "1e400", "1e-400"]:
-            with self.subTest(text):
-                value = float(text) if text in floats else Decimal(text)
-                number = attolytics.exact_number(text)
-                self.assertEqual((type(number), number), (type(value), value))
 
     def test_a_required_header_that_is_missing_refuses_the_events(self) -> None:
         columns = "[{name: h, header: X-A, required: true}]"
@@ -802,48 +717,26 @@ class BatchTest(unittest.TestCase):
 
 
 class SqlTest(unittest.TestCase):
-    def test_identifiers_are_quoted(self) -> None:
-        self.assertEqual(attolytics.identifier('a"; DROP TABLE x'), '"a""; DROP TABLE x"')
-
-    def test_fields_for_copy_are_escaped(self) -> None:
-        columns = "[{name: s}, {name: j, type: json}, {name: h, header: h}]"
-        schema = schema_of(
-            f"{{tables: {{t: {{columns: {columns}}}}}, apps: {{app: {{secret_key: key, tables: [t]}}}}}}"
-        )
-        for text, field, json_field in [
-            ("plain é\U0001f600 it's", "plain é\U0001f600 it's", '"plain é\U0001f600 it\'s"'),
-            ("\\N", "\\\\N", '"\\\\\\\\N"'),
-            ("\\.", "\\\\.", '"\\\\\\\\."'),
-            ("a\tb\nc\rd", "a\\tb\\nc\\rd", '"a\\\\tb\\\\nc\\\\rd"'),
-            ("\x7f\u2028", "\x7f\u2028", '"\x7f\u2028"'),
-        ]:
-            body = body_of({"_t": "t", "s": text, "j": text}, key="key")
-            [rows] = attolytics.intakes(schema)["app"].batch(body, delivery({"h": "end"})).rows.values()
-            self.assertEqual(rows, [f"{field}\t{json_field}\tend"])
-
     def test_a_flush_is_one_transaction_over_all_tables_and_over_two_schemas(self) -> None:
-        tables = {name: attolytics.TableIntake(table) for name, table in schema_of(ALL_TYPES).tables.items()}
-        plain, marks = tables["plain"], tables["marks"]
-        both = attolytics.TableIntake(Table("two", (Column("a", unique=True), Column("b", unique=True))))
-        later = attolytics.TableIntake(
-            Table("plain", (Column("text"), Column("mark", header="x"), Column("c")))
-        )
-        parts = [
-            {plain: ["1\ta"], marks: ["(2,'b')", "(4,'d')"]},
-            {plain: ["3\tc"], marks: ["(5,'e')"], both: ["(1,2)"], later: ["a\t\\N\t6"]},
-        ]
-        message = attolytics.insert_message("BEGIN;\n", parts, "COMMIT")
+        def table(name: str, **columns: dict[str, Any]) -> attolytics.TableIntake:
+            made = tuple(Column(column, **properties) for column, properties in columns.items())
+            return attolytics.TableIntake(Table(name, made))
+
+        unique = {"unique": True}
+        marks, both = table("marks", a=unique, b={}), table("both", a=unique, b=unique)
+        plain, later = table("plain", a={}, b={}), table("plain", b={}, a={"header": "x"}, c={})
+        first = {plain: ["1\ta"], marks: ["(2,'b')", "(4,'d')"]}
+        second = {plain: ["3\tc"], marks: ["(5,'e')"], both: ["(1,2)"], later: ["a\t\\N\t6"]}
+        message = attolytics.insert_message("BEGIN;\n", [first, second], "COMMIT")
         begin, *statements, commit = message.sql.split(";\n")
         self.assertEqual((begin, commit), ("BEGIN", "COMMIT"))
         expected = [
-            'INSERT INTO "marks" ("mark","text") VALUES '
-            "(2,'b'),(4,'d'),(5,'e')"
-            ' ON CONFLICT ("mark") DO NOTHING',
-            'INSERT INTO "two" ("a","b") VALUES (1,2) ON CONFLICT DO NOTHING',
-            'COPY "plain" ("mark","text") FROM STDIN',
-            'COPY "plain" ("text","c","mark") FROM STDIN',
+            'COPY "plain" ("a","b") FROM STDIN',
+            'COPY "plain" ("b","c","a") FROM STDIN',
+            'INSERT INTO "both" ("a","b") VALUES (1,2) ON CONFLICT DO NOTHING',
+            """INSERT INTO "marks" ("a","b") VALUES (2,'b'),(4,'d'),(5,'e') ON CONFLICT ("a") DO NOTHING""",
         ]
-        self.assertEqual(sorted(statements), sorted(expected))
+        self.assertEqual(sorted(statements), expected)
         self.assertEqual(sorted(message.copies), [b"1\ta\n3\tc\n", b"a\t\\N\t6\n"])
 
     def test_the_line_that_copy_names_is_found_in_any_language_and_only_in_our_tables(self) -> None:
@@ -874,9 +767,10 @@ class DatabaseUrlTest(unittest.TestCase):
 
     def test_urls_are_read_as_libpq_does(self) -> None:
         h = Target("me", "me", "h", 5432, None)
+        changed = functools.partial(dataclasses.replace, h)
         on_socket = Target("me", "me", None, 5432, "/run/postgresql/.s.PGSQL.5432")
         for url, expected in [
-            ("postgres://", dataclasses.replace(h, host="localhost")),
+            ("postgres://", changed(host="localhost")),
             ("postgresql://h", h),
             ("postgres://u:p@h:1/d", Target("u", "d", "h", 1, None, "p")),
             ("postgres://u:a:b@h/d", Target("u", "d", "h", 5432, None, "a:b")),
@@ -888,19 +782,11 @@ class DatabaseUrlTest(unittest.TestCase):
             ("postgres:///me?host=/run/postgresql", on_socket),
             ("postgres://u@%2Frun%2Fpostgresql", dataclasses.replace(on_socket, user="u", dbname="u")),
             ("postgres:///d?user=u&password=p&port=7", Target("u", "d", "localhost", 7, None, "p")),
-            (
-                "postgres://h?sslmode=verify-full&sslrootcert=%2Fca",
-                dataclasses.replace(h, sslmode="verify-full", sslrootcert="/ca"),
-            ),
-            (
-                "postgres://h?sslrootcert=system",
-                dataclasses.replace(h, sslmode="verify-full", sslrootcert="system"),
-            ),
-            ("postgres://h?ssl=true", dataclasses.replace(h, sslmode="require")),
-            (
-                "postgres://h?connect_timeout=9&application_name=x",
-                dataclasses.replace(h, connect_timeout=9, application_name="x"),
-            ),
+            ("postgres://h?sslmode=verify-ca&sslkey=%2Fkey", changed(sslmode="verify-ca", sslkey="/key")),
+            ("postgres://h?sslrootcert=system", changed(sslmode="verify-full", sslrootcert="system")),
+            ("postgres://h?ssl=true", changed(sslmode="require")),
+            ("postgres://h?connect_timeout=9", changed(connect_timeout=9)),
+            ("postgres://h?application_name=x", changed(application_name="x")),
             ("postgres://h?connect_timeout=0", h),
         ]:
             with self.subTest(url):
@@ -1016,24 +902,22 @@ class MetricsTest(unittest.TestCase):
         )
 
     def test_counters_start_with_0_and_go_on_when_a_schema_is_declared_again(self) -> None:
-        schema = schema_of(ALL_TYPES)
-        metrics = attolytics.Metrics(schema)
+        metrics = attolytics.Metrics(schema_of(ALL_TYPES))
         metrics.count("events_accepted_total", 2, "one", "marks")
-        metrics.declare(schema)
+        metrics.declare(schema_of(ALL_TYPES))
         found = samples(metrics.exposition({"spool_bytes": 7, "process_max_fds": math.inf}))
-        for name, value in [
-            ('attolytics_events_accepted_total{app="one",table="marks"}', 2),
-            ('attolytics_events_accepted_total{app="many",table="marks"}', 0),
-            ('attolytics_events_duplicate_total{table="marks"}', 0),
-            ('attolytics_http_requests_total{status="503"}', 0),
-            ("attolytics_database_reconnects_total", 0),
-            ("attolytics_spool_bytes", 7),
-            ("process_max_fds", math.inf),
-        ]:
-            self.assertEqual(found[name], value, name)
-        self.assertFalse(
-            {'attolytics_events_duplicate_total{table="plain"}', "attolytics_database_up"} & found.keys()
-        )
+        expected = {
+            'attolytics_events_accepted_total{app="one",table="marks"}': 2,
+            'attolytics_events_accepted_total{app="many",table="marks"}': 0,
+            'attolytics_events_duplicate_total{table="marks"}': 0,
+            'attolytics_http_requests_total{status="503"}': 0,
+            "attolytics_database_reconnects_total": 0,
+            "attolytics_spool_bytes": 7,
+            "process_max_fds": math.inf,
+        }
+        self.assertEqual({**found, **expected}, found)
+        self.assertNotIn('attolytics_events_duplicate_total{table="plain"}', found)
+        self.assertNotIn("attolytics_database_up", found)
 
 
 # --- A real PostgreSQL and a real server --------------------------------------
@@ -1095,19 +979,13 @@ class PgBouncer:
         self.port = free_port()
         directory.mkdir()
         (directory / "users.txt").write_text('"postgres" ""\n')
-        settings = {
-            "listen_addr": "127.0.0.1",
-            "listen_port": self.port,
-            "unix_socket_dir": directory,
-            "pool_mode": "transaction",
-            "auth_type": "trust",
-            "auth_file": directory / "users.txt",
-            "server_idle_timeout": 2,  # every test has a database, and with it a pool, of its own
-            "server_login_retry": 1,  # after PostgreSQL was away, s
-        }
-        databases = f"* = host=127.0.0.1 port={server_port} auth_user=postgres"
-        lines = ["[databases]", databases, "[pgbouncer]", *(f"{key} = {settings[key]}" for key in settings)]
-        (directory / "pgbouncer.ini").write_text("\n".join(lines) + "\n")
+        # Most tests have a database, and with it a pool, of their own: it may end soon.
+        (directory / "pgbouncer.ini").write_text(
+            f"[databases]\n* = host=127.0.0.1 port={server_port} auth_user=postgres\n"
+            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\n"
+            f"pool_mode = transaction\nauth_type = trust\nauth_file = {directory}/users.txt\n"
+            "server_idle_timeout = 2\nserver_login_retry = 1\n"
+        )
         if user:
             shutil.chown(directory, user)
         with (directory / "log").open("wb") as log:
@@ -1143,9 +1021,9 @@ class Postgres:
         if self.user:
             shutil.chown(self.directory, self.user)
             self.directory.chmod(0o755)
-        self._run(
-            "initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N"
-        )
+        options = ("-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+        command = [str(self.programs / "initdb"), "-D", str(self.data), *options]
+        subprocess.run(command, user=self.user, stdout=subprocess.DEVNULL, cwd=self.directory, check=True)
         self._configure()
         self.pooler: PgBouncer | None = None
         self.start()
@@ -1169,14 +1047,6 @@ class Postgres:
         subprocess.run(["chmod", "-R", "a+rX", self.directory], check=True)
         return self.directory / package.name / "pginstall" / "bin"
 
-    def _run(self, program: str, *arguments: object) -> None:
-        command = [str(self.programs / program), *map(str, arguments)]
-        result = subprocess.run(
-            command, user=self.user, capture_output=True, text=True, cwd=self.directory, check=False
-        )
-        if result.returncode:
-            raise AssertionError(f"{command}: {result.stdout}{result.stderr}")
-
     def _configure(self) -> None:
         self.authority = trustme.CA()
         certificate = self.authority.issue_cert("localhost")
@@ -1189,10 +1059,7 @@ class Postgres:
             path.chmod(0o600 if path.suffix == ".key" else 0o644)
             if self.user:
                 shutil.chown(path, self.user)
-        configuration = subprocess.run(
-            [self.programs / "pg_config", "--configure"], capture_output=True, text=True, check=True
-        ).stdout
-        self.has_tls = "openssl" in configuration
+        self.has_tls = b"openssl" in subprocess.check_output([self.programs / "pg_config", "--configure"])
         (self.data / "pg_hba.conf").write_text(
             "local all all trust\n"
             "hostnossl all tls_only all reject\n"
@@ -1374,14 +1241,12 @@ class Attolytics:
             descriptors = [str(sock.fileno()) for sock in sockets]
             wrapper = [sys.executable, "-c", HAND_OVER, str(len(sockets)), *descriptors]
         command = [*wrapper, sys.executable, *script, *map(str, arguments)]
-        environ = {
-            key: value for key, value in os.environ.items() if not key.startswith(("PG", "ATTOLYTICS"))
-        }
+        ours = {name: os.environ[name] for name in os.environ if not name.startswith(("PG", "ATTOLYTICS"))}
         self.process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
             text=True,
-            env={**environ, **(env or {})},
+            env={**ours, **(env or {})},
             cwd=self._directory.name if self._directory else directory,
             pass_fds=[sock.fileno() for sock in sockets],
         )
@@ -1494,11 +1359,10 @@ class ServerCase(SharedCase):
         cls.addClassCleanup(cls.attolytics.stop)
 
     @classmethod
-    def another_server(cls, directory: Path, *options: str, **limits: object) -> Attolytics:
+    def another_server(cls, directory: Path, *options: str) -> Attolytics:
         """Start a server that has the directory to itself, but shares the database."""
         (directory / "schema.yaml").write_text(cls.SCHEMA)
-        limits = {**cls.LIMITS, **limits}
-        patch = "".join(f"attolytics.{name} = {value}; " for name, value in limits.items())
+        patch = "".join(f"attolytics.{name} = {value}; " for name, value in cls.LIMITS.items())
         start = f"import sys; sys.path.insert(0, {str(HERE)!r}); import attolytics; {patch}"
         arguments = "-s", "schema.yaml", "-d", postgres.url(cls.shared_database), "-p", "0", *cls.OPTIONS
         script = ["-c", f"{start}sys.exit(attolytics.main())"]
