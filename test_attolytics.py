@@ -49,7 +49,7 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NoReturn, TypeVar
@@ -66,7 +66,9 @@ from attolytics import (
     Batch,
     Column,
     Database,
+    DatabaseError,
     Delivery,
+    Fault,
     OperatorError,
     Problem,
     Refusal,
@@ -116,21 +118,12 @@ ALL_TYPES = """
 tables:
   everything:
     columns:
-      - { name: id, type: i64, unique: true }
-      - { name: b, type: bool }
-      - { name: i32, type: i32 }
-      - { name: i64, type: i64 }
-      - { name: f32, type: f32 }
-      - { name: f64, type: f64 }
-      - { name: s, type: string }
-      - { name: ts, type: timestamp }
-      - { name: j, type: json }
-      - { name: u, type: uuid }
-      - { name: extra, type: json, extra: true }
+      [{ name: id, type: i64, unique: true }, { name: b, type: bool }, { name: i32, type: i32 },
+       { name: i64, type: i64 }, { name: f32, type: f32 }, { name: f64, type: f64 }, { name: s },
+       { name: ts, type: timestamp }, { name: j, type: json }, { name: u, type: uuid },
+       { name: extra, type: json, extra: true }]
   marks:
-    columns:
-      - { name: mark, type: i64, unique: true, required: true }
-      - { name: text }
+    columns: [{ name: mark, type: i64, unique: true, required: true }, { name: text }]
   plain:
     columns: [{ name: mark, type: i64 }, { name: text }]
   'odd "table"':
@@ -291,7 +284,6 @@ class SchemaTest(unittest.TestCase):
         for text, expected in [
             ("", "expected tables and apps, got nothing"),
             ("just text", 'expected tables and apps, got "just text"'),
-            ("a: b: c", "not YAML"),
             ("a:\n\tb: 1", "not YAML"),
             ("[" * 3000, "nested too deeply"),
             (bomb, 'a6: unknown key "a6"'),
@@ -311,10 +303,8 @@ class SchemaTest(unittest.TestCase):
             ("{apps: {x: {secret_key: k}}}", "apps.x.tables: expected a list of table names, got nothing"),
             ("{apps: {x: {secret_key: ''}}}", "apps.x.secret_key: expected a string, got an empty one"),
             ("{apps: {x: {secret_key: []}}}", "apps.x.secret_key: expected a string, got an array"),
-            ("{apps: {x: {invalid_events: drop}}}", 'unknown policy "drop"'),
             ("{apps: {x: {access_control_allow_origin: example.com}}}", "https://example.com"),
             ("{apps: {x: {access_control_allow_origin: {}}}}", "expected an origin"),
-            ("{apps: {x: {access_control_allow_origin: }}}", "expected an origin"),
             ("{apps: {x: {access_control_allow_origin: ['*', ~]}}}", "expected an origin"),
         ]:
             with self.subTest(text[:100]):
@@ -331,7 +321,6 @@ class SchemaTest(unittest.TestCase):
             ('{name: "\\ud800"}', "contains half of a surrogate pair"),
             ('{name: "a\\0"}', "NUL"),
             (f"{{name: {'é' * 32}}}", "has 64 bytes; PostgreSQL holds 63"),
-            ("{name: a, type: varchar}", 'unknown type "varchar", did you mean "string"?'),
             ("{name: a, type: BOOLEAN}", 'unknown type "BOOLEAN", did you mean "bool"?'),
             ("{name: a, type: guid}", 'unknown type "guid", did you mean "uuid"?'),
             ("{name: a, type: qqq}", "expected one of bool, i32"),
@@ -493,33 +482,6 @@ class ConversionTest(unittest.TestCase):
             return deep_in_stack(frames - 1) if frames else attolytics.exact_json(nested)
 
         self.assertEqual(json.loads(deep_in_stack(500), parse_float=Decimal), nested)
-
-    @hypothesis.settings(deadline=None)
-    @hypothesis.given(st.datetimes(timezones=st.timezones()), st.sampled_from(" T"))
-    def test_rfc_3339_means_what_python_says(self, moment: datetime, separator: str) -> None:
-        offset = moment.utcoffset()
-        hypothesis.assume(offset is not None and offset.seconds % 60 == 0)
-        try:
-            expected = moment.astimezone(UTC).replace(tzinfo=None)
-        except OverflowError:
-            hypothesis.reject()
-        text = attolytics.CONVERTERS[Type.TIMESTAMP](moment.isoformat(separator))
-        self.assertEqual(text, f"{expected.isoformat()}Z")
-
-    @hypothesis.settings(deadline=None)
-    @hypothesis.given(
-        st.floats(-62_135_596_800, 253_402_300_799)
-        | st.decimals(-62_135_596_800, 253_402_300_799, places=9)
-        | st.integers(-62_135_596_800, 253_402_300_799)
-    )
-    def test_seconds_are_kept_to_the_microsecond(self, seconds: float | Decimal) -> None:
-        text = attolytics.CONVERTERS[Type.TIMESTAMP](seconds)
-        minute, _, second = text.removesuffix("Z").rpartition(":")  # there may be a second 60
-        since = datetime.fromisoformat(minute) - datetime(1970, 1, 1)
-        stored = since.days * 86_400 + since.seconds + Decimal(second)
-        # A float of two thousand years has digits down to 8 microseconds only.
-        exact = Decimal(repr(seconds) if type(seconds) is float else seconds)
-        self.assertLessEqual(abs(stored - exact), Decimal("1e-6"))
 
     def test_values_are_shown_as_json_and_long_ones_cut(self) -> None:
         values = [True, 1.5, NAN, INFINITY, "x" * 60, Decimal("1e400"), {}, []]
@@ -696,22 +658,6 @@ class BatchTest(unittest.TestCase):
             with self.subTest(peer=peer, headers=headers):
                 self.assertEqual(delivery(headers, peer).client_ip(), address)
 
-    def test_compressed_bodies_are_inflated_up_to_a_limit(self) -> None:
-        data = b"x" * 1000
-        raw = zlib.compressobj(wbits=-15)
-        raw_deflate = raw.compress(data) + raw.flush()
-        for coding, body in [
-            ("gzip", gzip.compress(data)),
-            ("deflate", zlib.compress(data)),
-            ("deflate", raw_deflate),
-        ]:
-            self.assertEqual(attolytics.inflate(body, coding, 1000), data)
-            with self.subTest(coding), refused_as(self, "too_large"):
-                attolytics.inflate(body, coding, 999)
-            for bad in (body[:-1], body + b"x", b"", b"not compressed"):
-                with self.subTest(coding, bad=bad), refused_as(self, "invalid_body"):
-                    attolytics.inflate(bad, coding, 1000)
-
 
 # --- SQL that stores events ---------------------------------------------------
 
@@ -880,13 +826,6 @@ def samples(text: str) -> dict[str, float]:
 
 
 class MetricsTest(unittest.TestCase):
-    def test_label_values_are_escaped(self) -> None:
-        name = 'a "quoted" \\ back\nslash \\n é'
-        metrics = attolytics.Metrics(Schema({}, {name: attolytics.App(name, "key", None, (Table("t", ()),))}))
-        metrics.count("events_accepted_total", 3, name, "t")
-        [sample] = next(iter(text_string_to_metric_families(metrics.exposition({})))).samples
-        self.assertEqual((sample.labels, sample.value), ({"app": name, "table": "t"}, 3))
-
     def test_a_histogram_counts_each_value_in_all_buckets_that_hold_it(self) -> None:
         metrics = attolytics.Metrics(schema_of(ALL_TYPES))
         for value in (0.0005, 0.4, 0.5, 2, 30, 30.5):
@@ -1072,17 +1011,12 @@ class Postgres:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
-        settings = {
-            "port": self.port,
-            "listen_addresses": "127.0.0.1",
-            "unix_socket_directories": self.directory,
-            "ssl": "on" if self.has_tls else "off",
-            "fsync": "off",  # a crash of PostgreSQL loses nothing by it, only one of the machine
-            "max_connections": 60,
-            "shared_buffers": "32MB",
-            "log_min_messages": "fatal",
-        }
-        arguments = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
+        # Without fsync a crash of PostgreSQL loses nothing, only one of the machine.
+        settings = (
+            f"port={self.port} listen_addresses=127.0.0.1 unix_socket_directories={self.directory} fsync=off"
+            f" max_connections=60 shared_buffers=32MB log_min_messages=fatal ssl={self.has_tls:d}"
+        )
+        arguments = [word for setting in settings.split() for word in ("-c", setting)]
         with (self.directory / "log").open("ab") as log:
             command = [str(self.programs / "postgres"), "-D", str(self.data), *arguments]
             self.process = subprocess.Popen(
@@ -1445,15 +1379,9 @@ class TablesCase(SharedCase):
 
     def impatient(self) -> contextlib.AbstractContextManager[object]:
         """Wait for locks not as long as usual."""
-
-        def sooner(name: str, limit: int) -> Any:
-            text = getattr(attolytics, name).replace(str(limit), "200")
-            return unittest.mock.patch.object(attolytics, name, text)
-
-        stack = contextlib.ExitStack()
-        stack.enter_context(sooner("FLUSH_START", attolytics.LOCK_TIMEOUT_MS))
-        stack.enter_context(sooner("BEGIN_PREPARING", attolytics.PREPARE_LOCK_TIMEOUT_MS))
-        return stack
+        flush = attolytics.FLUSH_START.replace(str(attolytics.LOCK_TIMEOUT_MS), "200")
+        prepare = attolytics.BEGIN_PREPARING.replace(str(attolytics.PREPARE_LOCK_TIMEOUT_MS), "200")
+        return unittest.mock.patch.multiple(attolytics, FLUSH_START=flush, BEGIN_PREPARING=prepare)
 
 
 class PrepareTest(TablesCase):
@@ -1463,16 +1391,13 @@ class PrepareTest(TablesCase):
             openers = [attolytics.Opener(target, self.schema) for _ in range(8)]
             for session in list(pool.map(lambda opener: opener.open([str(uuid.uuid4())]), openers)):
                 session.database.close()
-        columns = self.query(
-            "SELECT column_name, data_type, is_nullable FROM information_schema.columns"
-            " WHERE table_name = 'everything' ORDER BY ordinal_position"
+        [[columns]] = self.query(
+            "SELECT string_agg(attname || ' ' || atttypid::regtype, ', ' ORDER BY attnum) FROM pg_attribute"
+            " WHERE attrelid = 'everything'::regclass AND attnum > 0 AND NOT attnotnull"
         )
-        types = [
-            *[("id", "bigint"), ("b", "boolean"), ("i32", "integer"), ("i64", "bigint"), ("f32", "real")],
-            *[("f64", "double precision"), ("s", "character varying"), ("ts", "timestamp with time zone")],
-            *[("j", "jsonb"), ("u", "uuid"), ("extra", "jsonb")],
-        ]
-        self.assertEqual(columns, [[name, type_, "YES"] for name, type_ in types])
+        numbers = "id bigint, b boolean, i32 integer, i64 bigint, f32 real, f64 double precision"
+        others = "s character varying, ts timestamp with time zone, j jsonb, u uuid, extra jsonb"
+        self.assertEqual(columns, f"{numbers}, {others}")
         unique = [["CREATE UNIQUE INDEX marks_mark_idx ON public.marks USING btree (mark)"]]
         self.assertEqual(self.query("SELECT indexdef FROM pg_indexes WHERE tablename = 'marks'"), unique)
 
@@ -1493,6 +1418,17 @@ class PrepareTest(TablesCase):
         self.assertEqual(self.indexes("marks"), [("marks_pkey", True)])
 
     def test_all_differences_are_listed_with_sql_that_mends_them(self) -> None:
+        other_types = {
+            "b": "int4, expected boolean",
+            "i32": "int8, expected integer",
+            "j": "json, expected jsonb",
+        }
+        other_types["ts"] = "timestamp, expected timestamp with time zone"
+        everything = {name: f"the type is {types}" for name, types in other_types.items()}
+        everything.update(dict.fromkeys(("u", "more"), "NOT NULL without a default"))
+        generated = "PostgreSQL generates it"
+        plain = {"mark": generated, "text": "the type is int4, expected varchar"}
+        tables = {"everything": everything, "plain": plain, "marks": {"mark": generated}}
         for sql, reasons in [
             (
                 "CREATE TABLE everything (id int8, b int, i32 int8, i64 int8, f32 float4, f64 float8, s text,"
@@ -1501,15 +1437,11 @@ class PrepareTest(TablesCase):
                 "CREATE TABLE marks (mark int8 GENERATED ALWAYS AS (1) STORED, text text)",
                 [
                     "the database does not fit the schema file, 9 differences:",
-                    'table "everything", column "b": the type is int4, expected boolean',
-                    'table "everything", column "i32": the type is int8, expected integer',
-                    'table "everything", column "ts": the type is timestamp, expected timestamp with time',
-                    'table "everything", column "j": the type is json, expected jsonb',
-                    'table "everything", column "u": NOT NULL without a default',
-                    'table "everything", column "more": NOT NULL without a default',
-                    'table "plain", column "mark": PostgreSQL generates it',
-                    'table "plain", column "text": the type is int4, expected varchar',
-                    'table "marks", column "mark": PostgreSQL generates it',
+                    *(
+                        f'"{t}", column "{c}": {why}'
+                        for t, found in tables.items()
+                        for c, why in found.items()
+                    ),
                 ],
             ),
             (
@@ -1568,9 +1500,9 @@ class PrepareTest(TablesCase):
         self.query("CREATE TABLE marks (mark int8, text text)")
         session = self.session()
         session.run("BEGIN; INSERT INTO marks VALUES (1)")
-        with self.impatient(), self.assertRaisesRegex(attolytics.DatabaseError, "lock timeout") as caught:
+        with self.impatient(), self.assertRaisesRegex(DatabaseError, "lock timeout") as caught:
             self.open()
-        self.assertIs(caught.exception.fault, attolytics.Fault.AWAY)
+        self.assertIs(caught.exception.fault, Fault.AWAY)
         session.run("COMMIT; INSERT INTO marks SELECT generate_series(2, 100000)")
         self.query(f"ALTER DATABASE {self.database} SET statement_timeout = '20ms'")
         self.addCleanup(session.run, f"ALTER DATABASE {self.database} RESET statement_timeout")
@@ -1581,24 +1513,19 @@ class PrepareTest(TablesCase):
         with self.assertRaisesRegex(OperatorError, r"Key \(mark\)=\(7\) is duplicated"):
             self.open()
 
-    def test_a_ledger_of_an_earlier_version_gets_its_column(self) -> None:
-        self.query(
-            "CREATE TABLE attolytics_ledger (epoch uuid PRIMARY KEY, flush bigint NOT NULL,"
-            " updated_at timestamptz NOT NULL DEFAULT now())"
+    def test_a_ledger_of_an_earlier_version_gets_its_column_from_its_owner(self) -> None:
+        columns = (
+            "epoch uuid PRIMARY KEY, flush bigint NOT NULL, updated_at timestamptz NOT NULL DEFAULT now()"
         )
-        epoch = str(uuid.uuid4())
-        self.query(f"INSERT INTO attolytics_ledger VALUES ('{epoch}', 7)")
         self.role("no_owner")
         self.query(
-            "GRANT CREATE ON SCHEMA public TO no_owner;"
+            f"CREATE TABLE attolytics_ledger ({columns}); GRANT CREATE ON SCHEMA public TO no_owner;"
             " GRANT SELECT, INSERT, UPDATE ON attolytics_ledger TO no_owner"
         )
         with self.assertRaisesRegex(OperatorError, "must be owner of table attolytics_ledger") as caught:
             self.open(user="no_owner")
         self.assertIn("  ALTER TABLE attolytics_ledger ADD COLUMN session uuid;", str(caught.exception))
-        session = attolytics.Opener(self.postgres.target(self.database), self.schema).open([epoch])
-        session.database.close()
-        self.assertEqual(session.stored, {epoch: 7})
+        self.store(mark(1))
 
     def test_later_sessions_check_the_tables_before_they_take_the_ledger_over_and_create_none(self) -> None:
         opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
@@ -1611,7 +1538,7 @@ class PrepareTest(TablesCase):
         token = self.query("SELECT session FROM attolytics_ledger")
         session = self.session()
         session.run("BEGIN; LOCK TABLE plain")
-        with self.impatient(), self.assertRaisesRegex(attolytics.DatabaseError, "lock timeout"):
+        with self.impatient(), self.assertRaisesRegex(DatabaseError, "lock timeout"):
             attempt()
         session.run("ROLLBACK; ALTER TABLE plain RENAME TO elsewhere; DROP INDEX marks_mark_idx")
         self.assertEqual(self.query("SELECT session FROM attolytics_ledger"), token)
@@ -1800,11 +1727,11 @@ class MigrateTest(TablesCase):
         reason = 'table "t" is still in use after 0.1 s .*ALTER TABLE'
         with (
             contextlib.closing(attolytics.connect(self.target)) as database,
-            self.assertRaisesRegex(attolytics.DatabaseError, reason) as caught,
+            self.assertRaisesRegex(DatabaseError, reason) as caught,
             unittest.mock.patch.object(attolytics, "CHANGE_PAUSE_S", 0.1),
         ):
             attolytics.migrate(database, self.schema, "postgres", patience_s=0.1)
-        self.assertIs(caught.exception.fault, attolytics.Fault.AWAY)
+        self.assertIs(caught.exception.fault, Fault.AWAY)
 
     def test_several_may_migrate_at_once_also_behind_pgbouncer(self) -> None:
         for pooled in (False, True):
@@ -1824,13 +1751,8 @@ class MigrateTest(TablesCase):
                 self.check_all_is_there()
 
     def test_names_are_those_that_postgresql_chooses(self) -> None:
-        for table, column in [
-            ("t", "b"),
-            ("ä" * 31, "b"),
-            ("b", "ö" * 31),
-            ("é" * 20, "xü" * 20),
-            ("x" * 63, "y" * 63),
-        ]:
+        longest = ("x" * 63, "y" * 63)
+        for table, column in [("t", "b"), ("ä" * 31, "b"), ("b", "ö" * 31), ("é" * 20, "xü" * 20), longest]:
             with self.subTest(table=table, column=column):
                 index = attolytics.Index(table, column)
                 self.query(f'CREATE TABLE "{table}" ("{column}" int); {index.sql()}')
@@ -1888,31 +1810,25 @@ class MigrateTest(TablesCase):
         admin.run(f"ALTER DATABASE {self.database} RESET statement_timeout")
         self.check_all_is_there()
 
-    def test_the_first_session_migrates_and_later_ones_only_check(self) -> None:
+    def test_the_first_session_migrates_later_ones_check_and_a_reload_builds_no_index(self) -> None:
         self.query("CREATE TABLE t (a int8)")
         opener = attolytics.Opener(self.target, self.schema, migrates=True)
         opener.open([str(uuid.uuid4())]).database.close()
+        self.check_all_is_there()
+        self.query("ALTER TABLE t DROP COLUMN b; ALTER TABLE t ADD COLUMN b text")
+        prepare = functools.partial(attolytics.Opener(self.target, self.schema).prepare, self.schema)
+        self.mend(prepare, "indexes of existing tables are missing")
+        prepare()
         self.check_all_is_there()
         self.query("ALTER TABLE t DROP COLUMN b")
         with self.assertRaisesRegex(OperatorError, 'has no column "b"'):
             opener.open([str(uuid.uuid4())])
 
-    def test_a_reload_without_migrate_builds_no_index(self) -> None:
-        self.create()
-        opener = attolytics.Opener(self.target, self.schema)
-        attempt = functools.partial(opener.prepare, self.schema)
-        with self.assertRaises(OperatorError):
-            attempt()
-        self.assertEqual(self.indexes("t"), [])
-        self.mend(attempt, "indexes of existing tables are missing")
-        attempt()
-        self.check_all_is_there()
-
 
 class ConnectTest(DatabaseCase):
-    def refused(self, fault: attolytics.Fault, reason: str, **changes: Any) -> None:
+    def refused(self, fault: Fault, reason: str, **changes: Any) -> None:
         with self.subTest(**changes):
-            with self.assertRaises(attolytics.DatabaseError) as caught:
+            with self.assertRaises(DatabaseError) as caught:
                 attolytics.connect(self.postgres.target(self.database, **changes))
             self.assertIs(caught.exception.fault, fault)
             self.assertIn(reason, str(caught.exception))
@@ -1927,25 +1843,23 @@ class ConnectTest(DatabaseCase):
             with self.subTest(user):
                 target = self.postgres.target(self.database, user=user, password=password)
                 attolytics.connect(target).close()
-                refused = functools.partial(self.refused, attolytics.Fault.OPERATOR, user=user)
+                refused = functools.partial(self.refused, Fault.OPERATOR, user=user)
                 refused("password authentication failed", password="wrong")
                 refused("no password was given")
-        self.refused(attolytics.Fault.OPERATOR, "", user="with_scram", password="a\x01b")  # SCRAM has none
+        self.refused(Fault.OPERATOR, "", user="with_scram", password="a\x01b")  # SCRAM has none
 
-    def test_the_unix_socket(self) -> None:
+    def test_a_server_that_is_not_there_or_read_only_may_come_an_unknown_database_or_user_will_not(
+        self,
+    ) -> None:
         path = f"{self.postgres.directory}/.s.PGSQL.{self.postgres.port}"
         self.open(host=None, socket=path, sslmode="verify-full")  # as in libpq ignored there
-
-    @not_pooled("it says neither's SQLSTATE")
-    def test_an_unknown_database_or_user_is_the_operators_fault(self) -> None:
-        self.refused(attolytics.Fault.OPERATOR, "nope", dbname="nope")
-        self.refused(attolytics.Fault.OPERATOR, "nope", user="nope")
-
-    def test_a_server_that_is_not_there_or_read_only_may_come(self) -> None:
-        away = functools.partial(self.refused, attolytics.Fault.AWAY)
+        away = functools.partial(self.refused, Fault.AWAY)
         away("Connection refused", port=free_port())
         away("", host=None, socket="/nowhere/.s.PGSQL.1")
         away("", host="no.such.host.invalid")
+        if not POOLED:  # it says neither's SQLSTATE
+            self.refused(Fault.OPERATOR, "nope", dbname="nope")
+            self.refused(Fault.OPERATOR, "nope", user="nope")
         self.query(f"ALTER DATABASE {self.database} SET default_transaction_read_only = on")
         away("the database is read-only")
 
@@ -1955,28 +1869,20 @@ class ConnectTest(DatabaseCase):
                 client.recv(1000)
                 client.sendall(words) if words is not None else time.sleep(0.5)
 
-        cases: list[tuple[bytes | None, attolytics.Fault, str, dict[str, Any]]] = [
-            (None, attolytics.Fault.AWAY, "no answer in time", {"connect_timeout": 0.2}),
-            (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10, attolytics.Fault.AWAY, "", {"sslmode": "disable"}),
-            (
-                b"",
-                attolytics.Fault.AWAY,
-                "",
-                {"sslmode": "require"},
-            ),  # a proxy in front of one that is not up
-            (
-                b"N",
-                attolytics.Fault.OPERATOR,
-                "sslmode=require, but the server does not offer TLS",
-                {"sslmode": "require"},
-            ),
-        ]
-        for words, fault, reason, changes in cases:
+        no_tls = "sslmode=require, but the server does not offer TLS"
+        closed = b""  # by a proxy in front of a server that is not up
+        for words, fault, reason, sslmode in [
+            (None, Fault.AWAY, "no answer in time", "disable"),
+            (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10, Fault.AWAY, "", "disable"),
+            (closed, Fault.AWAY, "", "require"),
+            (b"N", Fault.OPERATOR, no_tls, "require"),
+        ]:
             with socket.create_server(("127.0.0.1", 0)) as server:
                 thread = threading.Thread(target=answer, args=(server, words))
                 thread.start()
                 started = time.monotonic()
-                self.refused(fault, reason, host="127.0.0.1", port=server.getsockname()[1], **changes)
+                changes = {"port": server.getsockname()[1], "sslmode": sslmode, "connect_timeout": 0.2}
+                self.refused(fault, reason, host="127.0.0.1", **changes)
                 self.assertLess(time.monotonic() - started, 3)
                 thread.join()
 
@@ -1989,41 +1895,37 @@ class ConnectTest(DatabaseCase):
         ca = str(self.postgres.directory / "ca.pem")
         other_ca = str(self.postgres.directory / "other.pem")
         Path(other_ca).write_bytes(trustme.CA().cert_pem.bytes())
-        for changes, expected in [
-            ({"sslmode": "disable"}, False),
-            ({"sslmode": "allow"}, False),
-            ({"sslmode": "allow", "user": "tls_only"}, True),
-            ({"sslmode": "prefer"}, True),
-            ({"sslmode": "prefer", "user": "plain_only"}, False),
-            ({"sslmode": "require"}, True),
-            ({"sslmode": "require", "sslrootcert": ca}, True),
-            ({"sslmode": "verify-ca", "sslrootcert": ca, "host": "127.0.0.1"}, True),
-            ({"sslmode": "verify-full", "sslrootcert": ca}, True),
+        rejected, invalid = "pg_hba.conf rejects connection", "certificate is not valid"
+        for sslmode, changes, expected in [
+            ("disable", {}, False),
+            ("disable", {"user": "tls_only"}, rejected),
+            ("allow", {}, False),
+            ("allow", {"user": "tls_only"}, True),
+            ("prefer", {}, True),
+            ("prefer", {"user": "plain_only"}, False),
+            ("require", {}, True),
+            ("require", {"user": "plain_only"}, rejected),
+            ("require", {"sslrootcert": ca}, True),
+            ("require", {"sslrootcert": other_ca}, invalid),
+            ("verify-ca", {"sslrootcert": ca, "host": "127.0.0.1"}, True),
+            ("verify-ca", {"sslrootcert": other_ca}, invalid),
+            ("verify-full", {"sslrootcert": ca}, True),
+            ("verify-full", {"sslrootcert": ca, "host": "127.0.0.1"}, "IP address mismatch"),
+            ("verify-full", {"sslrootcert": "system"}, invalid),
         ]:
-            database = attolytics.connect(self.postgres.target(self.database, **changes))
-            with self.subTest(**changes), contextlib.closing(database):
+            if isinstance(expected, str):
+                self.refused(Fault.OPERATOR, expected, sslmode=sslmode, **changes)
+                continue
+            target = self.postgres.target(self.database, sslmode=sslmode, **changes)
+            with self.subTest(target=target), contextlib.closing(attolytics.connect(target)) as database:
                 in_use = database.run("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
-                self.assertEqual(in_use, [[expected]])
-                self.assertFalse(database.is_stale())
-        for changes, reason in [
-            ({"sslmode": "disable", "user": "tls_only"}, "pg_hba.conf rejects connection"),
-            ({"sslmode": "require", "user": "plain_only"}, "pg_hba.conf rejects connection"),
-            ({"sslmode": "require", "sslrootcert": other_ca}, "certificate is not valid"),
-            ({"sslmode": "verify-ca", "sslrootcert": other_ca}, "certificate is not valid"),
-            ({"sslmode": "verify-full", "sslrootcert": ca, "host": "127.0.0.1"}, "IP address mismatch"),
-            ({"sslmode": "verify-full", "sslrootcert": "system"}, "certificate is not valid"),
-        ]:
-            self.refused(attolytics.Fault.OPERATOR, reason, **changes)
+                self.assertEqual((in_use, database.is_stale()), ([[expected]], False))
         with self.assertRaisesRegex(OperatorError, r"cannot read the certificates .*No such file"):
             self.open(sslmode="verify-full", sslrootcert="/nowhere/ca.pem")
 
     def test_settings_of_the_database_do_not_harm_quoting(self) -> None:
-        settings = (
-            "standard_conforming_strings = off",
-            "client_encoding = LATIN1",
-            "DateStyle = 'German, DMY'",
-        )
-        for setting in settings:
+        quoting = "standard_conforming_strings = off"
+        for setting in (quoting, "client_encoding = LATIN1", "DateStyle = 'German, DMY'"):
             self.query(f"ALTER DATABASE {self.database} SET {setting}")
         self.store({"_t": "everything", "s": "\\' \U0001f600", "ts": 0})
         text = "U&'\\005C\\0027 \\+01F600'"  # the same in escapes
@@ -2050,9 +1952,9 @@ class ConnectTest(DatabaseCase):
     def test_a_commit_that_takes_back_is_an_error(self) -> None:
         database = self.open()
         database.run("BEGIN")
-        with self.assertRaises(attolytics.DatabaseError):
+        with self.assertRaises(DatabaseError):
             database.run("SELECT 1 / 0")
-        with self.assertRaisesRegex(attolytics.DatabaseError, "^expected COMMIT, got ROLLBACK$"):
+        with self.assertRaisesRegex(DatabaseError, "^expected COMMIT, got ROLLBACK$"):
             database.run("COMMIT")
 
 
@@ -2078,7 +1980,7 @@ class LedgerTest(DatabaseCase):
             self.query(sql)
         error = caught.exception.args[0]
         self.assertEqual(error["C"], attolytics.LEDGER_REFUSAL)
-        self.assertIs(attolytics.server_error(error).fault, attolytics.Fault.OPERATOR)
+        self.assertIs(attolytics.server_error(error).fault, Fault.OPERATOR)
 
     def test_only_the_session_that_has_the_row_may_raise_it_and_only_upwards(self) -> None:
         self.assertEqual(self.take_over(), {self.epoch: 0})
@@ -2115,11 +2017,11 @@ class LedgerTest(DatabaseCase):
         opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
         with unittest.mock.patch.object(attolytics, "FLUSH_START", impatient):
             with (
-                self.assertRaises(attolytics.DatabaseError) as caught,
+                self.assertRaises(DatabaseError) as caught,
                 self.assertLogs("attolytics") as logged,
             ):
                 opener.open([self.epoch])
-            self.assertIs(caught.exception.fault, attolytics.Fault.AWAY)
+            self.assertIs(caught.exception.fault, Fault.AWAY)
             self.assertIn("were ended: 1", logged.output[0])
         wait_until(lambda: self.take_over() == {self.epoch: 0})
         beside.run("COMMIT")
@@ -2258,16 +2160,9 @@ class RoundTripTest(ServerCase):
                 self.assertEqual(got, Decimal(text))
 
     def test_hostile_texts_come_back_as_they_were(self) -> None:
-        for text in [
-            "'); DROP TABLE everything; --",
-            "\\'; SELECT 1; --",
-            "$$ $1 :name %s {0}",
-            "\\.",
-            "\t\n\r\b\f\v\x01\x7f",
-            "x" * 100_000,
-            "é" * 50_000,
-            "\u202e\U0010ffff\U0001f468\u200d\U0001f469",
-        ]:
+        odd = ["\\.", "\\N", "$$ $1 :name %s {0}", "\u202e\U0010ffff\U0001f468\u200d\U0001f469"]
+        sql = ["'); DROP TABLE everything; --", "\\'; SELECT 1; --"]
+        for text in [*odd, *sql, "\t\n\r\b\f\v\x01\x7f", "x" * 100_000, "é" * 50_000]:
             with self.subTest(text[:30]):
                 number = next(self.ids)
                 self.send(body_of({"_t": "everything", "id": number, "s": text, text: text}, key="key"))
@@ -2805,16 +2700,11 @@ class HeadTest(unittest.TestCase):
         self.assertEqual((head.headers["x-a"], head.headers["x-b"]), ("1, 2", ""))
 
     def test_connections_are_kept_by_version_and_header(self) -> None:
-        for version, connection, keep in [
-            ("1.1", "", True),
-            ("1.1", "close", False),
-            ("1.1", "x, Close", False),
-            ("1.0", "", False),
-            ("1.0", "Keep-Alive", True),
-        ]:
+        kept = [("1.1", ""), ("1.0", "Keep-Alive")]
+        for version, connection in [*kept, ("1.1", "close"), ("1.1", "x, Close"), ("1.0", "")]:
             with self.subTest(version=version, connection=connection):
                 head = self.parse("Host: a", f"Connection: {connection}", first=f"GET / HTTP/{version}")
-                self.assertEqual(head.keep_alive, keep)
+                self.assertEqual(head.keep_alive, (version, connection) in kept)
 
     def test_what_could_smuggle_a_request_is_refused(self) -> None:
         for line in ["X: a\nContent-Length: 5", *re.split(r"[|\n]", SMUGGLED[1:-1])]:
@@ -2876,7 +2766,7 @@ class HttpTest(ServerCase):
         self.assertEqual(self.marks(), [])
 
     def test_statuses(self) -> None:
-        body = self.BODY
+        body, zipped = self.BODY, gzip.compress(self.BODY)
         for status, request in [
             (400, self.raw(b"{")),
             (400, b"nonsense\r\n\r\n"),
@@ -2901,7 +2791,10 @@ class HttpTest(ServerCase):
             (413, self.raw(b"x" * 500_000, "Content-Length: 2000000")),  # and it still sends
             (413, self.raw(body_of(*[1] * 10_001, key="key"))),
             (413, self.raw(gzip.compress(b" " * 50_000_000), "Content-Encoding: gzip")),
-            (400, self.raw(body, "Content-Encoding: gzip")),
+            *(
+                (400, self.raw(bad, "Content-Encoding: gzip"))
+                for bad in (body, b"", zipped[:-1], zipped + b"x")
+            ),
             (414, b"POST /" + b"x" * 9000),
             (414, self.raw(b"", path="/" + "x" * 8200)),
             (415, self.raw(body, "Content-Type: text/html")),
@@ -2936,6 +2829,7 @@ class HttpTest(ServerCase):
             [self.raw(self.BODY, "Content-Type: text/plain;charset=UTF-8")],  # a beacon's
             [self.raw(gzip.compress(self.BODY), "Content-Encoding: gzip")],
             [self.raw(zlib.compress(self.BODY), "Content-Encoding: Deflate")],
+            [self.raw(zlib.compress(self.BODY, wbits=-15), "Content-Encoding: deflate")],
             [b"\r\n" + self.raw(self.BODY)],
             [b"\r", b"\n\r\n", self.raw(self.BODY)],
         ]:
@@ -3311,8 +3205,6 @@ class CrowdTest(ServerCase):
 
 
 class OriginalTest(ServerCase):
-    """A schema file and a request made for the original Attolytics."""
-
     SCHEMA = ORIGINAL_SCHEMA
 
     def test_a_request_of_the_originals_readme(self) -> None:
