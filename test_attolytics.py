@@ -1418,31 +1418,27 @@ class PrepareTest(TablesCase):
         self.assertEqual(self.indexes("marks"), [("marks_pkey", True)])
 
     def test_all_differences_are_listed_with_sql_that_mends_them(self) -> None:
-        other_types = {
-            "b": "int4, expected boolean",
-            "i32": "int8, expected integer",
-            "j": "json, expected jsonb",
-        }
-        other_types["ts"] = "timestamp, expected timestamp with time zone"
-        everything = {name: f"the type is {types}" for name, types in other_types.items()}
-        everything.update(dict.fromkeys(("u", "more"), "NOT NULL without a default"))
-        generated = "PostgreSQL generates it"
-        plain = {"mark": generated, "text": "the type is int4, expected varchar"}
-        tables = {"everything": everything, "plain": plain, "marks": {"mark": generated}}
+        generated, not_null = "PostgreSQL generates it", "NOT NULL without a default"
+        differences = [
+            *(
+                'column "b": the type is int4, expected boolean',
+                'column "i32": the type is int8, expected int',
+            ),
+            *('column "j": the type is json, expected jsonb', f'column "u": {not_null}'),
+            'column "ts": the type is timestamp, expected timestamp with time zone',
+            *(f'column "more": {not_null}', f'table "plain", column "mark": {generated}'),
+            *(
+                'column "text": the type is int4, expected varchar',
+                f'table "marks", column "mark": {generated}',
+            ),
+        ]
         for sql, reasons in [
             (
                 "CREATE TABLE everything (id int8, b int, i32 int8, i64 int8, f32 float4, f64 float8, s text,"
                 " ts timestamp, j json, u uuid NOT NULL, more int NOT NULL, extra jsonb);"
                 "CREATE TABLE plain (mark int8 GENERATED ALWAYS AS IDENTITY, text int);"
                 "CREATE TABLE marks (mark int8 GENERATED ALWAYS AS (1) STORED, text text)",
-                [
-                    "the database does not fit the schema file, 9 differences:",
-                    *(
-                        f'"{t}", column "{c}": {why}'
-                        for t, found in tables.items()
-                        for c, why in found.items()
-                    ),
-                ],
+                ["the database does not fit the schema file, 9 differences:", *differences],
             ),
             (
                 "CREATE TABLE marks (mark int8)",
@@ -2177,6 +2173,10 @@ class RoundTripTest(ServerCase):
 # --- Writer -------------------------------------------------------------------
 
 
+Sent = concurrent.futures.Future[Answer]
+OURS = "application_name = 'attolytics' AND datname = current_database()"  # in pg_stat_activity
+
+
 class WriterCase(ServerCase):
     """What becomes of batches while something happens to the database. Tests begin with an empty spool."""
 
@@ -2196,7 +2196,7 @@ class WriterCase(ServerCase):
         self.clear()
         self.logged, self.kept = len(self.attolytics.lines), len(self.read("SELECT 1 FROM quarantine"))
 
-    def submit(self, *events: object, app: str = "app") -> concurrent.futures.Future[Answer]:
+    def submit(self, *events: object, app: str = "app") -> Sent:
         """Send a batch; return its answer to be."""
         return self.pool.submit(self.post, *events, app=app)
 
@@ -2204,12 +2204,12 @@ class WriterCase(ServerCase):
         """Return where a batch was stored."""
         return self.place_of(self.submit(*events, app=app))
 
-    def place_of(self, sent: concurrent.futures.Future[Answer]) -> str:
+    def place_of(self, sent: Sent) -> str:
         answer = sent.result(20)
         self.assertEqual(answer.status, 200, answer.text)
         return str(answer.json["stored"])
 
-    def problem(self, sent: concurrent.futures.Future[Answer]) -> tuple[int | None, str]:
+    def problem(self, sent: Sent) -> tuple[int | None, str]:
         """Return which event a batch was refused for, and why."""
         answer = sent.result(20)
         self.assertEqual(answer.status, 400, answer.text)
@@ -2241,14 +2241,10 @@ class WriterCase(ServerCase):
         return lambda: session.run("COMMIT")
 
     def wait_for_blocked(self) -> None:
-        blocked = (
-            "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        )
+        blocked = f"SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND {OURS}"
         wait_until(lambda: self.query(blocked))
 
-    def together(
-        self, table: str, *batches: Sequence[object], app: str = "app"
-    ) -> list[concurrent.futures.Future[Answer]]:
+    def together(self, table: str, *batches: Sequence[object], app: str = "app") -> list[Sent]:
         """Send the first batch and, while it waits for the table, the others, so that they share a flush."""
         release = self.hold(table)
         sent = [self.submit(*batches[0], app=app)]
@@ -2276,10 +2272,7 @@ class WriterCase(ServerCase):
 
     def terminate(self, condition: str = "true", how: str = "pg_terminate_backend") -> None:
         """End the server's session, or what it does."""
-        self.query(
-            f"SELECT {how}(pid) FROM pg_stat_activity WHERE application_name = 'attolytics'"
-            f" AND datname = current_database() AND {condition}"
-        )
+        self.query(f"SELECT {how}(pid) FROM pg_stat_activity WHERE {OURS} AND {condition}")
 
     def alter(self, setting: str) -> None:
         """Change a setting of the database, also for the server's next session, until the test ends."""
@@ -2290,10 +2283,7 @@ class WriterCase(ServerCase):
 
     def backend(self) -> int:
         """Return the process of the server's session."""
-        [[pid]] = self.query(
-            "SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'"
-            " AND datname = current_database()"
-        )
+        [[pid]] = self.query(f"SELECT pid FROM pg_stat_activity WHERE {OURS}")
         return int(pid)
 
     def stop_backend(self) -> Callable[[], None]:
@@ -2724,20 +2714,17 @@ class HeadTest(unittest.TestCase):
         for coding in ["gzip", "gzip, chunked", "identity", "xchunked", ""]:
             with self.subTest(coding), refused_as(self, "not_implemented"):
                 self.parse("Host: a", f"Transfer-Encoding: {coding}")
+        types = ["application/json", "Application/JSON; charset=UTF-8", "text/plain;charset=utf-8", ""]
+        others = ["text/html", "application/json; charset=utf-16", "application/x-www-form-urlencoded", "x"]
+        codings = ["gzip", "X-GZip", "deflate", "Identity", ""]
         for name, good, bad in [
-            (
-                "Content-Type",
-                ["application/json", "Application/JSON; charset=UTF-8", "text/plain;charset=utf-8", ""],
-                ["text/html", "application/json; charset=utf-16", "application/x-www-form-urlencoded", "x"],
-            ),
-            ("Content-Encoding", ["gzip", "X-GZip", "deflate", "Identity", ""], ["br", "gzip, gzip"]),
+            ("Content-Type", types, others),
+            ("Content-Encoding", codings, ["br", "gzip, gzip"]),
         ]:
             for text in [*good, *bad]:
                 head = self.parse("Host: a", "Content-Length: 5", f"{name}: {text}")
-                with (
-                    self.subTest(text),
-                    refused_as(self, "media") if text in bad else contextlib.nullcontext(),
-                ):
+                expected = refused_as(self, "media") if text in bad else contextlib.nullcontext()
+                with self.subTest(text), expected:
                     attolytics.check_request(head, intake, 100)
 
 
@@ -2767,6 +2754,7 @@ class HttpTest(ServerCase):
 
     def test_statuses(self) -> None:
         body, zipped = self.BODY, gzip.compress(self.BODY)
+        not_gzip = (body, b"", zipped[:-1], zipped + b"x")
         for status, request in [
             (400, self.raw(b"{")),
             (400, b"nonsense\r\n\r\n"),
@@ -2791,10 +2779,7 @@ class HttpTest(ServerCase):
             (413, self.raw(b"x" * 500_000, "Content-Length: 2000000")),  # and it still sends
             (413, self.raw(body_of(*[1] * 10_001, key="key"))),
             (413, self.raw(gzip.compress(b" " * 50_000_000), "Content-Encoding: gzip")),
-            *(
-                (400, self.raw(bad, "Content-Encoding: gzip"))
-                for bad in (body, b"", zipped[:-1], zipped + b"x")
-            ),
+            *((400, self.raw(bad, "Content-Encoding: gzip")) for bad in not_gzip),
             (414, b"POST /" + b"x" * 9000),
             (414, self.raw(b"", path="/" + "x" * 8200)),
             (415, self.raw(body, "Content-Type: text/html")),
@@ -2814,18 +2799,12 @@ class HttpTest(ServerCase):
 
     def test_requests_may_be_written_in_many_ways(self) -> None:
         old = self.raw(self.BODY).replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"Host: localhost\r\n", b"")
+        paths = ("http://localhost/apps/app/events", "/apps/%61pp/events", "/apps/app/events?x=1")
         one_by_one = [bytes([byte]) for byte in self.raw(self.BODY, "X-Slow: yes")]
         for parts in [
             [old],
             one_by_one,
-            *(
-                [self.raw(self.BODY, path=f"{start}events{end}")]
-                for start, end in [
-                    ("http://localhost/apps/app/", ""),
-                    ("/apps/%61pp/", ""),
-                    ("/apps/app/", "?x=1"),
-                ]
-            ),
+            *([self.raw(self.BODY, path=path)] for path in paths),
             [self.raw(self.BODY, "Content-Type: text/plain;charset=UTF-8")],  # a beacon's
             [self.raw(gzip.compress(self.BODY), "Content-Encoding: gzip")],
             [self.raw(zlib.compress(self.BODY), "Content-Encoding: Deflate")],
@@ -2857,14 +2836,8 @@ class HttpTest(ServerCase):
         self.assertEqual(self.marks(), [1, 2, 4])
         size = len(body_of({"_t": "sizes"}, key="key"))
         self.assertEqual(self.query("SELECT size FROM sizes ORDER BY 1"), [[str(size)], [str(size + 1)]])
-        for length, status in [
-            ("0", 400),
-            (f"+{size}", 400),
-            ("9, 9", 400),
-            ("", 400),
-            ("9" * 19, 400),
-            ("2000000", 413),
-        ]:
+        refused = [("0", 400), (f"+{size}", 400), ("9, 9", 400), ("", 400), ("9" * 19, 400)]
+        for length, status in [*refused, ("2000000", 413)]:
             with self.subTest(length):  # differs from a good head in its length only
                 sock = self.connect()
                 self.assertEqual(self.ask(sock, self.raw(body)).status, 200)
@@ -2967,18 +2940,6 @@ class HttpTest(ServerCase):
         for address in self.attolytics.listening():
             with socket.create_connection(address, 10) as sock:
                 self.assertEqual(self.ask(sock, self.raw(self.BODY)).status, 200)
-
-    def test_many_clients_at_once_lose_and_double_nothing(self) -> None:
-        def send(client: int) -> None:
-            with socket.create_connection(("127.0.0.1", self.attolytics.port), 30) as sock:
-                for i in range(25):
-                    events = [mark(client * 1000 + i * 10 + j) for j in range(3)]
-                    self.assertEqual(self.ask(sock, self.raw(body_of(*events, key="key"))).status, 200)
-
-        with concurrent.futures.ThreadPoolExecutor(40) as pool:
-            list(pool.map(send, range(40)))
-        sent = itertools.product(range(40), range(25), range(3))
-        self.assertEqual(self.marks(), [client * 1000 + i * 10 + j for client, i, j in sent])
 
     @classmethod
     def tearDownClass(cls) -> None:
