@@ -341,7 +341,7 @@ class SchemaTest(unittest.TestCase):
                 mistakes = self.mistakes(f"{{tables: {{t: {{columns: [{text}]}}}}, apps: {{}}}}")
                 self.assertIn(expected, "\n".join(mistakes))
 
-    def test_what_another_schema_changes_is_told_without_its_keys_and_new_columns_are_relaxed(self) -> None:
+    def test_what_another_schema_changes_is_told_without_its_keys(self) -> None:
         more = "  other: { columns: [{ name: x, required: true }] }\napps:\n"
         more += "  new: { secret_key: k, tables: [other] }"
         grown = GROWN_SCHEMA.replace("name: d", f"name: {'x' * 62}1")
@@ -358,11 +358,6 @@ class SchemaTest(unittest.TestCase):
                 for change, end in zip(attolytics.changes(before, after), expected, strict=True):
                     self.assertTrue(change == end or change.endswith(f" {end}"), change)
                 self.assertEqual(len(attolytics.changes(after, before)), len(expected))
-        before = schema_of(GROWN_SCHEMA.replace("{ name: a, type: i64, indexed: true }", "{ name: z }"))
-        after = schema_of(GROWN_SCHEMA.replace("indexed: true }", "required: true }").replace("apps:", more))
-        tables = attolytics.relaxed(after, before).tables.values()
-        required = [column.name for table in tables for column in table.columns if column.required]
-        self.assertEqual(required, ["b", "d", "j", "x"])
 
 
 # --- Conversion ---------------------------------------------------------------
@@ -554,13 +549,6 @@ class BatchTest(unittest.TestCase):
                 self.assertIn(reason, refusal.reason)
         self.assertEqual(self.intake.batch(b"\xef\xbb\xbf" + body_of(example()), delivery()).accepted, 1)
 
-    def test_what_might_not_be_read_again_from_the_spool_is_refused_for_its_depth(self) -> None:
-        levels = attolytics.BODY_DEPTH_MAX - 1
-        body = f'{{"secret_key": "{KEY}", "deep": {"[" * levels}{"]" * levels}, "events": []}}'
-        self.intake.batch(body.encode(), delivery())
-        refusal = self.refusal(body.replace("[]", "[[[]]]", 1).encode())
-        self.assertIn(f"nested deeper than {levels + 1} levels", refusal.reason)
-
     def test_a_wrong_key_and_too_many_events_are_refused(self) -> None:
         for key in ["", "x", KEY + " ", "\ud800", "é"]:
             with self.subTest(key):
@@ -644,15 +632,13 @@ class BatchTest(unittest.TestCase):
             self.assertEqual(self.rows(self.batch({"_t": "t"}, headers={"x-a": header})), {"t": [field]})
 
     def test_a_proxy_nearby_is_believed_about_the_client(self) -> None:
+        forwarded = {"x-real-ip": "8.8.8.8", "x-forwarded-for": "9.9.9.9"}
         for peer, headers, address in [
-            ("198.41.0.4", {}, "198.41.0.4"),
-            ("198.41.0.4", {"x-real-ip": "8.8.8.8"}, "198.41.0.4"),
-            ("127.0.0.1", {}, "127.0.0.1"),
-            ("127.0.0.1", {"x-real-ip": "8.8.8.8", "x-forwarded-for": "9.9.9.9"}, "8.8.8.8"),
+            *(("198.41.0.4", headers, "198.41.0.4") for headers in ({}, forwarded)),
+            *(("127.0.0.1", {}, "127.0.0.1"), ("127.0.0.1", forwarded, "8.8.8.8")),
             ("::1", {"x-forwarded-for": "1.1.1.1, 9.9.9.9"}, "9.9.9.9"),
             ("172.17.0.1", {"x-forwarded-for": "nonsense"}, "172.17.0.1"),
-            ("::ffff:198.41.0.4", {}, "198.41.0.4"),
-            ("fe80::1%eth0", {}, "fe80::1"),
+            *(("::ffff:198.41.0.4", {}, "198.41.0.4"), ("fe80::1%eth0", {}, "fe80::1")),
             ("127.0.0.1", {"x-real-ip": "2001:db8::1"}, "2001:db8::1"),
         ]:
             with self.subTest(peer=peer, headers=headers):
@@ -672,7 +658,7 @@ class SqlTest(unittest.TestCase):
         marks, both = table("marks", a=unique, b={}), table("both", a=unique, b=unique)
         plain, later = table("plain", a={}, b={}), table("plain", b={}, a={"header": "x"}, c={})
         first = {plain: ["1\ta"], marks: ["(2,'b')", "(4,'d')"]}
-        second = {plain: ["3\tc"], marks: ["(5,'e')"], both: ["(1,2)"], later: ["a\t\\N\t6"]}
+        second = {marks: ["(5,'e')"], plain: ["3\tc"], both: ["(1,2)"], later: ["a\t\\N\t6"]}
         message = attolytics.insert_message("BEGIN;\n", [first, second], "COMMIT")
         begin, *statements, commit = message.sql.split(";\n")
         self.assertEqual((begin, commit), ("BEGIN", "COMMIT"))
@@ -683,6 +669,8 @@ class SqlTest(unittest.TestCase):
             """INSERT INTO "marks" ("a","b") VALUES (2,'b'),(4,'d'),(5,'e') ON CONFLICT ("a") DO NOTHING""",
         ]
         self.assertEqual(sorted(statements), expected)
+        names = [statement.split('"')[1] for statement in statements]
+        self.assertEqual(names, sorted(names))  # or else two instances would lock each other out
         self.assertEqual(sorted(message.copies), [b"1\ta\n3\tc\n", b"a\t\\N\t6\n"])
 
     def test_the_line_that_copy_names_is_found_in_any_language_and_only_in_our_tables(self) -> None:
@@ -839,24 +827,6 @@ class MetricsTest(unittest.TestCase):
         self.assertEqual(
             [found[f'{name}_count{{store="{store}"}}'] for store in ("spool", "database")], [6, 0]
         )
-
-    def test_counters_start_with_0_and_go_on_when_a_schema_is_declared_again(self) -> None:
-        metrics = attolytics.Metrics(schema_of(ALL_TYPES))
-        metrics.count("events_accepted_total", 2, "one", "marks")
-        metrics.declare(schema_of(ALL_TYPES))
-        found = samples(metrics.exposition({"spool_bytes": 7, "process_max_fds": math.inf}))
-        expected = {
-            'attolytics_events_accepted_total{app="one",table="marks"}': 2,
-            'attolytics_events_accepted_total{app="many",table="marks"}': 0,
-            'attolytics_events_duplicate_total{table="marks"}': 0,
-            'attolytics_http_requests_total{status="503"}': 0,
-            "attolytics_database_reconnects_total": 0,
-            "attolytics_spool_bytes": 7,
-            "process_max_fds": math.inf,
-        }
-        self.assertEqual({**found, **expected}, found)
-        self.assertNotIn('attolytics_events_duplicate_total{table="plain"}', found)
-        self.assertNotIn("attolytics_database_up", found)
 
 
 # --- A real PostgreSQL and a real server --------------------------------------
@@ -1509,20 +1479,6 @@ class PrepareTest(TablesCase):
         with self.assertRaisesRegex(OperatorError, r"Key \(mark\)=\(7\) is duplicated"):
             self.open()
 
-    def test_a_ledger_of_an_earlier_version_gets_its_column_from_its_owner(self) -> None:
-        columns = (
-            "epoch uuid PRIMARY KEY, flush bigint NOT NULL, updated_at timestamptz NOT NULL DEFAULT now()"
-        )
-        self.role("no_owner")
-        self.query(
-            f"CREATE TABLE attolytics_ledger ({columns}); GRANT CREATE ON SCHEMA public TO no_owner;"
-            " GRANT SELECT, INSERT, UPDATE ON attolytics_ledger TO no_owner"
-        )
-        with self.assertRaisesRegex(OperatorError, "must be owner of table attolytics_ledger") as caught:
-            self.open(user="no_owner")
-        self.assertIn("  ALTER TABLE attolytics_ledger ADD COLUMN session uuid;", str(caught.exception))
-        self.store(mark(1))
-
     def test_later_sessions_check_the_tables_before_they_take_the_ledger_over_and_create_none(self) -> None:
         opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
         epoch = str(uuid.uuid4())
@@ -1806,15 +1762,10 @@ class MigrateTest(TablesCase):
         admin.run(f"ALTER DATABASE {self.database} RESET statement_timeout")
         self.check_all_is_there()
 
-    def test_the_first_session_migrates_later_ones_check_and_a_reload_builds_no_index(self) -> None:
+    def test_the_first_session_migrates_and_later_ones_only_check(self) -> None:
         self.query("CREATE TABLE t (a int8)")
         opener = attolytics.Opener(self.target, self.schema, migrates=True)
         opener.open([str(uuid.uuid4())]).database.close()
-        self.check_all_is_there()
-        self.query("ALTER TABLE t DROP COLUMN b; ALTER TABLE t ADD COLUMN b text")
-        prepare = functools.partial(attolytics.Opener(self.target, self.schema).prepare, self.schema)
-        self.mend(prepare, "indexes of existing tables are missing")
-        prepare()
         self.check_all_is_there()
         self.query("ALTER TABLE t DROP COLUMN b")
         with self.assertRaisesRegex(OperatorError, 'has no column "b"'):
@@ -2547,28 +2498,6 @@ class LateTest(WriterCase):
             db.execute("BEGIN IMMEDIATE")
             yield
 
-    def ledger_refusals(self) -> int:
-        """Return how many messages the ledger has refused, as PostgreSQL's log has them."""
-        return (self.postgres.directory / "log").read_text().count("more than one row returned by a subquery")
-
-    @not_pooled("it stops the backend")
-    def test_what_is_in_the_quarantine_is_not_stored_by_a_late_message(self) -> None:
-        self.alter("log_min_messages = error")
-        self.wait_for_database()
-        self.assertEqual(self.place(mark(1, table="plain")), "database")
-        go_on = self.stop_backend()
-        sent = self.submit(mark(2, table="plain"), app="keeping")
-        time.sleep(0.2)  # until it is on its way
-        self.query("ALTER TABLE plain ADD CONSTRAINT not_2 CHECK (mark <> 2)")
-        self.assertEqual(self.place_of(sent), "spool")
-        self.wait_for_database()
-        self.assertEqual(self.quarantined(), [2])
-        self.query("ALTER TABLE plain DROP CONSTRAINT not_2")
-        refusals = self.ledger_refusals()
-        go_on()
-        self.assertEqual(self.marks("plain"), [1])
-        self.assertEqual(self.ledger_refusals(), refusals + 1)
-
     @not_pooled("it stops the backend")
     def test_a_number_is_not_given_again_when_its_flush_could_not_be_spooled_either(self) -> None:
         self.assertEqual(self.place(mark(1, table="plain")), "database")
@@ -2862,12 +2791,7 @@ class HttpTest(ServerCase):
         answer = self.ask(self.connect(), self.raw(chunks, "Transfer-Encoding: Chunked") * 2)
         self.assertEqual((answer.status, self.marks()), (200, [1]))
         for status, chunks in [
-            (400, b"x\r\n"),
-            (400, b"-1\r\n"),
-            (400, b"0x5\r\nhello\r\n0\r\n\r\n"),
-            (400, b" 5\r\nhello\r\n0\r\n\r\n"),
-            (400, b"5 \r\nhello\r\n0\r\n\r\n"),
-            (400, b"5\r\nhello!\r\n0\r\n\r\n"),
+            *((400, size + b"\r\nhello\r\n0\r\n\r\n") for size in (b"x", b"-1", b"0x5", b" 5", b"5 ", b"4")),
             (400, b"5\nhello\r\n0\r\n\r\n" + b" " * 300),
             (400, b"5" + b";" * 300),
             (400, b"0\r\nbad trailer\r\n\r\n"),
