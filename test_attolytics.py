@@ -283,7 +283,6 @@ class SchemaTest(unittest.TestCase):
         )
         for text, expected in [
             ("", "expected tables and apps, got nothing"),
-            ("just text", 'expected tables and apps, got "just text"'),
             ("a:\n\tb: 1", "not YAML"),
             ("[" * 3000, "nested too deeply"),
             (bomb, 'a6: unknown key "a6"'),
@@ -301,7 +300,6 @@ class SchemaTest(unittest.TestCase):
             ("{tables: {attolytics_ledger: {columns: [{name: a}]}}}", "makes replay exactly-once"),
             ("{apps: {a/b: {secret_key: k, tables: []}}}", "slash"),
             ("{apps: {x: {secret_key: k}}}", "apps.x.tables: expected a list of table names, got nothing"),
-            ("{apps: {x: {secret_key: ''}}}", "apps.x.secret_key: expected a string, got an empty one"),
             ("{apps: {x: {secret_key: []}}}", "apps.x.secret_key: expected a string, got an array"),
             ("{apps: {x: {access_control_allow_origin: example.com}}}", "https://example.com"),
             ("{apps: {x: {access_control_allow_origin: {}}}}", "expected an origin"),
@@ -910,11 +908,8 @@ class PgBouncer:
     def _answers(self) -> bool:
         if self._process.poll() is not None:
             raise AssertionError("PgBouncer ended")
-        try:
-            socket.create_connection(("127.0.0.1", self.port)).close()
-        except OSError:
-            return False
-        return True
+        with socket.socket() as sock:
+            return not sock.connect_ex(("127.0.0.1", self.port))
 
 
 class Postgres:
@@ -959,24 +954,18 @@ class Postgres:
     def _configure(self) -> None:
         self.authority = trustme.CA()
         certificate = self.authority.issue_cert("localhost")
-        for path, pem in [
-            (self.data / "server.crt", certificate.cert_chain_pems[0].bytes()),
-            (self.data / "server.key", certificate.private_key_pem.bytes()),
-            (self.directory / "ca.pem", self.authority.cert_pem.bytes()),
-        ]:
-            path.write_bytes(pem)
+        chain, key = certificate.cert_chain_pems[0], certificate.private_key_pem
+        pems = {"data/server.crt": chain, "data/server.key": key, "ca.pem": self.authority.cert_pem}
+        for path, pem in ((self.directory / name, pem) for name, pem in pems.items()):
+            path.write_bytes(pem.bytes())
             path.chmod(0o600 if path.suffix == ".key" else 0o644)
             if self.user:
                 shutil.chown(path, self.user)
         self.has_tls = b"openssl" in subprocess.check_output([self.programs / "pg_config", "--configure"])
         (self.data / "pg_hba.conf").write_text(
-            "local all all trust\n"
-            "hostnossl all tls_only all reject\n"
-            "hostssl all plain_only all reject\n"
-            "host all with_scram all scram-sha-256\n"
-            "host all with_md5 all md5\n"
-            "host all with_plain all password\n"
-            "host all all all trust\n"
+            "local all all trust\nhostnossl all tls_only all reject\nhostssl all plain_only all reject\n"
+            "host all with_scram all scram-sha-256\nhost all with_md5 all md5\n"
+            "host all with_plain all password\nhost all all all trust\n"
         )
 
     def start(self) -> None:
@@ -1121,10 +1110,7 @@ os.execv(sys.argv[2 + count], sys.argv[2 + count :])
 
 
 class Attolytics:
-    """The program in a process of its own. Its standard error is collected line by line.
-
-    It works in `directory`, where its spool is, or else in one that lasts as long as itself.
-    """
+    """The program in a process of its own. Its standard error is collected line by line."""
 
     def __init__(  # noqa: PLR0913  # ways to start a process
         self,
@@ -1136,9 +1122,9 @@ class Attolytics:
         sockets: Sequence[socket.socket] = (),
         script: Sequence[str] = (str(HERE / "attolytics.py"),),
     ) -> None:
-        """Start it; `wrapper` is a command before its own, `sockets` are handed over as systemd does.
+        """Start it in the directory for its spool, or in one that lasts as long as itself.
 
-        `script` is what Python is told to run.
+        `wrapper` is a command before its own, `sockets` are handed over as systemd does.
         """
         self._directory = None if directory else tempfile.TemporaryDirectory()
         if sockets:
@@ -1199,11 +1185,9 @@ class Attolytics:
     def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
         """Send one request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        try:
+        with contextlib.closing(connection):
             connection.request("POST", path, body, {"Content-Type": "application/json", **(headers or {})})
             return Answer(connection.getresponse())
-        finally:
-            connection.close()
 
 
 class Answer:
@@ -1550,20 +1534,17 @@ class MigrateTest(TablesCase):
         with self.assertLogs("attolytics", "INFO") as logs:
             self.migrate()
         self.check_all_is_there()
-        self.assertEqual(
-            [record.getMessage().removeprefix("database: ") for record in logs.records],
-            [
-                attolytics.CREATE_LEDGER,
-                'ALTER TABLE "t" ADD COLUMN "c" uuid,'
-                ' ADD COLUMN "d" varchar /* NOT NULL when all rows have values */, ADD COLUMN "j" jsonb,'
-                ' ALTER COLUMN "a" DROP NOT NULL, ALTER COLUMN "b" DROP NOT NULL,'
-                ' ALTER COLUMN "old" DROP NOT NULL',
-                'CREATE INDEX CONCURRENTLY IF NOT EXISTS "t_a_idx" ON "t" ("a")',
-                'CREATE INDEX CONCURRENTLY IF NOT EXISTS "t_b_idx" ON "t" ("b")',
-                'CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS "t_c_idx" ON "t" ("c")',
-                'CREATE INDEX CONCURRENTLY IF NOT EXISTS "t_j_idx" ON "t" USING gin ("j")',
-            ],
-        )
+        create = "CREATE INDEX CONCURRENTLY IF NOT EXISTS"
+        statements = [
+            attolytics.CREATE_LEDGER,
+            'ALTER TABLE "t" ADD COLUMN "c" uuid, ADD COLUMN "d" varchar'
+            ' /* NOT NULL when all rows have values */, ADD COLUMN "j" jsonb, ALTER COLUMN "a" DROP NOT NULL,'
+            ' ALTER COLUMN "b" DROP NOT NULL, ALTER COLUMN "old" DROP NOT NULL',
+            *(f'{create} "t_{column}_idx" ON "t" ("{column}")' for column in "ab"),
+            'CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS "t_c_idx" ON "t" ("c")',
+            f'{create} "t_j_idx" ON "t" USING gin ("j")',
+        ]
+        self.assertEqual([r.getMessage().removeprefix("database: ") for r in logs.records], statements)
         self.query('UPDATE t SET d = \'\'; ALTER TABLE "t" ALTER COLUMN "d" SET NOT NULL')
         self.check_all_is_there()
         self.assertEqual(self.query("SELECT a, b, old FROM t"), [[1, "x", "y"]])
@@ -1879,14 +1860,19 @@ class ConnectTest(DatabaseCase):
         equal = f"SELECT s = {text}, ts = timestamptz '1970-01-01 00:00+00' FROM everything"
         self.assertEqual(self.query(equal, "SET standard_conforming_strings = on"), [[True, True]])
 
-    def test_commits_are_durable_even_if_the_server_is_set_otherwise(self) -> None:
+    def test_commits_are_durable_even_if_the_server_is_set_otherwise_and_one_that_takes_back_fails(
+        self,
+    ) -> None:
         database = self.open()
         for configured, ours in [("off", "local"), ("remote_apply", "remote_apply"), ("on", "on")]:
             with self.subTest(configured):
                 database.run(f"SET synchronous_commit = {configured}")
                 database.run(f"{attolytics.FLUSH_START}SELECT {attolytics.NOW_DURABLY}")
                 self.assertEqual(database.run("SHOW synchronous_commit"), [[ours]])
-                database.run("ROLLBACK")
+                with self.assertRaises(DatabaseError):
+                    database.run("SELECT 1 / 0")
+                with self.assertRaisesRegex(DatabaseError, "^expected COMMIT, got ROLLBACK$"):
+                    database.run("COMMIT")
 
     def test_nothing_of_a_flush_stays_in_a_session_that_others_share(self) -> None:
         database = attolytics.connect(self.postgres.target(self.database))
@@ -1895,14 +1881,6 @@ class ConnectTest(DatabaseCase):
         database.run(f"{attolytics.FLUSH_START}SELECT {attolytics.NOW_DURABLY}; COMMIT")
         self.assertEqual(database.run("SELECT name, setting FROM pg_settings ORDER BY name"), before)
         self.assertEqual(database.run("SELECT count(*) FROM pg_prepared_statements"), [[0]])
-
-    def test_a_commit_that_takes_back_is_an_error(self) -> None:
-        database = self.open()
-        database.run("BEGIN")
-        with self.assertRaises(DatabaseError):
-            database.run("SELECT 1 / 0")
-        with self.assertRaisesRegex(DatabaseError, "^expected COMMIT, got ROLLBACK$"):
-            database.run("COMMIT")
 
 
 class LedgerTest(DatabaseCase):
@@ -1963,10 +1941,7 @@ class LedgerTest(DatabaseCase):
         impatient = attolytics.FLUSH_START.replace(str(attolytics.LOCK_TIMEOUT_MS), "300")
         opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
         with unittest.mock.patch.object(attolytics, "FLUSH_START", impatient):
-            with (
-                self.assertRaises(DatabaseError) as caught,
-                self.assertLogs("attolytics") as logged,
-            ):
+            with self.assertRaises(DatabaseError) as caught, self.assertLogs("attolytics") as logged:
                 opener.open([self.epoch])
             self.assertIs(caught.exception.fault, Fault.AWAY)
             self.assertIn("were ended: 1", logged.output[0])
@@ -2873,11 +2848,9 @@ class HttpTest(ServerCase):
 
 # What is no value of JSON (RFC 8259), though something like it may stand where a value should.
 NO_VALUES = [
-    # Structure.
-    *rb"""[ ] { } , : [1,] [,1] [1,,2] [,] [1:2] [[] []] [1} [1 [1, [x] [1,x] ["a" ["a", [[],x] [""], {"a"}
-    {"a":} {:1} {"a":1,} {,"a":1} {"a":1,,"b":2} {"a":1] {a:1} {'a':1} {1:1} {null:1} {[]:1} {"a":1:2}
-    {"a","b"} {1} {,} {"a"::1} {"a":x} {"a":1,x} {"a":{} {"a": {"a" {"a {"a":1,"b"} 1] 1} "a""b" {}{} [][]
-    (1) <1> 1; =1 * $ @ `1`""".split(),
+    # Structure; test_every_short_sequence_of_tokens has more.
+    *rb"""[1,,2] [1:2] [x] [1,x] [[],x] {"a":1,} {"a":1,,"b":2} {a:1} {'a':1} {null:1} {[]:1} {"a":1:2}
+    {"a":x} {"a":1,x} {"a":{} {"a":1,"b"} "a""b" (1) <1> 1; =1 * $ @ `1`""".split(),
     *(b"", b" ", b"[1 2]", b'{"a" 1}', b'{"a":1 "b":2}', b"1 2"),
     # Words and numbers.
     *b"tru truee True t nul nulll None NULL n fals False undefined x inf infinity nan".split(),
