@@ -2530,6 +2530,23 @@ class LateTest(WriterCase):
                 self.assertEqual(self.quarantined(), bad)
 
 
+class HandOverTest(WriterCase):
+    """Some time passes between a look at an empty spool and what is done about it."""
+
+    SLOW = "(lambda head: lambda *events: head(*events) or attolytics.time.sleep(0.6) or [])"
+    LIMITS: ClassVar = {**WriterCase.LIMITS, "Spool.head": f"{SLOW}(attolytics.Spool.head)"}
+
+    def test_what_is_spooled_just_before_the_hand_over_is_not_left_behind(self) -> None:
+        release = self.hold("plain")
+        self.assertEqual(self.place(mark(0, table="plain")), "spool")
+        release()
+        sent, end = 1, time.monotonic() + 2.5
+        while time.monotonic() < end:
+            self.place(mark(sent, table="plain"))
+            sent += 1
+        wait_until(lambda: self.marks("plain") == list(range(sent)), 5)
+
+
 class ComplaintsTest(unittest.TestCase):
     def setUp(self) -> None:
         self.now = 100.0
