@@ -1453,9 +1453,9 @@ class PrepareTest(TablesCase):
         with self.impatient(), self.assertRaisesRegex(DatabaseError, "lock timeout") as caught:
             self.open()
         self.assertIs(caught.exception.fault, Fault.AWAY)
-        session.run("COMMIT; INSERT INTO marks SELECT generate_series(2, 100000)")
-        self.query(f"ALTER DATABASE {self.database} SET statement_timeout = '20ms'")
-        self.addCleanup(session.run, f"ALTER DATABASE {self.database} RESET statement_timeout")
+        self.query(f"ALTER DATABASE {self.database} SET statement_timeout = '300ms'")
+        self.addCleanup(self.query, f"ALTER DATABASE {self.database} RESET statement_timeout")
+        threading.Timer(0.8, session.run, ["COMMIT"]).start()
         self.open()  # the index takes longer than that
 
     def test_values_that_are_not_unique_are_reported(self) -> None:
@@ -1733,14 +1733,14 @@ class MigrateTest(TablesCase):
     @not_pooled("no setting outlives a transaction there, and a build has none")
     def test_a_statement_timeout_does_not_end_a_build(self) -> None:
         self.create()
-        self.query("INSERT INTO t (a) SELECT generate_series(1, 100000)")
-        admin = self.session()
-        admin.run(f"ALTER DATABASE {self.database} SET statement_timeout = '20ms'")
-        self.addCleanup(admin.run, f"ALTER DATABASE {self.database} RESET statement_timeout")
+        self.query(f"ALTER DATABASE {self.database} SET statement_timeout = '300ms'")
+        self.addCleanup(self.query, f"ALTER DATABASE {self.database} RESET statement_timeout")
+        inserting = self.session()
+        inserting.run("BEGIN; INSERT INTO t (a) VALUES (1)")
+        threading.Timer(0.8, inserting.run, ["COMMIT"]).start()  # which a build waits for
         with contextlib.closing(attolytics.connect(self.target)) as database:
             attolytics.migrate(database, self.schema, "postgres")
-            self.assertEqual(database.run("SHOW statement_timeout"), [["20ms"]])
-        admin.run(f"ALTER DATABASE {self.database} RESET statement_timeout")
+            self.assertEqual(database.run("SHOW statement_timeout"), [["300ms"]])
         self.check_all_is_there()
 
     def test_the_first_session_migrates_and_later_ones_only_check(self) -> None:
