@@ -2210,6 +2210,7 @@ class WriterCase(ServerCase):
         self.addCleanup(self.terminate)
         self.addCleanup(self.query, f"ALTER DATABASE {self.database} RESET ALL")
         self.terminate()
+        time.sleep(0.1)  # until it has ended
 
     def backend(self) -> int:
         """Return the process of the server's session."""
@@ -2521,13 +2522,14 @@ class LateTest(WriterCase):
                 self.query("TRUNCATE plain")
                 if bad:
                     self.constraint("plain", "CHECK (text <> 'bad')")
-                self.logged, release = len(self.attolytics.lines), self.hold("plain")
+                self.logged = len(self.attolytics.lines)
+                self.alter("default_transaction_read_only = on")
                 for number in range(0, 12, 3):
                     texts = {n: "bad" if n in bad else "good" for n in range(number, number + 3)}
                     events = [mark(n, text, "plain") for n, text in texts.items()]
                     self.assertEqual(self.place(*events, app="keeping"), "spool")
                 with self.locked_spool():
-                    release()
+                    self.query(f"ALTER DATABASE {self.database} RESET ALL")
                     wait_until(lambda: "the replay is held up" in self.log())
                 self.wait_for_database()
                 self.assertEqual(self.marks("plain"), [n for n in range(12) if n not in bad])
