@@ -3107,6 +3107,7 @@ class OriginalTest(ServerCase):
 def breakable() -> Postgres:
     """Return a PostgreSQL that tests may stop and kill."""
     own = Postgres()
+    unittest.addModuleCleanup(breakable.cache_clear)
     unittest.addModuleCleanup(own.remove)
     return own
 
@@ -3184,7 +3185,7 @@ class ProgramCase(DatabaseCase):
         *options: object,
         url: str | None = None,
         script: Sequence[str] = (str(HERE / "attolytics.py"),),
-        limits: Mapping[str, float] | None = None,
+        limits: Mapping[str, float] = types.MappingProxyType({}),
         **how: Any,
     ) -> Attolytics:
         """Start a server; with an empty `url` one without a database, or with other `limits` than ours."""
@@ -3209,7 +3210,7 @@ class ProgramCase(DatabaseCase):
         if server.process.poll() is None:
             server.stop(signal.SIGKILL)
 
-    def fail(self, *options: object, **how: Any) -> str:  # type: ignore[override]
+    def fail_to_start(self, *options: object, **how: Any) -> str:
         """Start a server that ends at once with 1; return what it says."""
         server = self.start(*options, **how)
         self.assertEqual(server.end(), 1, server.lines)
@@ -3577,7 +3578,7 @@ class SpoolTest(BreakableCase):
 
     def test_a_spool_that_is_in_use_is_waited_for(self) -> None:
         first = self.serve()
-        said = self.fail(limits={"SPOOL_LOCK_S": 0.3}).splitlines()
+        said = self.fail_to_start(limits={"SPOOL_LOCK_S": 0.3}).splitlines()
         self.assertEqual(len(said), 2)
         self.assertIn("another server uses the spool", said[1])
         second = self.start()
@@ -3603,12 +3604,12 @@ class SpoolTest(BreakableCase):
         ]:
             with self.subTest(text):
                 self.spool.write_bytes(content)
-                said = self.fail(url="")
+                said = self.fail_to_start(url="")
                 self.assertIn(text, said)
                 self.assertIn("--spool", said)
                 self.assertNotIn("\n", said)
                 self.assertEqual(self.spool.read_bytes(), content)
-        self.assertIn("with --spool PATH", self.fail("--spool", "/proc/nope/x"))
+        self.assertIn("with --spool PATH", self.fail_to_start("--spool", "/proc/nope/x"))
         self.spool.write_bytes(good)
         self.replay()
         self.assertEqual(self.stored(), list(range(200)))
@@ -4107,1031 +4108,6 @@ class StormTest(unittest.TestCase):
         self.assertIn(" 0 lost, 0 doubled", result.stdout)
 
 
-class ProcessCase(DatabaseCase):
-    def setUp(self) -> None:
-        super().setUp()
-        self.directory = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.directory)
-        self.schema_file = self.directory / "schema.yaml"
-        self.schema_file.write_text(ALL_TYPES)
-
-    def run_server(
-        self,
-        *options: object,
-        url: str | None = None,
-        env: Mapping[str, str] | None = None,
-        directory: Path | None = None,
-    ) -> Attolytics:
-        """Start a server; with an empty `url` one without a database."""
-        database = [] if url == "" else ["-d", url or self.url]
-        server = Attolytics(
-            "-s", self.schema_file, *database, "-p", "0", *options, env=env, directory=directory
-        )
-        self.addCleanup(self.kill, server)
-        return server
-
-    def kill(self, server: Attolytics) -> None:
-        if server.process.poll() is None:
-            server.stop(signal.SIGKILL)
-
-    def fail_to_start(self, *options: object, env: Mapping[str, str] | None = None) -> tuple[int, list[str]]:
-        """Run a server that does not start; return its exit code and what it said."""
-        server = Attolytics(*options, env=env, wait=False)
-        code = server.end()
-        return code, server.lines
-
-    def load(self, server: Attolytics, stop: threading.Event, accepted: list[int], client: int) -> None:
-        """Send events until told to stop; note those that were answered with 200."""
-        number = client * 1_000_000
-        while not stop.is_set():
-            number += 1
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                if (
-                    server.post("/apps/app/events", body_of(mark(number, table="plain"), key="key")).status
-                    == 200
-                ):
-                    accepted.append(number)
-
-    @contextlib.contextmanager
-    def under_load(self, server: Attolytics, clients: int = 8) -> Iterator[list[int]]:
-        stop = threading.Event()
-        accepted: list[int] = []
-        threads = [
-            threading.Thread(target=self.load, args=(server, stop, accepted, client))
-            for client in range(clients)
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            yield accepted
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join(30)
-
-    def stored(self) -> list[int]:
-        return [row[0] for row in self.query("SELECT mark FROM plain ORDER BY mark")]
-
-    def check_exactly_once(self, accepted: list[int]) -> None:
-        """Every event answered with 200 is there, and none is there twice."""
-        stored = self.stored()
-        self.assertEqual(set(accepted) - set(stored), set())
-        self.assertEqual(len(stored), len(set(stored)))
-
-
-# --- Faults -------------------------------------------------------------------
-
-
-class SpoolCase(ProcessCase):
-    """Servers in a directory of their own, and their spool."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.spool = self.directory / "attolytics.sqlite3"
-
-    def serve(self, *options: object, url: str | None = None) -> Attolytics:
-        return self.run_server(*options, url=url, directory=self.directory)
-
-    def post(self, server: Attolytics, *events: object, app: str = "app") -> Answer:
-        return server.post(f"/apps/{app}/events", body_of(*events, key="key"), {"User-Agent": "tests"})
-
-    def read(self, sql: str) -> list[Any]:
-        """Query the spool as the sqlite3 program would."""
-        with contextlib.closing(sqlite3.connect(self.spool)) as db:
-            return db.execute(sql).fetchall()
-
-    def replayed(self, server: Attolytics) -> None:
-        wait_until(lambda: any("replayed all" in line for line in server.lines))
-
-    def wait_for_database(self, server: Attolytics) -> None:
-        """Wait until events go to the database, so that the spool is empty."""
-        probe = {"_t": 'odd "table"', "select": "x"}
-        wait_until(lambda: self.post(server, probe).json["stored"] == "database")
-
-
-class ProcessTest(ProcessCase):
-    def test_sigterm_and_sigint_drain_under_load_and_exit_with_0(self) -> None:
-        for how in (signal.SIGTERM, signal.SIGINT):
-            with self.subTest(how):
-                server = self.run_server()
-                with self.under_load(server) as accepted:
-                    wait_for_more(accepted, 100)
-                    started = time.monotonic()
-                    self.assertEqual(server.stop(how), 0)
-                    self.assertLess(time.monotonic() - started, 10)
-                self.check_exactly_once(accepted)
-                self.query("TRUNCATE plain")
-                self.assertIn(f"stopping: {how.name}", server.lines[-1])
-
-    def test_requests_in_flight_are_answered_while_idle_connections_are_closed(self) -> None:
-        server = self.run_server()
-        idle = socket.create_connection(("127.0.0.1", server.port))
-        busy = socket.create_connection(("127.0.0.1", server.port), 20)
-        body = body_of(mark(1), key="key")
-        head = f"POST /apps/app/events HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
-        busy.sendall(head.encode() + body[:10])
-        time.sleep(0.2)
-        server.process.send_signal(signal.SIGTERM)
-        self.assertEqual(idle.recv(100), b"")
-        with self.assertRaises(OSError):
-            wait_until(lambda: socket.create_connection(("127.0.0.1", server.port)).close())
-        busy.sendall(body[10:])
-        answer = read_answer(busy)
-        self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"))
-        self.assertEqual(server.end(), 0)
-        idle.close()
-        busy.close()
-
-    def test_a_request_that_never_ends_does_not_keep_the_server_from_stopping(self) -> None:
-        server = self.run_server()
-        with socket.create_connection(("127.0.0.1", server.port)) as sock:
-            sock.sendall(b"POST /apps/app/events HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n")
-            time.sleep(0.2)
-            started = time.monotonic()
-            self.assertEqual(server.stop(), 0)
-            self.assertLess(time.monotonic() - started, 10)
-
-    def test_a_signal_right_after_the_start_is_noticed(self) -> None:
-        for delay in (0, 0, 0, 0.01, 0.05):
-            server = self.run_server()
-            time.sleep(delay)
-            self.assertEqual(server.stop(), 0)
-
-    def test_a_signal_during_the_start_is_noticed(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            url = f"postgres://127.0.0.1:{silent.getsockname()[1]}/x?connect_timeout=30&sslmode=disable"
-            server = Attolytics("-s", self.schema_file, "-d", url, "-p", "0", wait=False)
-            with silent.accept()[0]:
-                self.assertEqual(server.stop(), 0)
-            self.assertNotIn("Traceback", "\n".join(server.lines))
-
-    def test_two_servers_on_one_port(self) -> None:
-        port = free_port()
-        first = Attolytics("-s", self.schema_file, "-d", self.url, "-p", port)
-        self.addCleanup(self.kill, first)
-        code, lines = self.fail_to_start("-s", self.schema_file, "-d", self.url, "-p", port)
-        self.assertEqual((code, len(lines)), (1, 1))
-        self.assertIn("the port is in use", lines[0])
-        # Linux lets both bind while neither listens.
-        with socket.socket() as bound:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(("127.0.0.1", 0))
-            nothing: Any = None  # it serves nobody
-            make = functools.partial(attolytics.Server, service=nothing, pool=nothing, turning_away=nothing)
-            [server] = attolytics.bind("127.0.0.1", bound.getsockname()[1], make)
-            self.addCleanup(server.server_close)
-            bound.listen()
-            with self.assertRaisesRegex(OperatorError, "the port is in use"):
-                attolytics.listen([server])
-
-    def test_instances_take_a_cpu_each(self) -> None:
-        cpus = os.sched_getaffinity(0)
-        if len(cpus) < 2:
-            self.skipTest("this machine has one CPU")
-        taken = [os.sched_getaffinity(self.run_server().process.pid) for _ in range(2)]
-        self.assertEqual([len(cpu) for cpu in taken], [1, 1])
-        self.assertNotEqual(taken[0], taken[1])
-        self.run_server()  # one more than CPUs is fine as well
-
-    def test_the_interrupts_of_devices_are_counted(self) -> None:
-        table = """\
-                   CPU0       CPU1
-          0:         12          0  IO-APIC   2-edge      timer
-         36:          3    1494971  PCI-MSIX-0000:00:02.0   1-edge      virtio1-req.0
-        LOC:     768826     802746  Local timer interrupts
-        ERR:          5
-        """
-        self.assertEqual(attolytics.device_interrupts(table), {0: 15, 1: 1494971})
-        self.assertEqual(attolytics.device_interrupts(""), {})
-
-    def test_all_addresses(self) -> None:
-        for host in ("", "0.0.0.0", "::"):
-            with self.subTest(host):
-                server = self.run_server("-H", host)
-                self.assertEqual(server.post("/apps/app/events", body_of(key="key")).status, 200)
-                self.assertEqual(server.stop(), 0)
-
-    def test_odd_environments(self) -> None:
-        command = [sys.executable, str(HERE / "attolytics.py"), "-s", "/nope"]
-        result = subprocess.run(f"{shlex.join(command)} 2>&-", shell=True, check=False, cwd=self.directory)
-        self.assertEqual(result.returncode, 1)
-        code, lines = self.fail_to_start(
-            "-s", self.schema_file, "-d", b"postgres://\xff".decode(errors="surrogateescape")
-        )
-        self.assertEqual(
-            (code, lines), (1, ["attolytics: database URL: the host is not UTF-8 after decoding"])
-        )
-
-    def test_kill_9_loses_nothing_that_was_answered(self) -> None:
-        server = self.run_server()
-        with self.under_load(server) as accepted:
-            wait_until(lambda: len(accepted) > 100)
-            server.stop(signal.SIGKILL)
-        self.check_exactly_once(accepted)
-
-    def test_systemd_is_told_what_happens(self) -> None:
-        for name in (str(self.directory / "notify"), "\0attolytics-" + uuid.uuid4().hex):
-            with self.subTest(name), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.bind(name)
-                sock.settimeout(20)
-                server = self.run_server(env={"NOTIFY_SOCKET": name.replace("\0", "@")})
-                self.assertRegex(
-                    sock.recv(1000).decode(), r"^READY=1\nSTATUS=listening on http://127\.0\.0\.1"
-                )
-                # READY=1 is sent once it listens.
-                self.assertEqual(server.post("/apps/app/events", body_of(key="key")).status, 200)
-                self.assertEqual(server.stop(), 0)
-                self.assertRegex(sock.recv(1000).decode(), r"^STOPPING=1\nSTATUS=")
-
-    def test_a_notify_socket_that_is_gone_does_no_harm(self) -> None:
-        server = self.run_server(env={"NOTIFY_SOCKET": "/nowhere/at/all"})
-        self.assertEqual(server.stop(), 0)
-
-    def test_under_systemd_lines_have_a_priority_and_no_time(self) -> None:
-        # A pipe is no journal; its device and inode are what $JOURNAL_STREAM would name.
-        command = [sys.executable, str(HERE / "attolytics.py"), "-s", str(self.schema_file), "-d", self.url]
-        read, write = os.pipe()
-        status = os.fstat(write)
-        process = subprocess.Popen(
-            [*command, "-p", "0"],
-            stderr=write,
-            env={**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
-            cwd=self.directory,
-        )
-        os.close(write)
-        with open(read) as lines:
-            line = next(line for line in lines if "listens on" in line)
-            process.terminate()
-            process.wait(20)
-        self.assertRegex(line, r"^<6>attolytics [0-9.]+ listens on http")
-
-    def test_what_is_wrong_at_start_is_said_in_one_line(self) -> None:
-        s = ["-s", str(self.schema_file)]
-        good = [*s, "-d", self.url, "-p", "0"]
-        nowhere = f"postgres://postgres@127.0.0.1:{self.postgres.port}/nope"
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            for options, env, code, text in [
-                ([], {}, 1, "cannot read the schema file schema.conf.yaml: No such file or directory"),
-                ([*s, "-d", "mysql://x"], {}, 1, "expected postgres://"),
-                ([*s, "-d", nowhere], {}, 1, "does not exist"),
-                (s, {"ATTOLYTICS_DB_URL": nowhere}, 1, "does not exist"),
-                ([*good, "-H", "127.0.0.1", "-p", str(port)], {}, 1, "the port is in use; stop the other"),
-                ([*good, "-H", "localhost", "-p", str(port)], {}, 1, f"cannot listen on 127.0.0.1:{port}"),
-                ([*good, "-H", "no.such.host.invalid"], {}, 1, "cannot listen on"),
-                ([*good, "-H", "192.0.2.1"], {}, 1, "this machine does not have the address"),
-                ([*good, "--max_connections", "99999"], {}, 1, "open files"),
-                (
-                    [*s, "-d", "postgres://h?sslmode=verify-full&sslrootcert=/nope"],
-                    {},
-                    1,
-                    "cannot read the cert",
-                ),
-            ]:
-                with self.subTest(options):
-                    if "open files" in text and resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 90_000:
-                        continue
-                    got, lines = self.fail_to_start(*options, env=env)
-                    self.assertEqual(got, code, lines)
-                    self.assertEqual(len(lines), 1, lines)
-                    self.assertTrue(lines[0].startswith("attolytics: "))
-                    self.assertIn(text, lines[0])
-
-    def test_wrong_options_are_a_usage_error(self) -> None:
-        for options, text in [
-            (["--nope"], "unrecognized arguments: --nope"),
-            (["-p", "99999"], "expected a number from 0 to 65535"),
-            (["-p", "x"], "expected a number from 0 to 65535"),
-            (["--max_body", "big"], "expected a size such as 1048576 or 1M"),
-            (["-v", "-q"], "not allowed with"),
-            (["--sch", "x"], "unrecognized arguments"),
-        ]:
-            with self.subTest(options):
-                code, lines = self.fail_to_start(*options)
-                self.assertEqual(code, 2)
-                self.assertIn(text, lines[-1])
-
-    @not_pooled("it checks the passwords itself")
-    def test_a_wrong_password_is_refused_at_start_and_never_shown(self) -> None:
-        admin = self.postgres.connect("postgres")
-        admin.run("CREATE ROLE with_scram LOGIN PASSWORD 'right'")
-        self.addCleanup(admin.close)
-        self.addCleanup(admin.run, "DROP ROLE with_scram")
-        url = self.url.replace("postgres@", "with_scram:sesame@")
-        code, lines = self.fail_to_start("-s", self.schema_file, "-d", url)
-        self.assertEqual((code, len(lines)), (1, 1))
-        self.assertIn('password authentication failed for user "with_scram"', lines[0])
-        self.assertNotIn("sesame", lines[0])
-        passfile = self.directory / "pgpass"
-        passfile.write_text(f"127.0.0.1:{self.postgres.port}:*:with_scram:right\n")
-        passfile.chmod(0o644)
-        url = self.url.replace("postgres@", "with_scram@")
-        code, lines = self.fail_to_start("-s", self.schema_file, "-d", url, env={"PGPASSFILE": str(passfile)})
-        self.assertIn("is ignored: others may read it; run chmod 600", lines[0])
-        self.assertIn("no password was given", lines[1])
-        passfile.chmod(0o600)
-        admin.run(f"GRANT ALL ON DATABASE {self.database} TO with_scram")
-        self.query("GRANT ALL ON SCHEMA public TO with_scram")
-        server = self.run_server(url=url, env={"PGPASSFILE": str(passfile)})
-        self.assertEqual(server.stop(), 0)
-        self.query("DROP OWNED BY with_scram")
-
-    def test_all_mistakes_of_a_schema_file_are_printed(self) -> None:
-        self.schema_file.write_text("tables: {t: {columns: [{name: a, type: int}, {nam: b}]}}\napps: {}\n")
-        code, lines = self.fail_to_start("-s", self.schema_file, "-d", self.url)
-        self.assertEqual(code, 1)
-        self.assertEqual(lines[0], "attolytics: the schema file has 4 mistakes:")
-        self.assertIn('tables.t.columns[0].type: unknown type "int", did you mean "i32"?', lines[1])
-
-    def test_tables_that_do_not_fit_stop_the_start(self) -> None:
-        self.query("CREATE TABLE marks (mark text, text text)")
-        code, lines = self.fail_to_start("-s", self.schema_file, "-d", self.url)
-        self.assertEqual(code, 1)
-        self.assertIn('  table "marks", column "mark": the type is text, expected bigint', lines)
-
-    def test_secrets_are_not_logged(self) -> None:
-        server = self.run_server("-vv", env={"PGPASSWORD": "sesame"})
-        server.post("/apps/app/events", body_of(mark(1), key="key"))
-        server.post("/apps/app/events", body_of(mark(1), key="wrong-key"))
-        self.assertEqual(server.stop(), 0)
-        text = "\n".join(server.lines)
-        self.assertIn("POST /apps/app/events -> 200", text)
-        self.assertIn("flush: 1 batches, 1 events", text)
-        self.assertNotIn("sesame", text)
-        self.assertNotIn("wrong-key", text)
-        self.assertNotIn("secret_key", text)
-
-    def test_quiet_and_verbose(self) -> None:
-        self.run_server()  # creates the tables
-        server = Attolytics("-s", self.schema_file, "-d", self.url, "-p", str(free_port()), "-q", wait=False)
-        time.sleep(1.5)
-        self.assertEqual(server.stop(), 0)
-        self.assertEqual(server.lines, [])
-
-    def test_the_help_names_every_option(self) -> None:
-        command = [sys.executable, str(HERE / "attolytics.py"), "--help"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        helps = {usage: help_text for usage, (_, help_text) in attolytics.OPTIONS.items()}
-        for usage, help_text in {**helps, **attolytics.SWITCHES}.items():
-            self.assertLessEqual(set(usage.split()), set(re.findall(r"[\w-]+", text)), usage)
-            self.assertIn(help_text.replace(" ", ""), "".join(text.split()))
-        command[-1] = "--version"
-        version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        self.assertEqual(version, f"attolytics {attolytics.__version__}\n")
-
-    def test_it_runs_as_a_module(self) -> None:
-        command = [sys.executable, "-m", "attolytics", "-s", "/nope"]
-        result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
-        self.assertEqual(result.returncode, 1)
-        self.assertIn("attolytics: cannot read the schema file /nope", result.stderr)
-
-
-class CommandTest(ProcessCase):
-    """The ways to start it with Python."""
-
-    def test_as_a_script_or_as_a_module_and_with_options_of_python(self) -> None:
-        path = str(HERE / "attolytics.py")
-        scripts = [["-u", path], ["-m", "attolytics"], ["-um", "attolytics"], ["-u", "-mattolytics"]]
-        for number, script in enumerate(scripts):
-            with self.subTest(script):
-                server = Attolytics(
-                    *("-s", self.schema_file, "-d", self.url, "-p", "0"),
-                    script=script,
-                    env={"PYTHONPATH": str(HERE)},
-                )
-                self.addCleanup(self.kill, server)
-                body = body_of(mark(number, table="plain"), key="key")
-                self.assertEqual(server.post("/apps/app/events", body).json["stored"], "database")
-                self.assertEqual(server.stop(), 0)
-        self.assertEqual(self.stored(), list(range(len(scripts))))
-
-
-class CheckTest(ProcessCase):
-    def check(self, *options: object, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
-        """Run --check; return its exit code and what it wrote to standard output and standard error."""
-        command = [sys.executable, str(HERE / "attolytics.py"), "--check", *map(str, options)]
-        environ = {key: text for key, text in os.environ.items() if not key.startswith(("PG", "ATTOLYTICS"))}
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env={**environ, **(env or {})},
-            cwd=self.directory,
-            check=False,
-        )
-        self.assertNotIn("Traceback", result.stderr)
-        return result.returncode, result.stdout, result.stderr
-
-    def psql(self, script: str) -> None:
-        psql = self.postgres.programs / "psql"
-        program = str(psql) if psql.exists() else shutil.which("psql")
-        if not program:
-            self.skipTest("psql is not installed")
-        command = [program, "-X", "-q", "-v", "ON_ERROR_STOP=1", self.url]
-        subprocess.run(command, input=script, text=True, check=True)
-
-    def contents(self) -> list[Any]:
-        return [
-            self.query("SELECT oid, relname, relfilenode, relnatts FROM pg_class ORDER BY oid"),
-            self.query("SELECT attrelid, attname, attnotnull, atttypid FROM pg_attribute ORDER BY 1, attnum"),
-        ]
-
-    def test_mistakes_of_the_schema_file_are_reported(self) -> None:
-        self.schema_file.write_text("{tables: {t: {columns: [{name: a, type: int}]}}, apps: {}}")
-        code, out, error = self.check("-s", self.schema_file, "-d", self.url)
-        self.assertEqual((code, error), (1, ""))
-        self.assertIn('unknown type "int", did you mean "i32"?', out)
-
-    def test_without_a_database_url_only_the_file_is_checked(self) -> None:
-        code, out, error = self.check("-s", self.schema_file)
-        self.assertEqual((code, error), (0, ""))
-        self.assertEqual(
-            out,
-            f"-- {self.schema_file}: 4 tables, 3 apps: no mistakes\n"
-            "-- no database URL: no database was compared\n",
-        )
-
-    def test_files_and_databases_that_cannot_be_reached(self) -> None:
-        for options, message in [
-            (["-s", self.directory / "none.yaml"], "cannot read the schema file"),
-            (["-s", self.schema_file, "-d", f"postgres://127.0.0.1:{free_port()}/x"], "Connection refused"),
-            (["-s", self.schema_file, "-d", self.url + "x"], "does not exist"),
-            (["-s", self.schema_file, "-d", "mysql://x"], "attolytics: "),
-        ]:
-            with self.subTest(message):
-                code, out, error = self.check(*options)
-                self.assertEqual((code, out), (1, ""))
-                self.assertIn(message, error)
-        self.assertEqual(self.check("--chekc")[0], 2)
-
-    def test_what_is_missing_is_a_script_that_makes_it_fit(self) -> None:
-        self.query("CREATE TABLE marks (mark int8, gone text NOT NULL)")
-        self.query("INSERT INTO marks VALUES (1, 'x')")
-        before = self.contents()
-        code, out, error = self.check("-s", self.schema_file, env={"ATTOLYTICS_DB_URL": self.url})
-        self.assertEqual((code, error), (1, ""))
-        self.assertIn(
-            '\nALTER TABLE "marks" ADD COLUMN "text" varchar, ALTER COLUMN "gone" DROP NOT NULL;', out
-        )
-        create = 'CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS "marks_mark_idx" ON "marks" ("mark");'
-        self.assertIn(f"\n{create}", out)
-        self.assertIn(f"\n{attolytics.CREATE_LEDGER};", out)
-        self.assertEqual(self.contents(), before)
-        self.assertEqual(os.listdir(self.directory), [self.schema_file.name])  # no spool either
-        self.psql(out)
-        code, out, error = self.check("-s", self.schema_file, "-d", self.url)
-        self.assertEqual((code, error), (0, ""))
-        self.assertRegex(out, r"\A-- .*: no mistakes\n-- database .*: fits\n\Z")
-        # Fits means that the server has nothing to do.
-        server = self.run_server("--migrate")
-        self.assertEqual([line for line in server.lines if "database: " in line], [])
-
-    def test_what_migrate_leaves_to_the_operator_psql_does_not_run_either(self) -> None:
-        self.query("CREATE TABLE marks (mark int4 PRIMARY KEY, text text)")
-        self.query("CREATE TABLE plain (mark int8, text text, key int PRIMARY KEY)")
-        code, out, _ = self.check("-s", self.schema_file, "-d", self.url, "--migrate")
-        self.assertEqual(code, 1)
-        self.psql(out)
-        code, out, _ = self.check("-s", self.schema_file, "-d", self.url)
-        self.assertEqual(code, 1)
-        self.assertEqual([line for line in out.splitlines() if not line.startswith("--")], [])
-        self.psql("\n".join(re.findall(r"^--   (ALTER .*;)$", out, re.MULTILINE)))
-        self.assertEqual(self.check("-s", self.schema_file, "-d", self.url)[0], 0)
-
-    def test_what_only_the_owner_of_the_ledger_may_do_is_checked(self) -> None:
-        self.open()
-        self.query("CREATE ROLE half LOGIN; GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO half")
-        self.addCleanup(self.query, "DROP OWNED BY half; DROP ROLE half")
-        url = self.postgres.url(self.database, "half")
-        code, out, _ = self.check("-s", self.schema_file, "-d", url)
-        self.assertEqual(code, 1)
-        for sql in re.findall(r"^--   (GRANT .*;)$", out, re.MULTILINE):
-            self.query(sql)
-        self.assertEqual(self.check("-s", self.schema_file, "-d", url)[0], 0)
-        self.run_server("--migrate", url=url)
-
-    def test_a_ledger_of_an_earlier_version_is_named(self) -> None:
-        self.open()
-        self.query("ALTER TABLE attolytics_ledger DROP COLUMN session")
-        code, out, _ = self.check("-s", self.schema_file, "-d", self.url)
-        self.assertEqual(code, 1)
-        self.assertIn('--   table "attolytics_ledger" has no column "session"\n', out)
-        self.psql(out)
-        self.assertEqual(self.check("-s", self.schema_file, "-d", self.url)[0], 0)
-
-    def test_a_reader_that_went_away_is_no_traceback(self) -> None:
-        command = [sys.executable, str(HERE / "attolytics.py"), "--check", "-s", str(self.schema_file)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout and process.stderr
-            process.stdout.close()
-            self.assertEqual(process.stderr.read(), "attolytics: cannot write the report: Broken pipe\n")
-        self.assertEqual(process.returncode, 1)
-
-    def test_two_servers_migrate_at_once(self) -> None:
-        self.query("CREATE TABLE marks (mark int8 NOT NULL)")
-        self.query("INSERT INTO marks SELECT generate_series(1, 50000)")
-        servers = [
-            Attolytics("-s", self.schema_file, "-d", self.url, "-p", "0", "--migrate", wait=False)
-            for _ in "ab"
-        ]
-        for server in servers:
-            self.addCleanup(self.kill, server)
-        for server in servers:
-            wait_until(server.listening)
-            self.assertEqual(server.post("/apps/app/events", body_of(mark(0, "x"), key="key")).status, 200)
-        self.assertEqual(self.query("SELECT text FROM marks WHERE mark = 0"), [["x"]])
-        self.assertEqual(self.query("SELECT count(*) FROM pg_indexes WHERE tablename = 'marks'"), [[1]])
-        self.assertEqual(self.check("-s", self.schema_file, "-d", self.url)[0], 0)
-
-
-class Crowd:
-    """Clients that send an event each as fast as they can; every second one keeps its connection.
-
-    `accepted` has the events that were answered with 200, `failed` what happened to the others.
-    """
-
-    def __init__(self, port: int, clients: int = 64, table: str = "plain") -> None:
-        self._port = port
-        self._table = table
-        self._stop = threading.Event()
-        self.accepted: list[int] = []
-        self.failed: list[str] = []
-        self.slowest = 0.0
-        self._threads = [threading.Thread(target=self._send, args=(client,)) for client in range(clients)]
-
-    def __enter__(self) -> Crowd:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(60)
-
-    def _send(self, client: int) -> None:
-        keeps = client % 2 == 0
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
-        for number in itertools.count(client * 1_000_000):
-            if self._stop.is_set():
-                break
-            body = body_of(mark(number, "x", table=self._table), key="key")
-            started = time.monotonic()
-            try:
-                connection.request("POST", "/apps/app/events", body)
-                answer = Answer(connection.getresponse())
-            except (OSError, http.client.HTTPException) as error:
-                self.failed.append(repr(error))
-                connection.close()
-                continue
-            self.slowest = max(self.slowest, time.monotonic() - started)
-            if answer.status == 200:
-                self.accepted.append(number)
-            else:
-                self.failed.append(answer.text)
-            if not keeps or answer.will_close:
-                connection.close()
-        connection.close()
-
-
-class SocketTest(ProcessCase):
-    def check_rows(self, accepted: Sequence[int]) -> None:
-        self.assertEqual(self.stored(), sorted(accepted))
-
-    def start_with(self, *sockets: socket.socket) -> Attolytics:
-        options = ("-s", self.schema_file, "-d", self.url, "-p", "1", "--host", "192.0.2.1")
-        server = Attolytics(*options, directory=self.directory, sockets=sockets)
-        self.addCleanup(self.kill, server)
-        return server
-
-    def test_restarts_under_load_lose_no_request(self) -> None:
-        with socket.create_server(("127.0.0.1", 0), backlog=4096) as sock:
-            server = self.start_with(sock)
-            with Crowd(server.port) as crowd:
-                for _ in range(4):
-                    wait_for_more(crowd.accepted, 300)
-                    self.assertEqual(server.stop(), 0)
-                    time.sleep(0.2)
-                    server = self.start_with(sock)
-                wait_for_more(crowd.accepted, 300)
-            self.assertEqual(crowd.failed, [])
-            wait_until(lambda: len(self.stored()) >= len(crowd.accepted))
-            self.check_rows(crowd.accepted)
-            self.assertIn("(sockets from systemd)", "\n".join(server.lines))
-            self.assertEqual(server.stop(), 0)
-
-    def test_several_sockets_are_served_and_left_open(self) -> None:
-        with (
-            socket.create_server(("127.0.0.1", 0), backlog=7) as first,
-            socket.create_server(("::1", 0), family=socket.AF_INET6) as second,
-        ):
-            server = self.start_with(first, second)
-            ports = [first.getsockname()[1], second.getsockname()[1]]
-            self.assertEqual(server.listening(), [("127.0.0.1", ports[0]), ("::1", ports[1])])
-            for sock in (first, second):
-                with socket.create_connection(sock.getsockname()[:2], 20) as client:
-                    client.sendall(b"GET /apps/app/events HTTP/1.1\r\nHost: a\r\n\r\n")
-                    self.assertEqual(read_answer(client).status, 405)
-            self.assertEqual(server.stop(), 0)
-            waiting = socket.create_connection(first.getsockname(), 20)
-            self.addCleanup(waiting.close)
-            self.assertTrue(first.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-
-    def test_variables_are_taken_and_other_processes_sockets_left(self) -> None:
-        environ = {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "HOME": "/"}
-        with self.assertLogs("attolytics", "WARNING") as logged:
-            self.assertEqual(attolytics.inherited_sockets(environ, 2), [])
-        self.assertEqual(environ, {"HOME": "/"})
-        self.assertIn("not for us", logged.output[0])
-        self.assertEqual(attolytics.inherited_sockets(environ, 2), [])
-
-    def test_what_is_no_listening_tcp_socket_is_refused(self) -> None:
-        path = str(self.directory / "socket")
-        with (
-            socket.socket() as silent,
-            socket.socket(type=socket.SOCK_DGRAM) as datagram,
-            socket.socket(socket.AF_UNIX) as local,
-        ):
-            local.bind(path)
-            local.listen()
-            for sock in (silent, datagram, local):
-                with self.subTest(sock):
-                    server = Attolytics("-s", self.schema_file, wait=False, sockets=[sock])
-                    self.assertEqual(server.end(), 1)
-                    self.assertIn("descriptor 3 from systemd is not a socket that listens", server.lines[0])
-
-    def test_systemd_socket_activate_starts_it_at_the_first_connection(self) -> None:
-        port = free_port()
-        wrapper = [program("systemd-socket-activate"), "-l", f"127.0.0.1:{port}"]
-        server = Attolytics("-s", self.schema_file, "-d", self.url, wait=False, wrapper=wrapper)
-        self.addCleanup(self.kill, server)
-        wait_until(lambda: any("Listening on" in line for line in server.lines))
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        self.addCleanup(connection.close)
-        connection.request("POST", "/apps/app/events", body_of(mark(1, table="plain"), key="key"))
-        self.assertEqual(Answer(connection.getresponse()).status, 200)
-        self.assertEqual(server.listening(), [("127.0.0.1", port)])
-        self.assertEqual(server.stop(), 0)
-        self.check_rows([1])
-
-    def test_a_spool_that_is_about_to_be_free_is_waited_for(self) -> None:
-        first = self.run_server(directory=self.directory)
-        second = Attolytics(
-            "-s", self.schema_file, "-d", self.url, "-p", "0", wait=False, directory=self.directory
-        )
-        self.addCleanup(self.kill, second)
-        wait_until(lambda: any("waiting for the server" in line for line in second.lines))
-        self.assertEqual(first.stop(), 0)
-        wait_until(second.listening)
-        self.assertEqual(second.stop(), 0)
-
-
-class WatchdogTest(ProcessCase):
-    INTERVAL_S = 2.0
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.addCleanup(self.sock.close)
-        self.path = str(self.directory / "notify")
-        self.sock.bind(self.path)
-
-    def pings(self, seconds: float) -> int:
-        """Return how many pings come, the longest silence being shorter than the interval."""
-        count, end = 0, time.monotonic() + seconds
-        self.sock.settimeout(self.INTERVAL_S)
-        while time.monotonic() < end:
-            count += self.sock.recv(1000) == b"WATCHDOG=1"
-        return count
-
-    def run_watched(self) -> Attolytics:
-        environ = {"NOTIFY_SOCKET": self.path, "WATCHDOG_USEC": str(int(self.INTERVAL_S * 1e6))}
-        server = self.run_server(env=environ)
-        self.assertIn("READY=1", self.sock.recv(1000).decode())
-        return server
-
-    def test_the_interval_is_for_the_process_that_systemd_names(self) -> None:
-        for environ, expected in [
-            ({}, math.inf),
-            ({"WATCHDOG_USEC": "30000000"}, 30),
-            ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "7"}, 30),
-            ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "8"}, math.inf),
-            ({"WATCHDOG_USEC": "0"}, math.inf),
-            ({"WATCHDOG_USEC": "x"}, math.inf),
-        ]:
-            self.assertEqual(attolytics.watchdog_interval(environ, 7), expected, environ)
-
-    def test_pings_come_while_idle_and_under_load(self) -> None:
-        server = self.run_watched()
-        self.assertGreaterEqual(self.pings(4), 3)
-        with Crowd(server.port, 16) as crowd:
-            self.assertGreaterEqual(self.pings(4), 3)
-        self.assertEqual(crowd.failed, [])
-        self.assertEqual(server.stop(), 0)
-
-    @not_pooled("it chooses the backend")
-    def test_a_database_that_hangs_or_is_down_is_not_a_hang(self) -> None:
-        self.postgres = Postgres()
-        self.addCleanup(self.postgres.remove)
-        self.database, self.url = "postgres", self.postgres.url("postgres")
-        server = self.run_watched()
-        [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
-        with Crowd(server.port, 16) as crowd:
-            wait_for_more(crowd.accepted, 100)
-            for stopped in (self.postgres.process.pid, pid):
-                os.kill(stopped, signal.SIGSTOP)
-            self.assertGreaterEqual(self.pings(8), 6)
-            for stopped in (self.postgres.process.pid, pid):
-                os.kill(stopped, signal.SIGCONT)
-            self.postgres.stop()
-            self.assertGreaterEqual(self.pings(3), 2)
-        self.assertGreaterEqual(self.pings(3), 2)
-        self.assertEqual(crowd.failed, [])
-        self.postgres.start()
-        self.assertEqual(server.stop(), 0)
-
-    def test_pings_come_at_half_the_interval_while_the_writer_moves(self) -> None:
-        now, pings = 100.0, list[float]()
-        writer = types.SimpleNamespace(beat_at=now)
-        service: Any = types.SimpleNamespace(writer=writer, clock=lambda: now)
-        watchdog = attolytics.Watchdog(10, lambda: pings.append(now), service)
-        for moves in (True, False, True):
-            for _ in range(15):
-                now += 1
-                writer.beat_at = now - 0.2 if moves else writer.beat_at
-                watchdog.look()
-        self.assertEqual(pings, [105, 110, 115, 131, 136, 141])
-        without = attolytics.Watchdog(math.inf, lambda: self.fail("a ping"), service)
-        now += 1e9
-        writer.beat_at = now
-        without.look()
-        self.assertEqual(without.look_s, attolytics.SIGNAL_CHECK_S)
-
-    def test_a_writer_that_hangs_is_not_pinged_for_and_one_that_goes_on_is(self) -> None:
-        schema = schema_of(ALL_TYPES)
-        spool = Spool(self.spool_path(), attolytics.SPOOL_BYTES_MAX, schema, str(uuid.uuid4()))
-        metrics = attolytics.Metrics(schema)
-        writer = Writer(spool, attolytics.Replayer(schema, spool, None, metrics), metrics)
-        thread = writer.start(None)
-        ping = functools.partial(attolytics.send_notice, self.path, "WATCHDOG=1")
-        service = attolytics.Service(schema, writer, spool, metrics, 1000, time.monotonic)
-        watchdog = attolytics.Watchdog(1.4, ping, service)
-        self.sock.settimeout(0)
-
-        def count_pings(seconds: float) -> int:
-            count, end = 0, time.monotonic() + seconds
-            while time.monotonic() < end:
-                watchdog.look()
-                time.sleep(watchdog.look_s)
-                with contextlib.suppress(BlockingIOError):
-                    count += self.sock.recv(1000) == b"WATCHDOG=1"
-            return count
-
-        self.assertGreaterEqual(count_pings(3), 2)
-        hangs, go_on = threading.Event(), threading.Event()
-        batch = attolytics.intakes(schema)["app"].batch(body_of(mark(1), key="key"), delivery())
-        writer.submit(batch, lambda _verdict: hangs.set() or go_on.wait(20))  # type: ignore[func-returns-value]
-        self.assertTrue(hangs.wait(20))
-        count_pings(0.8)  # one may have been due
-        self.assertEqual(count_pings(2), 0)
-        go_on.set()
-        self.assertGreaterEqual(count_pings(3), 2)
-        writer.stop()
-        thread.join(10)
-
-
-class ReloadTest(ProcessCase):
-    SMALL = """
-tables:
-  plain:
-    columns:
-      - { name: mark, type: i64 }
-      - { name: text, required: true }
-apps:
-  app: { secret_key: key, tables: [plain] }
-"""
-    LARGE = """
-tables:
-  plain:
-    columns:
-      - { name: level, type: i32, required: true, indexed: true }
-      - { name: text }
-      - { name: mark, type: i64, indexed: true }
-  new:
-    columns: [{ name: x, required: true }]
-apps:
-  app: { secret_key: key, tables: [plain, new] }
-"""
-    TAKEN = "schema file read again"
-    KEPT = "not taken over"
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.schema_file.write_text(self.SMALL)
-
-    def said(self, server: Attolytics, text: str) -> list[str]:
-        return [line for line in server.lines if text in line]
-
-    def reload(self, server: Attolytics, schema: str | None = None, expected: str = TAKEN) -> str:
-        """Replace the schema file, reload, and return the line of the log about it."""
-        if schema is not None:
-            self.schema_file.write_text(schema)
-        before = len(self.said(server, expected))
-        server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: len(self.said(server, expected)) > before)
-        return self.said(server, expected)[-1]
-
-    def post(self, server: Attolytics, number: int = 1, key: str = "key") -> int:
-        body = body_of(mark(number, "x", table="plain"), key=key)
-        return server.post("/apps/app/events", body).status
-
-    def test_the_next_request_of_a_kept_connection_meets_the_new_schema(self) -> None:
-        server = self.run_server()
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-        self.addCleanup(connection.close)
-
-        def status(key: str) -> int:
-            connection.request(
-                "POST", "/apps/app/events", body_of(mark(1, "x", "plain"), key=key), {"Origin": "http://a.b"}
-            )
-            answer = Answer(connection.getresponse())
-            self.assertFalse(answer.will_close)
-            return answer.status
-
-        self.assertEqual([status("key"), status("key"), status("new")], [200, 200, 403])
-        said = self.reload(server, self.SMALL.replace("secret_key: key", "secret_key: new"))
-        self.assertTrue(said.endswith('schema file read again: app "app" changed'), said)
-        self.assertEqual([status("key"), status("new"), status("new")], [403, 200, 200])
-        text = self.SMALL.replace("{ secret_key", "{ access_control_allow_origin: 'http://c.d', secret_key")
-        self.reload(server, text)
-        self.assertEqual([status("key"), status("key")], [403, 403])
-        self.reload(server, self.SMALL.replace("  app:", "  other:"))
-        self.assertEqual(status("key"), 404)
-        self.assertEqual(server.stop(), 0)
-
-    def test_a_file_with_mistakes_is_reported_and_the_old_schema_stays(self) -> None:
-        server = self.run_server()
-        self.reload(server, self.SMALL.replace("i64", "int"), self.KEPT)
-        self.assertTrue(self.said(server, 'tables.plain.columns[0].type: unknown type "int"'))
-        self.assertEqual(self.post(server), 200)
-        self.schema_file.unlink()
-        self.reload(server, None, self.KEPT)
-        self.assertIn("cannot read the schema file", server.lines[-1])
-        self.assertEqual(self.post(server), 200)
-        said = self.reload(server, self.SMALL)
-        self.assertTrue(said.endswith("no change"), said)
-
-    def test_without_migrate_only_tables_are_created(self) -> None:
-        server = self.run_server()
-        self.reload(server, self.SMALL.replace("type: i64", "type: bool"), self.KEPT)
-        self.assertTrue(self.said(server, "the type is int8, expected boolean"))
-        self.reload(server, self.SMALL.replace("i64 }", "i64, indexed: true }"), self.KEPT)
-        self.assertTrue(self.said(server, 'ON "plain" ("mark");'))
-        self.assertTrue(self.said(server, "--migrate"))
-        self.assertEqual(self.post(server), 200)
-        table = "  new:\n    columns: [{ name: x, indexed: true }]\napps:"
-        text = self.SMALL.replace("apps:", table).replace("[plain]", "[plain, new]")
-        self.reload(server, text)
-        answer = server.post("/apps/app/events", body_of({"_t": "new", "x": "1"}, key="key"))
-        self.assertEqual(answer.json, {"accepted": 1, "stored": "database"})
-        self.assertEqual(self.query("SELECT x FROM new"), [["1"]])
-
-    def test_a_database_url_that_changes_is_not_taken_over_nor_shown(self) -> None:
-        self.schema_file.write_text(f"database_url: {self.url}\n{self.SMALL}")
-        server = self.run_server(url="")
-        self.reload(server, f"database_url: postgres://u:hidden@nowhere/x\n{self.SMALL}")
-        wait_until(lambda: self.said(server, "database_url in the schema file has changed"))
-        self.assertEqual(self.said(server, "hidden"), [])
-        self.assertEqual(self.post(server), 200)
-        self.assertEqual(self.stored(), [1])
-
-    def test_a_full_change_under_load_fails_no_request_and_is_hardly_felt(self) -> None:
-        server = self.run_server("--migrate")
-        self.query("INSERT INTO plain SELECT n, 'old' FROM generate_series(-200000, -1) n")
-        with Crowd(server.port) as crowd:
-            wait_for_more(crowd.accepted, 1_000)
-            # Those that send no level are refused by the new schema.
-            self.schema_file.write_text(self.LARGE.replace("required: true, indexed", "indexed"))
-            server.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: self.said(server, self.TAKEN), 60)
-            wait_for_more(crowd.accepted, 1_000)
-        self.assertEqual(crowd.failed, [])
-        self.assertLess(crowd.slowest, 0.5)
-        self.assertEqual(
-            self.query("SELECT mark FROM plain WHERE mark >= 0 ORDER BY mark"),
-            [[number] for number in sorted(crowd.accepted)],
-        )
-        [[indexes]] = self.query(
-            "SELECT count(*) FROM pg_index WHERE indrelid = 'plain'::regclass AND indisvalid"
-        )
-        self.assertEqual(indexes, 2)
-        self.assertEqual(self.post(server), 200)
-        self.assertEqual(server.stop(), 0)
-
-    def test_a_new_required_column_does_not_refuse_what_the_old_schema_takes(self) -> None:
-        server = self.run_server("--migrate")
-        session = self.session()
-        # Keeps the build of the index from ending, so that the reload is half-way.
-        session.run("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM plain")
-        self.schema_file.write_text(self.LARGE)
-        server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: self.said(server, "CREATE INDEX CONCURRENTLY") or self.said(server, "in use"))
-        session.run("COMMIT; BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT pg_current_xact_id()")
-        wait_until(lambda: self.said(server, "CREATE INDEX CONCURRENTLY"))
-        self.assertEqual(self.post(server, 5), 200)
-        session.run("COMMIT")
-        wait_until(lambda: self.said(server, self.TAKEN))
-        self.assertEqual(self.post(server, 6), 400)
-        self.assertEqual(self.stored(), [5])
-
-    def test_reloads_under_load_fail_no_request(self) -> None:
-        server = self.run_server()
-        with Crowd(server.port) as crowd:
-            for turn in range(20):
-                before = len(crowd.accepted)
-                text = f"  new{turn}: {{ secret_key: key, tables: [plain] }}\n"
-                self.reload(server, self.SMALL + text)
-                wait_until(lambda: len(crowd.accepted) > before + 50)  # noqa: B023
-        self.assertEqual(crowd.failed, [])
-        self.assertEqual(self.stored(), sorted(crowd.accepted))
-
-    def test_systemd_is_told_and_signals_in_a_row_are_one_reload(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            path = str(self.directory / "notify")
-            sock.bind(path)
-            sock.settimeout(20)
-            server = self.run_server(env={"NOTIFY_SOCKET": path})
-            self.assertIn("READY=1", sock.recv(1000).decode())
-            now = time.monotonic_ns() // 1000
-            self.reload(server)
-            [first, second, _status] = sock.recv(1000).decode().splitlines()
-            self.assertEqual(first, "RELOADING=1")
-            self.assertLess(abs(int(second.removeprefix("MONOTONIC_USEC=")) - now), 5_000_000)
-            self.assertRegex(sock.recv(1000).decode(), r"^READY=1\nSTATUS=listening on ")
-        session = self.session()
-        session.run("BEGIN; LOCK TABLE pg_class")  # whoever looks at the tables has to wait
-        for _ in range(10):
-            server.process.send_signal(signal.SIGHUP)
-            time.sleep(0.05)
-        session.run("COMMIT")
-        wait_until(lambda: len(self.said(server, self.TAKEN)) >= 3)
-        time.sleep(0.3)
-        self.assertEqual(len(self.said(server, self.TAKEN)), 3)
-
-    def test_a_signal_to_end_does_not_wait_for_a_reload(self) -> None:
-        server = self.run_server("--migrate")
-        session = self.session()
-        session.run("BEGIN; LOCK TABLE plain IN SHARE UPDATE EXCLUSIVE MODE")
-        self.schema_file.write_text(self.LARGE)
-        server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: self.query("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-        started = time.monotonic()
-        self.assertEqual(server.stop(), 0)
-        self.assertLess(time.monotonic() - started, 3)
-        self.assertEqual(self.said(server, self.KEPT), [])
-
-    def test_while_the_database_is_away_keys_change_and_tables_do_not(self) -> None:
-        self.postgres = Postgres()
-        self.addCleanup(self.postgres.remove)
-        self.database, self.url = "postgres", self.postgres.url("postgres")
-        server = self.run_server("--migrate")
-        self.postgres.stop()
-        self.reload(server, self.SMALL.replace("secret_key: key", "secret_key: new"))
-        self.assertEqual([self.post(server, 1), self.post(server, 2, "new")], [403, 200])
-        self.reload(server, self.LARGE, self.KEPT)
-        self.assertTrue(self.said(server, "the database cannot be compared with it"))
-        self.assertEqual(self.post(server, 3, "new"), 200)
-        self.postgres.start()
-        self.reload(server)
-        event = mark(4, "x", table="plain") | {"level": 7}
-        self.assertEqual(server.post("/apps/app/events", body_of(event, key="key")).status, 200)
-        wait_until(lambda: 4 in self.stored())
-        self.assertEqual(server.stop(), 0)
-
-    def test_without_a_database_the_views_of_the_spool_follow(self) -> None:
-        server = self.run_server(url="", directory=self.directory)
-        self.assertEqual(self.post(server), 200)
-        self.reload(server, self.LARGE.replace("required: true, ", ""))
-        wait_until(lambda: self.view(self.directory / "attolytics.sqlite3", "new") == [])
-        self.assertEqual(
-            self.view(self.directory / "attolytics.sqlite3", "plain"),
-            [{"level": None, "text": "x", "mark": 1}],
-        )
-        self.assertEqual(server.stop(), 0)
-
-    def view(self, path: Path, name: str) -> list[dict[str, object]] | None:
-        """Return the rows of a view of the spool, None without it."""
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            db.row_factory = sqlite3.Row
-            try:
-                return [dict(row) for row in db.execute(f"SELECT * FROM {name}")]
-            except sqlite3.OperationalError:
-                return None
-
-
-# --- Spool --------------------------------------------------------------------
-
-
 # --- Monitor ------------------------------------------------------------------
 
 
@@ -5169,318 +4145,186 @@ METRICS = {
 }
 
 
-class MonitorTest(ProcessCase):
-    """The monitor port of a server, beside a PostgreSQL that may be stopped."""
+class MonitorTest(BreakableCase):
+    """The monitor port of a server."""
 
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.server = Postgres()
-        cls.addClassCleanup(cls.server.remove)
-
-    def serve(self, *options: object, url: str | None = None) -> Attolytics:
-        return self.run_server("--monitor_port", "0", *options, url=url, directory=self.directory)
-
-    def monitors(self, server: Attolytics) -> list[tuple[str, int]]:
-        """Return the addresses of the monitor port."""
-        wait_until(lambda: any("/healthz and" in line for line in server.lines))
-        [line] = [line for line in server.lines if "/healthz and" in line]
-        return [(host.strip("[]"), int(port)) for host, port in re.findall(r"http://(\S+):(\d+)", line)]
-
-    def ask(
-        self, server: Attolytics, path: str, method: str = "GET", headers: Mapping[str, str] | None = None
-    ) -> Answer:
-        connection = http.client.HTTPConnection(*self.monitors(server)[0], timeout=10)
-        try:
-            connection.request(method, path, headers=headers or {})
-            return Answer(connection.getresponse())
-        finally:
-            connection.close()
-
-    def metrics(self, server: Attolytics) -> dict[str, float]:
-        """Return all samples, without the prefix of their names."""
-        text = self.ask(server, "/metrics").text
-        return {name.removeprefix("attolytics_"): value for name, value in samples(text).items()}
-
-    def health(self, server: Attolytics) -> tuple[int, Any]:
-        answer = self.ask(server, "/healthz")
-        return answer.status, answer.json
-
-    def post(self, server: Attolytics, *events: object, app: str = "app", key: str = "key") -> Answer:
-        return server.post(f"/apps/{app}/events", body_of(*events, key=key))
-
-    def rows(self, table: str) -> int:
-        return int(self.query(f"SELECT count(*) FROM {table}")[0][0])
-
-    def test_the_metrics_are_as_prometheus_wants_them(self) -> None:
-        server = self.serve()
-        self.post(server, mark(1), mark(1, table="plain"))
-        self.post(server, mark("x"))
-        answer = self.ask(server, "/metrics")
-        self.assertEqual(answer.headers["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
-        families = list(text_string_to_metric_families(answer.text))
-        found = {kind: {f.name for f in families if f.type == kind} for kind in METRICS}
-        self.assertEqual(found, METRICS)
-        self.assertTrue(all(family.documentation and family.samples for family in families))
+    def check_metrics(self, server: Attolytics, expected: Mapping[str, float]) -> None:
         values = self.metrics(server)
+        self.assertEqual({name: values.get(name) for name in expected}, expected)
+
+    def test_the_metrics_are_as_prometheus_wants_them_and_count_exactly(self) -> None:
+        server = self.serve()
+        with Clients(8, server) as clients:
+            for number in range(100):
+                events = mark(number % 30), mark(number % 30), mark(-1 - number, table="plain")
+                self.assertEqual(self.post(server, *events).status, 200)
+                if number % 10 == 0:
+                    self.assertEqual(self.ask(server, "/metrics").status, 200)
+            self.assertEqual(self.post(server, mark(1), mark(1000), app="one").status, 200)
+            self.assertEqual(self.post(server, mark("x")).status, 400)
+        requests, values = 101 + len(clients.accepted), self.metrics(server)
+        self.assertEqual(len(self.stored()), requests - 1)
+        expected = {
+            'events_accepted_total{app="app",table="plain"}': requests - 1,
+            'events_accepted_total{app="app",table="marks"}': 200,
+            'events_accepted_total{app="one",table="marks"}': 2,
+            'events_duplicate_total{table="marks"}': 202 - 31,
+            'http_requests_total{status="200"}': requests,
+            "http_request_duration_seconds_count": requests + 1,
+            'flush_events_bucket{le="+Inf"}': values["flush_events_count"],
+            "flush_events_sum": requests + 201,
+            'flush_duration_seconds_count{store="database"}': values["flush_events_count"],
+            "database_up": 1,
+            "events_spooled_total": 0,
+            "spool_limit_bytes": attolytics.SPOOL_BYTES_MAX,
+        }
         python = ".".join(map(str, sys.version_info[:3]))
-        info = f'build_info{{python_version="{python}",version="{attolytics.__version__}"}}'
-        self.assertEqual(values[info], 1)
-        self.assertEqual(values["spool_limit_bytes"], attolytics.SPOOL_BYTES_MAX)
+        expected[f'build_info{{python_version="{python}",version="{attolytics.__version__}"}}'] = 1
+        self.check_metrics(server, expected)
+        self.assertGreater(values["http_request_duration_seconds_sum"], 0)
         self.assertAlmostEqual(values["process_start_time_seconds"], time.time(), delta=60)
         self.assertGreater(values["process_resident_memory_bytes"], 10 << 20)
         self.assertGreater(values["process_max_fds"], values["process_open_fds"])
+        answer = self.ask(server, "/metrics")
+        self.assertEqual(answer.headers["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
+        families = list(text_string_to_metric_families(answer.text))
+        self.assertEqual({kind: {f.name for f in families if f.type == kind} for kind in METRICS}, METRICS)
+        self.assertTrue(all(family.documentation and family.samples for family in families))
         if promtool := shutil.which("promtool"):
             command = [promtool, "check", "metrics"]
             result = subprocess.run(command, input=answer.text, text=True, capture_output=True, check=False)
             self.assertEqual((result.returncode, result.stdout + result.stderr), (0, ""))
 
-    def test_accepted_events_are_counted_exactly(self) -> None:
-        server = self.serve()
-        requests = 0
-        with self.under_load(server) as accepted:
-            for number in range(100):
-                answer = self.post(
-                    server, mark(number % 30), mark(number % 30), mark(number, table="plain"), app="app"
-                )
-                requests += answer.status == 200
-                if number % 10 == 0:
-                    self.assertEqual(self.ask(server, "/metrics").status, 200)
-            self.assertEqual(self.post(server, mark(1), mark(1000), app="one").status, 200)
-        requests += 1
-        values = self.metrics(server)
-        self.assertEqual(values['events_accepted_total{app="app",table="plain"}'], 100 + len(accepted))
-        self.assertEqual(self.rows("plain"), 100 + len(accepted))
-        self.assertEqual(values['events_accepted_total{app="app",table="marks"}'], 200)
-        self.assertEqual(values['events_accepted_total{app="one",table="marks"}'], 2)
-        self.assertEqual(values['events_duplicate_total{table="marks"}'], 202 - self.rows("marks"))
-        self.assertEqual(values['http_requests_total{status="200"}'], requests + len(accepted))
-        self.assertEqual(values["http_request_duration_seconds_count"], requests + len(accepted))
-        self.assertEqual(values['flush_events_bucket{le="+Inf"}'], values["flush_events_count"])
-        self.assertEqual(values["flush_events_sum"], 302 + len(accepted))
-        self.assertEqual(
-            values['flush_duration_seconds_count{store="database"}'], values["flush_events_count"]
-        )
-        self.assertGreater(values["http_request_duration_seconds_sum"], 0)
-        self.assertEqual(values["database_up"], 1)
-        self.assertEqual(values["events_spooled_total"], 0)
-
-    def test_refused_events_are_counted_by_app_and_reason(self) -> None:
+    def test_refused_events_are_counted_by_app_and_reason_whatever_clients_send(self) -> None:
         server = self.serve("--max_body", "2K")
         self.query("ALTER TABLE plain ADD CHECK (mark < 100)")
         self.post(server, mark(1), mark("x"), mark(2))
-        self.post(server, mark(1), {"_t": "nope"})
-        self.assertEqual(self.post(server, mark(1, table="plain"), mark(100, table="plain")).status, 400)
+        self.assertEqual(self.post_marks(server, 1, 100).status, 400)
         self.post(server, mark(1), key="wrong", app="one")
-        self.post(server, mark(1), app="nobody")
         server.post("/apps/app/events", b"{")
         server.post("/apps/app/events", b"x" * 3000)
         server.post("/apps/app/events", b"{}", {"Content-Type": "image/png"})
         server.post("/apps/one/events", b"{}", {"Origin": "https://other.example"})
-        with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
-            sock.sendall(b"nonsense\r\n\r\n")
-            self.assertEqual(read_answer(sock).status, 400)
+        for number in range(10):
+            name = f"{number}{os.urandom(4).hex()}"
+            self.post(server, mark(1), {"_t": name, name: name})
+            self.post(server, mark(1), app=name)
+            for request, status in [(f"M{name} / HTTP/1.1\r\nHost: {name}", 501), ("nonsense", 400)]:
+                with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
+                    sock.sendall(f"{request}\r\n\r\n".encode())
+                    self.assertEqual(read_answer(sock).status, status)
         values = self.metrics(server)
-        refused = {name: value for name, value in values.items() if name.startswith("events_refused")}
         expected = {
             ("app", "invalid_events"): 5,
-            ("app", "unknown_table"): 2,
+            ("app", "unknown_table"): 20,
             ("one", "wrong_key"): 1,
-            ("", "unknown_path"): 1,
+            ("", "unknown_path"): 10,
             ("app", "invalid_body"): 1,
             ("app", "too_large"): 1,
             ("app", "media"): 1,
             ("one", "origin"): 1,
-            ("", "malformed_request"): 1,
+            ("", "malformed_request"): 10,
+            ("", "not_implemented"): 10,
         }
-        self.assertEqual(
-            refused,
-            {
-                f'events_refused_total{{app="{app}",reason="{reason}"}}': value
-                for (app, reason), value in expected.items()
-            },
-        )
-        statuses = {"200": 0, "400": 4, "403": 2, "404": 2, "413": 1, "415": 1, "503": 0}
-        self.assertEqual(
-            {name: value for name, value in values.items() if name.startswith("http_requests")},
-            {f'http_requests_total{{status="{status}"}}': value for status, value in statuses.items()},
-        )
-        self.assertEqual(values["http_request_duration_seconds_count"], 10)
+        template = 'events_refused_total{{app="{}",reason="{}"}}'
+        names = {template.format(*app_and_reason): count for app_and_reason, count in expected.items()}
+        self.assertEqual({k: n for k, n in values.items() if k.startswith("events_refused")}, names)
+        statuses = {"200": 0, "400": 13, "403": 2, "404": 20, "413": 1, "415": 1, "501": 10, "503": 0}
+        names = {f'http_requests_total{{status="{status}"}}': n for status, n in statuses.items()}
+        self.assertEqual({k: n for k, n in values.items() if k.startswith("http_requests")}, names)
+        self.assertEqual(values["http_request_duration_seconds_count"], 47)
 
-    def test_clients_cannot_make_more_series(self) -> None:
-        server = self.serve()
-        self.post(server, mark("x"))
-        self.post(server, mark(1), app="nobody")
-        self.post(server, {"_t": "nope"})
-        server.post("/nowhere", b"")
-        self.send_garbage(server, "BREW")
-        before = self.metrics(server).keys()
-        for number in range(30):
-            name = f"{number}{os.urandom(4).hex()}"
-            self.post(server, mark(1), app=name)
-            self.post(server, {"_t": name, name: name}, {"_t": "marks", "mark": name})
-            self.post(server, {"_t": name})
-            server.post(f"/{name}", b"")
-            self.send_garbage(server, f"M{number}")
-        self.assertEqual(self.metrics(server).keys(), before)
-
-    def send_garbage(self, server: Attolytics, method: str) -> None:
-        with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
-            sock.sendall(f"{method} / HTTP/1.1\r\nHost: {method}\r\n\r\n".encode())
-            self.assertEqual(read_answer(sock).status, 501)
-
-    def test_what_is_spooled_and_replayed_is_counted(self) -> None:
+    def test_what_is_spooled_and_replayed_is_counted_across_a_restart(self) -> None:
         server = self.serve()
         self.post(server, mark(1), mark(2))
         self.postgres.stop()
         wait_until(lambda: self.metrics(server)["database_up"] == 0)  # without a request that notices
         self.assertEqual(self.post(server, mark(2), mark(3), mark(4)).json["stored"], "spool")
-        self.assertEqual(self.post(server, mark(5, table="plain")).json["stored"], "spool")
-        time.sleep(0.1)
-        values = self.metrics(server)
-        self.assertEqual((values["events_spooled_total"], values["spool_events"]), (4, 4))
-        self.assertEqual(values["events_replayed_total"], 0)
-        self.assertGreater(values["spool_oldest_event_age_seconds"], 0.1)
-        self.assertLess(values["spool_oldest_event_age_seconds"], 10)
-        self.assertGreater(values["spool_bytes"], 10_000)
-        self.assertEqual(values['flush_duration_seconds_count{store="spool"}'], 2)
+        self.assertEqual(self.post_marks(server, 5).json["stored"], "spool")
+        expected = {"events_spooled_total": 4, "spool_events": 4, "events_replayed_total": 0}
+        expected |= {'flush_duration_seconds_count{store="spool"}': 2, "database_up": 0}
+        expected |= {'events_accepted_total{app="app",table="marks"}': 5}
+        self.check_metrics(server, expected)
+        self.assertGreater(self.metrics(server)["spool_bytes"], 10_000)
+        why = "login has been failing" if POOLED else "127.0.0.1"
+        wait_until(lambda: why in self.health(server)[1]["database_reason"])
         status, health = self.health(server)
         self.assertEqual((status, health["status"], health["database"]), (200, "ok", "away"))
-        self.assertIn("login has been failing" if POOLED else "127.0.0.1", health["database_reason"])
         self.assertEqual(health["spool"]["events"], 4)
-        self.postgres.start()
-        wait_until(lambda: self.metrics(server)["events_replayed_total"] == 4)
-        values = self.metrics(server)
-        self.assertEqual((values["spool_events"], values["spool_oldest_event_age_seconds"]), (0, 0))
-        self.assertEqual((values["database_up"], values["database_reconnects_total"]), (1, 1))
-        self.assertEqual(values['events_accepted_total{app="app",table="marks"}'], 5)
-        self.assertEqual(values['events_duplicate_total{table="marks"}'], 1)
-        self.assertEqual((self.rows("marks"), self.rows("plain")), (4, 1))
-        self.assertEqual(self.health(server)[1]["database"], "up")
-
-    def test_a_spool_that_was_filled_before_the_start_is_shown(self) -> None:
-        server = self.serve(url="")
-        self.assertNotIn("database_up", self.metrics(server))
-        self.post(server, *[mark(n) for n in range(7)])
         server.stop()
         time.sleep(0.3)
-        server = self.serve(url=f"postgres://postgres@127.0.0.1:{free_port()}/x")
-        values = self.metrics(server)
-        self.assertEqual((values["spool_events"], values["events_spooled_total"]), (7, 0))
-        self.assertGreater(values["spool_oldest_event_age_seconds"], 0.3)
-        self.assertEqual((values["database_up"], values["database_reconnects_total"]), (0, 0))
-
-    def test_a_flush_whose_commit_came_through_late_is_counted_once(self) -> None:
         server = self.serve()
-        with contextlib.closing(self.postgres.connect(self.database)) as session:
-            session.run("BEGIN; LOCK TABLE marks")
-            self.assertEqual(self.post(server, mark(1), mark(1)).json["stored"], "spool")
-            session.run("COMMIT")
-        wait_until(lambda: self.metrics(server)["spool_events"] == 0)
-        values = self.metrics(server)
-        self.assertEqual((values["events_spooled_total"], values["events_replayed_total"]), (2, 2))
-        self.assertEqual(values['events_accepted_total{app="app",table="marks"}'], 2)
-        # What a late message has skipped nobody hears.
-        self.assertLessEqual(values['events_duplicate_total{table="marks"}'], 1)
-        self.assertEqual(self.rows("marks"), 1)
+        expected = {"spool_events": 4, "events_spooled_total": 0, "database_reconnects_total": 0}
+        self.check_metrics(server, expected)
+        age = self.metrics(server)["spool_oldest_event_age_seconds"]
+        self.assertTrue(0.3 < age < 20, age)
+        self.postgres.start()
+        wait_until(lambda: self.metrics(server)["events_replayed_total"] == 4)
+        expected = {"spool_events": 0, "spool_oldest_event_age_seconds": 0, "database_up": 1}
+        expected |= {'events_duplicate_total{table="marks"}': 1, "events_spooled_total": 0}
+        self.check_metrics(server, expected)
+        self.assertEqual((self.stored("marks"), self.stored()), ([1, 2, 3, 4], [5]))
+        self.assertEqual(self.health(server)[1]["database"], "up")
 
-    def test_what_goes_to_the_quarantine_is_counted(self) -> None:
-        unique = QUARANTINE_SCHEMA.replace("type: i64", "type: i64, unique: true")
-        self.schema_file.write_text(unique)
+    @not_pooled("it chooses the backend")
+    def test_a_database_that_hangs_is_found_out_and_its_late_flush_is_counted_once(self) -> None:
+        server = self.serve()
+        go_on = self.pause_backend()
+        self.assertEqual(self.metrics(server)["database_up"], 1)  # asks the database for the next one
+        started = time.monotonic()
+        self.assertEqual(self.post(server, mark(1), mark(1)).json["stored"], "spool")
+        self.assertLess(time.monotonic() - started, attolytics.PATIENCE_S + 0.5)
+        wait_until(lambda: self.metrics(server)["database_reconnects_total"] == 1)
+        self.assertEqual(self.health(server)[0], 200)
+        wait_until(lambda: self.metrics(server)["spool_events"] == 0)
+        go_on()
+        expected = {'events_accepted_total{app="app",table="marks"}': 2}
+        self.check_metrics(server, expected | {"events_spooled_total": 2, "events_replayed_total": 2})
+        # What a late message has skipped nobody hears.
+        self.assertLessEqual(self.metrics(server)['events_duplicate_total{table="marks"}'], 1)
+        self.assertEqual(self.stored("marks"), [1])
+
+    def test_bad_events_go_to_the_quarantine_where_the_app_says_so_and_are_counted(self) -> None:
+        self.schema_file.write_text(QUARANTINE_SCHEMA.replace("type: i64", "type: i64, unique: true"))
         server = self.serve()
         self.query("ALTER TABLE marks ADD CONSTRAINT small CHECK (mark < 100)")
-        answer = self.post(server, mark("y"), mark(101), mark(3), mark(3), mark(102), {"_t": "nope"})
-        self.assertEqual((answer.status, answer.json["accepted"]), (200, 4))  # the replay finds the other two
-        self.assertEqual(self.counts(server), {"accepted": 4, "spooled": 4, "replayed": 2, "quarantined": 4})
-        self.assertEqual(self.metrics(server)['events_duplicate_total{table="marks"}'], 1)
-        self.assertEqual(self.rows("marks"), 1)
+        bad = [mark("x"), {"_t": "nope"}, 7, {"_t": "marks", "mark": 1.5, "text": 3}]
+        answer = self.post(server, mark(1), *bad, mark(101), mark(3), mark(3), mark(102))
+        self.assertEqual((answer.status, answer.json["accepted"], answer.json["stored"]), (200, 5, "spool"))
+        places = [(problem["index"], problem["column"]) for problem in answer.json["quarantined"]]
+        self.assertEqual(places, [(1, "mark"), (2, "_t"), (3, None), (4, "mark"), (4, "text")])
+        self.assertEqual(self.post(server, mark("x"), app="strict").status, 400)
+        # What the database refuses is found by the replay.
+        self.check_counts(server, accepted=5, spooled=5, replayed=3, quarantined=6)
+        self.check_metrics(server, {'events_duplicate_total{table="marks"}': 1})
+        self.assertEqual(self.stored("marks"), [1, 3])
+        kept = ['{"_t":"marks","mark":"x","text":null}', '{"_t":"nope"}', "7"]
+        kept += ['{"_t":"marks","mark":1.5,"text":3}']
+        self.assertEqual(self.read("SELECT event FROM quarantine LIMIT 4"), [(event,) for event in kept])
         self.postgres.stop()
-        answer = self.post(server, mark("z"), mark(4), mark(5), mark(6), mark(200))
-        self.assertEqual((answer.json["accepted"], answer.json["stored"]), (4, "spool"))
-        self.assertEqual(self.metrics(server)["quarantine_events"], 5)
+        answer = self.post(server, mark("z"), mark(4), mark(200))
+        self.assertEqual((answer.json["accepted"], answer.json["stored"]), (2, "spool"))
+        self.check_metrics(server, {"quarantine_events": 7})
         self.postgres.start()
-        self.assertEqual(self.counts(server), {"accepted": 8, "spooled": 8, "replayed": 5, "quarantined": 6})
-        self.assertEqual(self.health(server)[1]["quarantine"], 6)
-        self.assertEqual(self.rows("marks"), 4)
+        self.check_counts(server, accepted=7, spooled=7, replayed=4, quarantined=8)
+        self.assertEqual(self.health(server)[1]["quarantine"], 8)
         server.stop()
         self.query("ALTER TABLE marks DROP CONSTRAINT small")
         server = self.serve("--retry_quarantine")
-        self.assertEqual(self.counts(server), {"accepted": 0, "spooled": 3, "replayed": 3, "quarantined": 0})
-        self.assertEqual(self.metrics(server)["quarantine_events"], 3)
-        self.assertEqual(self.rows("marks"), 7)
+        self.wait_for(server, "3 of 8 events went through, 5 stay")
+        self.check_counts(server, accepted=0, spooled=3, replayed=3, quarantined=0)
+        self.check_metrics(server, {"quarantine_events": 5})
+        self.assertEqual(self.stored("marks"), [1, 3, 4, 101, 102, 200])
 
-    def counts(self, server: Attolytics) -> dict[str, float]:
-        """Return how many events of `marks` went where, once the spool is empty."""
+    def check_counts(self, server: Attolytics, accepted: int, **moved: int) -> None:
+        """Compare how many events of `marks` went where, once the spool is empty."""
         wait_until(lambda: self.metrics(server)["spool_events"] == 0)
-        values = self.metrics(server)
-        accepted = values['events_accepted_total{app="app",table="marks"}']
-        moved = {name: values[f"events_{name}_total"] for name in ("spooled", "replayed", "quarantined")}
-        return {"accepted": accepted, **moved}
-
-    def test_health_follows_a_full_disk_without_any_event(self) -> None:
-        disk = self.directory / "disk"
-        disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
-        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-            self.skipTest("mounting a small file system needs root")
-        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=True)
-        server = self.serve("--spool", disk / "spool")
-        filler = disk / "filler"
-        filler.write_bytes(b"x" * (12 << 20))
-        status, health = self.health(server)  # the database takes events
-        self.assertEqual((status, health["reason"]), (200, None))
-        self.assertIn("the disk of the spool", health["spool"]["reason"])
-        self.postgres.stop()
-        wait_until(lambda: self.health(server)[0] == 503)
-        status, health = self.health(server)
-        self.assertEqual((health["status"], health["database"]), ("failing", "away"))
-        self.assertIn("the database is away, and the disk of the spool", health["reason"])
-        answers = {self.post(server, mark(n)).status for n in range(20)}
-        self.assertEqual(answers, {503})
-        values = self.metrics(server)
-        self.assertEqual(values['events_refused_total{app="app",reason="storage_away"}'], 20)
-        self.assertEqual(values['http_requests_total{status="503"}'], 20)
-        self.assertEqual(len([line for line in server.lines if "answered with 503" in line]), 1)
-        filler.unlink()
-        self.assertEqual(self.health(server)[0], 200)
-        self.assertEqual(self.post(server, mark(1)).json["stored"], "spool")
-        filler.write_bytes(b"x" * (12 << 20))
-        self.assertEqual(self.health(server)[0], 503)
-        self.postgres.start()
-        wait_until(lambda: self.health(server)[0] == 200)
-        wait_until(lambda: self.rows("marks") == 1)
-
-    @not_pooled("it chooses the backend")
-    def test_a_database_that_hangs_is_found_out_without_any_event(self) -> None:
-        server = self.serve()
-        [[pid]] = self.query("SELECT pid FROM pg_stat_activity WHERE application_name = 'attolytics'")
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            self.assertEqual(self.metrics(server)["database_up"], 1)  # asks the database for the next one
-            started = time.monotonic()
-            self.assertEqual(self.post(server, mark(1, table="plain")).json["stored"], "spool")
-            self.assertLess(time.monotonic() - started, attolytics.PATIENCE_S + 0.5)
-            wait_until(lambda: self.metrics(server)["database_reconnects_total"] == 1)
-            self.assertEqual(self.health(server)[0], 200)
-            wait_until(lambda: self.rows("plain") == 1)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-
-    def test_health_follows_the_spools_limit(self) -> None:
-        server = self.serve("--spool_limit", "1M")
-        self.postgres.stop()
-        text = "x" * 50_000
-        statuses = [self.post(server, mark(n, text, "plain")).status for n in range(30)]
-        self.assertEqual(set(statuses), {200, 503})
-        status, health = self.health(server)
-        self.assertEqual((status, health["spool"]["limit"]), (503, 1 << 20))
-        self.assertIn("--spool_limit is 1048576 bytes", health["reason"])
-        self.postgres.start()
-        wait_until(lambda: self.health(server)[0] == 200)
-        wait_until(lambda: self.rows("plain") == statuses.count(200))
+        expected: dict[str, float] = {f"events_{name}_total": count for name, count in moved.items()}
+        self.check_metrics(server, expected | {'events_accepted_total{app="app",table="marks"}': accepted})
 
     def test_health_follows_a_spool_that_somebody_locks(self) -> None:
-        server = self.serve(url="")
-        with contextlib.closing(sqlite3.connect(self.directory / "attolytics.sqlite3")) as db:
+        server = self.serve(url="", limits={"SPOOL_BUSY_S": 0.3})
+        with contextlib.closing(sqlite3.connect(self.spool)) as db:
             db.execute("BEGIN IMMEDIATE")
             self.assertEqual(self.post(server, mark(1)).status, 503)
             started = time.monotonic()
@@ -5490,69 +4334,17 @@ class MonitorTest(ProcessCase):
             self.assertLess(time.monotonic() - started, 1)
         self.assertEqual(self.health(server)[0], 200)
         self.assertEqual(self.post(server, mark(1)).status, 200)
-
-    def test_health_notices_a_writer_that_is_stuck(self) -> None:
-        now = 100.0
-        spool = Spool(self.spool_path(), attolytics.SPOOL_BYTES_MAX, self.schema, str(uuid.uuid4()))
-        metrics = attolytics.Metrics(self.schema)
-        replayer = attolytics.Replayer(self.schema, spool, None, metrics, lambda: now)
-        writer = Writer(spool, replayer, metrics, lambda: now)  # its thread does not run
-        service = attolytics.Service(self.schema, writer, spool, metrics, 1000, lambda: now)
-        pool = attolytics.Pool(1, "test")
-        monitor = attolytics.Monitor(socket.AF_INET, ("127.0.0.1", 0), service, replayer, pool)
-        self.addCleanup(monitor.server_close)
-        self.assertEqual(monitor.health()[0], 200)
-        now += attolytics.STALLED_S + 1
-        with spool.switch, concurrent.futures.ThreadPoolExecutor() as others:  # the writer may have it
-            status, text, _ = others.submit(monitor.health).result(10)
-            others.submit(monitor.metrics).result(10)
-        self.assertEqual((status, json.loads(text)["reason"]), (503, "the writer has not moved for 11 s"))
-        thread = writer.start(None)
-        wait_until(lambda: monitor.health()[0] == 200)
-        writer.stop()
-        thread.join(10)
-
-    def test_what_holds_the_replay_up_is_said_after_a_while(self) -> None:
-        server = self.serve()
-        with contextlib.closing(self.postgres.connect(self.database)) as session:
-            session.run("BEGIN; LOCK TABLE marks")
-            self.assertEqual(self.post(server, mark(1)).json["stored"], "spool")
-            self.assertEqual(self.health(server)[1]["replay"], None)
-            wait_until(lambda: self.health(server)[1]["status"] == "degraded", 30)
-            status, health = self.health(server)
-            self.assertEqual((status, health["reason"]), (200, health["replay"]))
-            self.assertRegex(health["replay"], r"the replay has been held up for \d\d s: .*lock")
-            self.assertTrue(any("lock timeout" in line for line in server.lines), server.lines)
-        wait_until(lambda: self.health(server)[1]["status"] == "ok")
-        self.assertEqual(self.health(server)[1]["replay"], None)
-        wait_until(lambda: self.rows("marks") == 1)
-
-    def test_it_answers_while_the_server_drains(self) -> None:
-        server = self.serve()
-        with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
-            sock.sendall(b"POST /apps/app/events HTTP/1.1\r\nHost: a\r\n")  # and no more for now
-            wait_until(lambda: self.metrics(server)["http_connections"] == 1)
-            server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: self.health(server)[0] == 503)
-            self.assertIn("draining", self.health(server)[1]["reason"])
-            body = body_of(mark(1), key="key")
-            sock.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            self.assertEqual(read_answer(sock).status, 200)
-        self.assertEqual(server.end(), 0)
+        self.assertNotIn("database_up", self.metrics(server))
 
     def test_it_has_two_pages_for_this_machine_only(self) -> None:
-        server = self.serve()
+        server = self.serve(url="")
         port = self.monitors(server)[0][1]
-        for host in ("localhost", f"localhost:{port}", "127.0.0.1", f"[::1]:{port}", "LOCALHOST"):
-            self.assertEqual(self.ask(server, "/healthz", headers={"Host": host}).status, 200, host)
-        for host in (
-            "evil.example",
-            "evil.example:80",
-            "127.0.0.1.evil.example",
-            "localhost.evil",
-            "192.0.2.1",
-        ):
-            self.assertEqual(self.ask(server, "/metrics", headers={"Host": host}).status, 421, host)
+        for status, hosts in [
+            (200, ("localhost", f"localhost:{port}", "127.0.0.1", f"[::1]:{port}", "LOCALHOST")),
+            (421, ("evil.example", "127.0.0.1.evil.example", "localhost.evil:80", "192.0.2.1")),
+        ]:
+            for host in hosts:
+                self.assertEqual(self.ask(server, "/metrics", headers={"Host": host}).status, status, host)
         for path in ("/", "/metrics/", "/apps/app/events", "/healthz/x"):
             self.assertEqual(self.ask(server, path).status, 404, path)
         for method in ("POST", "DELETE", "OPTIONS", "BREW"):
@@ -5565,7 +4357,7 @@ class MonitorTest(ProcessCase):
         health = self.ask(server, "/healthz?verbose").json
         self.assertEqual(health["version"], attolytics.__version__)
         self.assertGreater(health["uptime_seconds"], 0)
-        self.assertEqual({host for host, _port in self.monitors(server)} - {"127.0.0.1", "::1"}, set())
+        self.assertLessEqual({host for host, _port in self.monitors(server)}, {"127.0.0.1", "::1"})
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect(("192.0.2.1", 9))  # sends nothing; says which address of ours would
             address = probe.getsockname()[0]
@@ -5574,64 +4366,746 @@ class MonitorTest(ProcessCase):
                 socket.create_connection((address, port), 1)
 
     def test_clients_that_say_nothing_or_nonsense_do_no_harm(self) -> None:
-        server = self.serve()
+        server = self.serve(url="")
         address = self.monitors(server)[0]
-        for garbage in (
-            b"\x16\x03\x01\0\0",
-            b"GET /metrics\r\n\r\n",
-            b"GET /metrics HTTP/1.1\r\n\r\n",
-            b"\r\n",
-        ):
+        for garbage, answer in [
+            (b"\x16\x03\x01\0\0", b"HTTP/1.1 400 "),
+            (b"GET /metrics\r\n\r\n", b"HTTP/1.1 400 "),
+            (b"GET /metrics HTTP/1.1\r\n\r\n", b"HTTP/1.1 400 "),
+            (b"\r\n", b""),  # nothing was asked
+        ]:
             with socket.create_connection(address, 5) as sock:
                 sock.sendall(garbage)
                 sock.shutdown(socket.SHUT_WR)
-                if garbage == b"\r\n":  # nothing was asked
-                    self.assertEqual(sock.recv(1000), b"")
-                else:
-                    self.assertEqual(read_answer(sock).status, 400, garbage)
+                self.assertEqual(sock.recv(len(answer) or 1), answer, garbage)
         silent = [socket.create_connection(address, 5) for _ in range(20)]
-        places = attolytics.MONITOR_CONNECTIONS_MAX
-        wait_until(lambda: len(select.select(silent, [], [], 0)[0]) == len(silent) - places)
+        served = attolytics.MONITOR_CONNECTIONS_MAX
+        wait_until(lambda: len(select.select(silent, [], [], 0)[0]) == len(silent) - served)
         for sock in silent:
             sock.close()
-        wait_until(lambda: self.answers(server))
-        self.assertEqual(self.warnings(server), [])
-
-    def answers(self, server: Attolytics) -> bool:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            return self.health(server)[0] == 200
-        return False
-
-    def warnings(self, server: Attolytics) -> list[str]:
-        return [line for line in server.lines if " INFO " not in line]
-
-    def test_a_port_that_is_taken_is_said_with_its_option(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            code, lines = self.fail_to_start(
-                "-s", self.schema_file, "-p", "0", "--monitor_port", port, "--spool", self.spool_path()
-            )
-        self.assertEqual((code, len(lines)), (1, 1), lines)
-        self.assertIn(f"cannot listen on 127.0.0.1:{port}: the port is in use", lines[0])
-        self.assertIn("another port with --monitor_port", lines[0])
+        time.sleep(0.1)
+        self.assertEqual(self.health(server)[0], 200)
+        self.assertEqual([line for line in server.lines if " INFO " not in line], [])
 
     def test_a_crowd_of_clients_is_one_line_in_the_log(self) -> None:
-        server = self.serve("--max_connections", "2")
+        server = self.serve("--max_connections", "2", url="")
         crowd = [socket.create_connection(("127.0.0.1", server.port), 10) for _ in range(12)]
         for sock in crowd[2:]:
             self.assertEqual(read_answer(sock).status, 503)
-        values = self.metrics(server)
+        expected = {'events_refused_total{app="",reason="too_many_connections"}': 10, "http_connections": 2}
+        expected |= {'http_requests_total{status="503"}': 10, "http_request_duration_seconds_count": 0}
+        self.check_metrics(server, expected)
         for sock in crowd:
             sock.close()
-        self.assertEqual(values['events_refused_total{app="",reason="too_many_connections"}'], 10)
-        self.assertEqual(values['http_requests_total{status="503"}'], 10)
-        self.assertEqual(values["http_request_duration_seconds_count"], 0)
-        self.assertEqual(values["http_connections"], 2)
-        self.assertIn("--max_connections", self.warnings(server)[0])
-        self.assertEqual(len(self.warnings(server)), 1, server.lines)
+        [warning] = [line for line in server.lines if " INFO " not in line]
+        self.assertIn("--max_connections", warning)
 
 
-# --- Faults at random ---------------------------------------------------------
+# --- systemd ------------------------------------------------------------------
+
+
+class SystemdTest(BreakableCase):
+    """What systemd is told and what it hands over."""
+
+    INTERVAL_S = 1.4
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.sock = self.enterContext(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        self.path = str(self.directory / "notify")
+        self.sock.bind(self.path)
+        self.sock.settimeout(20)
+
+    def notice(self) -> str:
+        return self.sock.recv(1000).decode()
+
+    def pings(self, seconds: float) -> int:
+        """Return how many pings come, the longest silence being shorter than the interval."""
+        count, end = 0, time.monotonic() + seconds
+        self.sock.settimeout(self.INTERVAL_S)
+        while time.monotonic() < end:
+            count += self.notice() == "WATCHDOG=1"
+        return count
+
+    def serve_watched(self, **how: Any) -> Attolytics:
+        environ = {"NOTIFY_SOCKET": self.path, "WATCHDOG_USEC": str(int(self.INTERVAL_S * 1e6))}
+        server = self.serve(env=environ, **how)
+        self.assertIn("READY=1", self.notice())
+        return server
+
+    def hand_over(self, *sockets: socket.socket) -> Attolytics:
+        server = self.start("-p", "1", "--host", "192.0.2.1", sockets=sockets)
+        wait_until(lambda: server.listening() or server.process.poll() is not None)
+        return server
+
+    def test_it_is_told_what_happens_and_pinged_only_if_it_asks_this_process(self) -> None:
+        self.sock.close()
+        for name, environ in [
+            (self.path + "2", {"WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}),
+            ("\0attolytics-" + uuid.uuid4().hex, {"WATCHDOG_USEC": "x"}),
+        ]:
+            with self.subTest(name), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as self.sock:
+                self.sock.bind(name)
+                self.sock.settimeout(20)
+                server = self.serve(url="", env={"NOTIFY_SOCKET": name.replace("\0", "@"), **environ})
+                self.assertRegex(self.notice(), r"^READY=1\nSTATUS=listening on http://127\.0\.0\.1")
+                # READY=1 is sent once it listens.
+                self.assertEqual(self.post(server).status, 200)
+                time.sleep(0.7)
+                self.assertEqual(server.stop(), 0)
+                self.assertRegex(self.notice(), r"^STOPPING=1\nSTATUS=")
+
+    def test_what_is_for_another_process_or_gone_does_no_harm(self) -> None:
+        server = self.serve(url="", env={"NOTIFY_SOCKET": "/nowhere", "LISTEN_PID": "1", "LISTEN_FDS": "1"})
+        self.wait_for(server, "the sockets from systemd are for process")
+        self.assertEqual(server.stop(), 0)
+
+    def test_lines_for_the_journal_have_a_priority_and_no_time(self) -> None:
+        # A pipe is no journal; its device and inode are what $JOURNAL_STREAM would name.
+        shell = 'export JOURNAL_STREAM=$(stat -Lc %d:%i /proc/self/fd/2); exec "$@"'
+        server = self.serve(url="", wrapper=["bash", "-c", shell, "bash"])
+        self.assertRegex(server.lines[0], r"^<6>attolytics [0-9.]+ listens on http")
+
+    @not_pooled("it chooses the backend")
+    def test_pings_come_under_load_and_while_the_database_hangs_or_is_down(self) -> None:
+        server = self.serve_watched()
+        self.assertGreaterEqual(self.pings(1), 1)
+        with Clients(16, server) as clients:
+            wait_for_more(clients.accepted, 100)
+            self.assertGreaterEqual(self.pings(1), 1)
+            go_on = self.pause_backend()
+            os.kill(self.postgres.process.pid, signal.SIGSTOP)
+            try:
+                self.assertGreaterEqual(self.pings(3), 2)
+            finally:
+                os.kill(self.postgres.process.pid, signal.SIGCONT)
+            go_on()
+            self.postgres.stop()
+            self.assertGreaterEqual(self.pings(1.5), 1)
+        self.assertEqual(clients.failed, [])
+        self.postgres.start()
+        self.assertEqual(server.stop(), 0)
+
+    def test_a_writer_that_hangs_is_not_pinged_for_and_not_healthy_until_it_goes_on(self) -> None:
+        server = self.serve_watched(url="", limits={"STALLED_S": 1})
+        self.assertEqual(self.health(server)[0], 200)
+        numbers = "SELECT 1 UNION ALL SELECT n + 1 FROM numbers LIMIT 16000000"
+        hang = "UPDATE attolytics_spool SET total = total + 0 * (SELECT sum(n) FROM slow) WHERE id = new.id"
+        with contextlib.closing(sqlite3.connect(self.spool)) as db:
+            db.executescript(
+                f"CREATE VIEW slow AS WITH RECURSIVE numbers(n) AS ({numbers}) SELECT n FROM numbers;"
+                f"CREATE TRIGGER hang AFTER INSERT ON attolytics_spool BEGIN {hang}; END"
+            )
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(self.post, server, mark(1))
+            time.sleep(1.2)
+            self.sock.settimeout(0)
+            with contextlib.suppress(BlockingIOError):
+                while self.notice():  # of before
+                    pass
+            self.sock.settimeout(0.5)
+            with self.assertRaises(TimeoutError):
+                self.notice()
+            status, health = self.health(server)
+            self.metrics(server)
+            self.assertFalse(answer.done())
+            self.assertEqual(status, 503)
+            self.assertRegex(health["reason"], r"the writer has not moved for \d s")
+            self.assertEqual(answer.result(60).status, 200)
+        self.assertGreaterEqual(self.pings(1), 1)
+        self.assertEqual(self.health(server)[0], 200)
+
+    def test_restarts_under_load_lose_no_request(self) -> None:
+        with socket.create_server(("127.0.0.1", 0), backlog=4096) as sock:
+            server = self.hand_over(sock)
+            with Clients(32, server) as clients:
+                for _ in range(3):
+                    wait_for_more(clients.accepted, 200)
+                    self.assertEqual(server.stop(), 0)
+                    server = self.hand_over(sock)
+                wait_for_more(clients.accepted, 200)
+            self.assertEqual(clients.failed, [])
+            self.wait_for_database(server)
+            self.assertEqual(self.stored(), sorted(clients.accepted))
+            self.wait_for(server, "(sockets from systemd)")
+            self.assertEqual(server.stop(), 0)
+
+    def test_several_sockets_are_served_and_left_open(self) -> None:
+        with (
+            socket.create_server(("127.0.0.1", 0), backlog=7) as first,
+            socket.create_server(("::1", 0), family=socket.AF_INET6) as second,
+        ):
+            server = self.hand_over(first, second)
+            ports = [first.getsockname()[1], second.getsockname()[1]]
+            self.assertEqual(server.listening(), [("127.0.0.1", ports[0]), ("::1", ports[1])])
+            for sock in (first, second):
+                with socket.create_connection(sock.getsockname()[:2], 20) as client:
+                    client.sendall(b"GET /apps/app/events HTTP/1.1\r\nHost: a\r\n\r\n")
+                    self.assertEqual(read_answer(client).status, 405)
+            self.assertEqual(server.stop(), 0)
+            socket.create_connection(first.getsockname(), 20).close()
+            self.assertTrue(first.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+    def test_what_is_no_listening_tcp_socket_is_refused(self) -> None:
+        with socket.socket() as silent, socket.socket(socket.AF_UNIX) as local:
+            local.bind(str(self.directory / "socket"))
+            local.listen()
+            for sock in (silent, self.sock, local):
+                with self.subTest(sock):
+                    said = self.fail_to_start(sockets=[sock])
+                    self.assertIn("descriptor 3 from systemd is not a socket that listens", said)
+
+    def test_systemd_socket_activate_starts_it_at_the_first_connection(self) -> None:
+        port = free_port()
+        server = self.start(wrapper=[program("systemd-socket-activate"), "-l", f"127.0.0.1:{port}"])
+        self.wait_for(server, "Listening on")
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+            connection.request("POST", "/apps/app/events", body_of(mark(1, table="plain"), key="key"))
+            self.assertEqual(Answer(connection.getresponse()).status, 200)
+        self.assertEqual(server.listening(), [("127.0.0.1", port)])
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.stored(), [1])
+
+
+# --- Command line -------------------------------------------------------------
+
+
+class CommandTest(ProgramCase):
+    """Options, start and end."""
+
+    def test_signals_under_load_lose_nothing_that_was_answered(self) -> None:
+        for how, code in [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -signal.SIGKILL)]:
+            with self.subTest(how):
+                server = self.serve()
+                with Clients(8, server) as clients:
+                    wait_for_more(clients.accepted, 100)
+                    started = time.monotonic()
+                    self.assertEqual(server.stop(how), code)
+                    self.assertLess(time.monotonic() - started, 10)
+                self.check_exactly_once(clients.accepted)
+                self.query("TRUNCATE plain")
+                if not code:
+                    self.assertIn(f"stopping: {how.name}", server.lines[-1])
+
+    def test_draining_answers_what_is_in_flight_and_closes_the_rest(self) -> None:
+        server = self.serve(limits={"DRAIN_IDLE_S": 0.5, "DRAIN_S": 3})
+        idle, busy, endless = (
+            self.enterContext(socket.create_connection(("127.0.0.1", server.port), 20)) for _ in range(3)
+        )
+        body = body_of(mark(1), key="key")
+        head = b"POST /apps/app/events HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+        busy.sendall(head + body[:10])
+        endless.sendall(head)
+        wait_until(lambda: self.metrics(server)["http_connections"] == 3)
+        started = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: self.health(server)[0] == 503)
+        self.assertIn("draining", self.health(server)[1]["reason"])
+        self.assertEqual(idle.recv(100), b"")
+        with self.assertRaises(OSError):
+            wait_until(lambda: socket.create_connection(("127.0.0.1", server.port)).close())
+        busy.sendall(body[10:])
+        answer = read_answer(busy)
+        self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"))
+        self.assertEqual(server.end(), 0)
+        self.assertLess(time.monotonic() - started, 5)
+        self.assertIn("some requests were not complete", server.lines[-1])
+
+    def test_a_signal_during_or_right_after_the_start_is_noticed(self) -> None:
+        for delay in (0, 0, 0.02):
+            server = self.serve(url="")
+            time.sleep(delay)
+            self.assertEqual(server.stop(), 0)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = silent.getsockname()[1]
+            server = self.start(url=f"postgres://127.0.0.1:{port}/x?connect_timeout=30&sslmode=disable")
+            with silent.accept()[0]:
+                self.assertEqual(server.stop(), 0)
+            self.assertNotIn("Traceback", "\n".join(server.lines))
+
+    def test_a_port_that_somebody_takes_during_the_start_is_in_use(self) -> None:
+        port = free_port()
+        with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as other:
+            url = f"postgres://127.0.0.1:{silent.getsockname()[1]}/x?sslmode=disable"
+            server = self.start("-H", "127.0.0.1", "-p", port, url=url)
+            with silent.accept()[0]:
+                # Linux lets both bind while neither listens.
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                other.bind(("127.0.0.1", port))
+                other.listen()
+                silent.close()
+            self.assertEqual(server.end(), 1)
+            self.assertTrue(self.said(server, "the port is in use; stop the other program"), server.lines)
+
+    def test_it_may_be_a_script_or_a_module_and_have_options_of_python(self) -> None:
+        path = str(HERE / "attolytics.py")
+        for script in [["-u", path], ["-m", "attolytics"], ["-um", "attolytics"], ["-u", "-mattolytics"]]:
+            with self.subTest(script):
+                server = self.serve(url="", script=script, env={"PYTHONPATH": str(HERE)})
+                self.assertEqual(self.post_marks(server, 1).status, 200)
+                self.assertEqual(server.stop(), 0)
+
+    def test_instances_take_a_cpu_each(self) -> None:
+        if len(os.sched_getaffinity(0)) < 2:
+            self.skipTest("this machine has one CPU")
+        servers = [self.serve("--spool", self.directory / name, url="") for name in "abc"]
+        taken = [os.sched_getaffinity(server.process.pid) for server in servers]  # and the third is fine
+        self.assertEqual([len(cpu) for cpu in taken[:2]], [1, 1])
+        self.assertNotEqual(taken[0], taken[1])
+
+    def test_the_interrupts_of_devices_are_counted(self) -> None:
+        table = """\
+                   CPU0       CPU1
+          0:         12          0  IO-APIC   2-edge      timer
+         36:          3    1494971  PCI-MSIX-0000:00:02.0   1-edge      virtio1-req.0
+        LOC:     768826     802746  Local timer interrupts
+        ERR:          5
+        """
+        self.assertEqual(attolytics.device_interrupts(table), {0: 15, 1: 1494971})
+        self.assertEqual(attolytics.device_interrupts(""), {})
+
+    def test_all_addresses(self) -> None:
+        for host in ("", "0.0.0.0", "::"):
+            with self.subTest(host):
+                server = self.serve("-H", host, url="")
+                self.assertEqual(self.post(server).status, 200)
+                self.assertEqual(server.stop(), 0)
+
+    def test_what_is_wrong_at_start_is_said_in_one_line(self) -> None:
+        self.query("CREATE TABLE marks (mark int8)")
+        nowhere = self.postgres.url("nope")
+        taken = self.enterContext(socket.create_server(("127.0.0.1", 0)))
+        port = taken.getsockname()[1]
+        cases: list[tuple[list[object], str]] = [
+            (["-s", "/nope"], "cannot read the schema file /nope: No such file or directory"),
+            (["-d", "mysql://x"], "expected postgres://"),
+            (["-d", b"postgres://\xff".decode(errors="surrogateescape")], "the host is not UTF-8"),
+            (["-d", nowhere], "does not exist"),
+            (["-d", "postgres://h?sslmode=verify-full&sslrootcert=/nope"], "cannot read the cert"),
+            (["-H", "127.0.0.1", "-p", port], "the port is in use; stop the other"),
+            (["-H", "localhost", "-p", port], f"cannot listen on 127.0.0.1:{port}"),
+            (["--monitor_port", port], "the port is in use; stop the other program or choose another port"),
+            (["--monitor_port", port], "with --monitor_port"),
+            (["-H", "no.such.host.invalid"], "cannot listen on"),
+            (["-H", "192.0.2.1"], "this machine does not have the address"),
+        ]
+        if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 90_000:
+            cases.append((["--max_connections", "99999"], "open files"))
+        for options, text in cases:
+            with self.subTest(options):
+                said = self.fail_to_start(*options, url="")
+                self.assertTrue(said.startswith("attolytics: "), said)
+                self.assertIn(text, said)
+                self.assertNotIn("\n", said)
+        self.assertIn("does not exist", self.fail_to_start(url="", env={"ATTOLYTICS_DB_URL": nowhere}))
+        command = shlex.join([sys.executable, str(HERE / "attolytics.py")])
+        for errors, text in [("2>&1", "cannot read the schema file schema.conf.yaml"), ("2>&-", "")]:
+            result = subprocess.run(
+                f"{command} {errors}", shell=True, capture_output=True, check=False, cwd="/"
+            )
+            self.assertEqual(result.returncode, 1)
+            self.assertIn(text, result.stdout.decode())
+
+    def test_all_that_is_wrong_with_a_schema_or_a_database_is_listed(self) -> None:
+        self.query("CREATE TABLE marks (mark text, text text)")
+        said = self.fail_to_start().splitlines()
+        self.assertIn('  table "marks", column "mark": the type is text, expected bigint', said)
+        self.schema_file.write_text("tables: {t: {columns: [{name: a, type: int}, {nam: b}]}}\napps: {}\n")
+        said = self.fail_to_start().splitlines()
+        self.assertEqual(said[0], "attolytics: the schema file has 4 mistakes:")
+        self.assertIn('tables.t.columns[0].type: unknown type "int", did you mean "i32"?', said[1])
+
+    def test_wrong_options_are_a_usage_error(self) -> None:
+        for options, text in [
+            (["--nope"], "unrecognized arguments: --nope"),
+            (["-p", "99999"], "expected a number from 0 to 65535"),
+            (["-p", "x"], "expected a number from 0 to 65535"),
+            (["--max_body", "big"], "expected a size such as 1048576 or 1M"),
+            (["-v", "-q"], "not allowed with"),
+            (["--sch", "x"], "unrecognized arguments"),
+        ]:
+            with self.subTest(options):
+                server = self.start(*options)
+                self.assertEqual(server.end(), 2)
+                self.assertIn(text, server.lines[-1])
+
+    @not_pooled("it checks the passwords itself")
+    def test_a_wrong_password_is_refused_at_start_and_never_shown(self) -> None:
+        admin = self.postgres.connect("postgres")
+        admin.run("CREATE ROLE with_scram LOGIN PASSWORD 'right'")
+        self.addCleanup(admin.close)
+        self.addCleanup(admin.run, "DROP ROLE with_scram")
+        said = self.fail_to_start(url=self.url.replace("postgres@", "with_scram:sesame@"))
+        self.assertRegex(said, r'\A.*password authentication failed for user "with_scram".*\Z')
+        self.assertNotIn("sesame", said)
+        passfile = self.directory / "pgpass"
+        passfile.write_text(f"127.0.0.1:{self.postgres.port}:*:with_scram:right\n")
+        passfile.chmod(0o644)
+        how: Any = {"url": self.url.replace("postgres@", "with_scram@"), "env": {"PGPASSFILE": str(passfile)}}
+        said = self.fail_to_start(**how)
+        self.assertRegex(said, r"(?s)is ignored: others may read it; run chmod 600.*no password was given")
+        passfile.chmod(0o600)
+        admin.run(f"GRANT ALL ON DATABASE {self.database} TO with_scram")
+        self.query("GRANT ALL ON SCHEMA public TO with_scram")
+        self.addCleanup(self.query, "DROP OWNED BY with_scram")
+        self.assertEqual(self.serve(**how).stop(), 0)
+
+    def test_the_log_is_as_long_as_asked_for_and_has_no_secrets(self) -> None:
+        server = self.serve("-vv", env={"PGPASSWORD": "sesame"})
+        self.post(server, mark(1))
+        self.post(server, mark(1), key="wrong-key")
+        self.assertEqual(server.stop(), 0)
+        text = "\n".join(server.lines)
+        self.assertIn("POST /apps/app/events -> 200", text)
+        self.assertIn("flush: 1 batches, 1 events", text)
+        self.assertNotRegex(text, "sesame|wrong-key|secret_key")
+        port = free_port()
+        server = self.start("-q", "-p", port)
+        wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(server.lines, [])
+
+    def test_the_help_names_every_option(self) -> None:
+        command = [sys.executable, str(HERE / "attolytics.py"), "--help"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        helps = {usage: help_text for usage, (_, help_text) in attolytics.OPTIONS.items()}
+        for usage, help_text in {**helps, **attolytics.SWITCHES}.items():
+            self.assertLessEqual(set(usage.split()), set(re.findall(r"[\w-]+", text)), usage)
+            self.assertIn(help_text.replace(" ", ""), "".join(text.split()))
+        command[-1] = "--version"
+        version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        self.assertEqual(version, f"attolytics {attolytics.__version__}\n")
+
+
+class CheckTest(ProgramCase):
+    def check(self, *options: object, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+        """Run --check; return its exit code and what it wrote to standard output and standard error."""
+        command = [sys.executable, str(HERE / "attolytics.py"), "--check", "-s", str(self.schema_file)]
+        environ = {key: text for key, text in os.environ.items() if not key.startswith(("PG", "ATTOLYTICS"))}
+        result = subprocess.run(
+            [*command, *map(str, options)],
+            capture_output=True,
+            text=True,
+            env={**environ, **(env or {})},
+            cwd=self.directory,
+            check=False,
+        )
+        self.assertNotIn("Traceback", result.stderr)
+        return result.returncode, result.stdout, result.stderr
+
+    def misfit(self, *options: object) -> str:
+        """Run --check, which finds something; return what."""
+        code, out, error = self.check("-d", self.url, *options)
+        self.assertEqual((code, error), (1, ""))
+        return out
+
+    def psql(self, script: str) -> None:
+        psql = self.postgres.programs / "psql"
+        path = str(psql) if psql.exists() else program("psql")
+        command = [path, "-X", "-q", "-v", "ON_ERROR_STOP=1", self.url]
+        subprocess.run(command, input=script, text=True, check=True)
+
+    def check_fits(self) -> None:
+        code, out, error = self.check("-d", self.url)
+        self.assertEqual((code, error), (0, ""), out)
+        self.assertRegex(out, r"\A-- .*: no mistakes\n-- database .*: fits\n\Z")
+
+    def contents(self) -> list[Any]:
+        return [
+            self.query("SELECT oid, relname, relfilenode, relnatts FROM pg_class ORDER BY oid"),
+            self.query("SELECT attrelid, attname, attnotnull, atttypid FROM pg_attribute ORDER BY 1, attnum"),
+        ]
+
+    def test_what_cannot_be_compared_is_said(self) -> None:
+        for option, value, message in [
+            ("-s", "none.yaml", "cannot read the schema file"),
+            ("-d", f"postgres://127.0.0.1:{free_port()}/x", "Connection refused"),
+            ("-d", self.url + "x", "does not exist"),
+            ("-d", "mysql://x", "attolytics: "),
+        ]:
+            with self.subTest(message):
+                code, out, error = self.check(option, value)
+                self.assertEqual((code, out), (1, ""))
+                self.assertIn(message, error)
+        text = f"-- {self.schema_file}: 4 tables, 4 apps: no mistakes\n-- no database URL: no database was"
+        self.assertEqual(self.check(), (0, f"{text} compared\n", ""))
+        self.schema_file.write_text("{tables: {t: {columns: [{name: a, type: int}]}}, apps: {}}")
+        self.assertIn('unknown type "int", did you mean "i32"?', self.misfit())
+
+    def test_what_is_missing_is_a_script_that_makes_it_fit(self) -> None:
+        self.query("CREATE TABLE marks (mark int8, gone text NOT NULL); INSERT INTO marks VALUES (1, 'x')")
+        before = self.contents()
+        code, out, error = self.check(env={"ATTOLYTICS_DB_URL": self.url})
+        self.assertEqual((code, error), (1, ""))
+        for sql in [
+            'ALTER TABLE "marks" ADD COLUMN "text" varchar, ALTER COLUMN "gone" DROP NOT NULL',
+            'CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS "marks_mark_idx" ON "marks" ("mark")',
+            attolytics.CREATE_LEDGER,
+        ]:
+            self.assertIn(f"\n{sql};", out)
+        self.assertEqual(self.contents(), before)
+        self.assertEqual(os.listdir(self.directory), [self.schema_file.name])  # no spool either
+        self.psql(out)
+        self.check_fits()
+        # Fits means that the server has nothing to do.
+        self.assertEqual(self.said(self.serve("--migrate"), "database: "), [])
+
+    def test_what_migrate_leaves_to_the_operator_psql_does_not_run_either(self) -> None:
+        hostile = "x\\n; DROP TABLE marks; --"
+        table = f'tables:\n  "{hostile}": {{ columns: [{{ name: "{hostile}" }}] }}'
+        self.schema_file.write_text(ALL_TYPES.replace("tables:", table, 1))
+        self.query("CREATE TABLE marks (mark int4 PRIMARY KEY, text text)")
+        self.query("CREATE TABLE plain (mark int8, text text, key int PRIMARY KEY)")
+        self.query('CREATE TABLE "x\n; DROP TABLE marks; --" ("x\n; DROP TABLE marks; --" int4)')
+        self.psql(self.misfit("--migrate"))
+        out = self.misfit()
+        self.assertEqual([line for line in out.splitlines() if not line.startswith("--")], [])
+        self.psql("\n".join(re.findall(r"^--   (ALTER .*;)$", out, re.MULTILINE)))
+        self.schema_file.write_text(ALL_TYPES)
+        self.check_fits()
+
+    def test_only_what_an_interrupted_build_of_ours_left_behind_is_dropped(self) -> None:
+        tables = {
+            "interrupted": "INDEX interrupted_a_idx ON interrupted (a)",
+            "named": "INDEX mine ON named (a)",
+            "concurrent": "INDEX concurrent_a_idx_ccnew ON concurrent (a)",
+            "single": "UNIQUE INDEX single_a_idx ON single (a)",
+            "hashed": "INDEX hashed_a_idx ON hashed USING hash (a)",
+            "partial": "INDEX partial_a_idx ON partial (a) WHERE a IS NULL",
+            "other": "INDEX other_b_idx ON other (b)",
+        }
+        columns = "{ columns: [{ name: a, indexed: true }, { name: b }] }"
+        text = "".join(f"  {table}: {columns}\n" for table in tables)
+        self.schema_file.write_text(f"tables:\n{text}apps:\n  app: {{ secret_key: key, tables: [named] }}\n")
+        for table, index in tables.items():
+            self.query(f"CREATE TABLE {table} (a varchar, b varchar); CREATE {index}")
+        self.query("UPDATE pg_index SET indisvalid = false WHERE indrelid >= 'interrupted'::regclass")
+        out = self.misfit()
+        [dropped] = re.findall(r"^DROP INDEX CONCURRENTLY IF EXISTS (.*);$", out, re.MULTILINE)
+        self.assertIn("interrupted_a_idx", dropped)
+        for table in tables:
+            self.assertIn(f' ON "{table}" ("a");', out)
+
+    def test_the_ledger_is_checked_too(self) -> None:
+        self.serve().stop()
+        self.query("ALTER TABLE attolytics_ledger DROP COLUMN session")
+        out = self.misfit()
+        self.assertIn('--   table "attolytics_ledger" has no column "session"\n', out)
+        self.psql(out)
+        self.check_fits()
+        # What only its owner may do is what the operator must allow.
+        self.query("CREATE ROLE half LOGIN; GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO half")
+        self.addCleanup(self.query, "DROP OWNED BY half; DROP ROLE half")
+        self.url = self.postgres.url(self.database, "half")
+        for sql in re.findall(r"^--   (GRANT .*;)$", self.misfit(), re.MULTILINE):
+            self.query(sql)
+        self.check_fits()
+        self.serve("--migrate")
+
+    def test_a_reader_that_went_away_is_no_traceback(self) -> None:
+        command = [sys.executable, str(HERE / "attolytics.py"), "--check", "-s", str(self.schema_file)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout and process.stderr
+            process.stdout.close()
+            self.assertEqual(process.stderr.read(), "attolytics: cannot write the report: Broken pipe\n")
+        self.assertEqual(process.returncode, 1)
+
+    def test_two_servers_migrate_at_once(self) -> None:
+        self.query("CREATE TABLE marks (mark int8 NOT NULL)")
+        self.query("INSERT INTO marks SELECT generate_series(1, 50000)")
+        servers = [self.start("--migrate", "--spool", self.directory / name) for name in "ab"]
+        for server in servers:
+            wait_until(server.listening)
+            self.assertEqual(self.post(server, mark(0, "x")).status, 200)
+        self.assertEqual(self.query("SELECT text FROM marks WHERE mark = 0"), [["x"]])
+        self.assertEqual(self.query("SELECT count(*) FROM pg_indexes WHERE tablename = 'marks'"), [[1]])
+        self.check_fits()
+
+
+class ReloadTest(BreakableCase):
+    SMALL = """
+tables:
+  plain:
+    columns:
+      - { name: mark, type: i64 }
+      - { name: text, required: true }
+apps:
+  app: { secret_key: key, tables: [plain] }
+"""
+    LARGE = """
+tables:
+  plain:
+    columns:
+      - { name: level, type: i32, required: true, indexed: true }
+      - { name: text }
+      - { name: mark, type: i64, indexed: true }
+  new:
+    columns: [{ name: x, indexed: true }]
+apps:
+  app: { secret_key: key, tables: [plain, new] }
+"""
+    TAKEN = "schema file read again"
+    KEPT = "not taken over"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.schema_file.write_text(self.SMALL)
+
+    def reload(self, server: Attolytics, schema: str | None = None, expected: str = TAKEN) -> str:
+        """Replace the schema file, reload, and return the line of the log about it."""
+        if schema is not None:
+            self.schema_file.write_text(schema)
+        before = len(self.said(server, expected))
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: len(self.said(server, expected)) > before, 60)
+        return self.said(server, expected)[-1]
+
+    def status(self, server: Attolytics, number: int = 1, key: str = "key") -> int:
+        return self.post(server, mark(number, "x", "plain"), key=key).status
+
+    def test_the_next_request_of_a_kept_connection_meets_the_new_schema(self) -> None:
+        server = self.serve()
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        self.addCleanup(connection.close)
+
+        def statuses(*keys: str) -> list[int]:
+            found = []
+            for key in keys:
+                body = body_of(mark(1, "x", "plain"), key=key)
+                connection.request("POST", "/apps/app/events", body, {"Origin": "http://a.b"})
+                answer = Answer(connection.getresponse())
+                self.assertFalse(answer.will_close)
+                found.append(answer.status)
+            return found
+
+        self.assertEqual(statuses("key", "new"), [200, 403])
+        said = self.reload(server, self.SMALL.replace("secret_key: key", "secret_key: new"))
+        self.assertTrue(said.endswith('schema file read again: app "app" changed'), said)
+        self.assertEqual(statuses("key", "new", "new"), [403, 200, 200])
+        text = self.SMALL.replace("{ secret_key", "{ access_control_allow_origin: 'http://c.d', secret_key")
+        self.reload(server, text)
+        self.assertEqual(statuses("key", "key"), [403, 403])
+        self.reload(server, self.SMALL.replace("  app:", "  other:"))
+        self.assertEqual(statuses("key"), [404])
+
+    def test_what_cannot_be_taken_over_is_said_and_the_old_schema_stays(self) -> None:
+        self.schema_file.write_text(f"database_url: {self.url}\n{self.SMALL}")
+        server = self.serve(url="")
+        for schema, text in [
+            (self.SMALL.replace("i64", "int"), 'tables.plain.columns[0].type: unknown type "int"'),
+            (self.SMALL.replace("type: i64", "type: bool"), "the type is int8, expected boolean"),
+            (self.SMALL.replace("i64 }", "i64, indexed: true }"), 'ON "plain" ("mark");'),
+        ]:
+            with self.subTest(text):
+                self.reload(server, schema, self.KEPT)
+                self.assertTrue(self.said(server, text), server.lines)
+                self.assertEqual(self.status(server), 200)
+        self.assertTrue(self.said(server, "--migrate"))
+        self.schema_file.unlink()
+        self.reload(server, None, self.KEPT)
+        self.assertIn("cannot read the schema file", server.lines[-1])
+        said = self.reload(server, f"database_url: {self.url}\n{self.SMALL}")
+        self.assertTrue(said.endswith("no change"), said)
+        # Tables are created without --migrate, too; another database needs another start.
+        table = "  new:\n    columns: [{ name: x, indexed: true }]\napps:"
+        schema = self.SMALL.replace("apps:", table).replace("[plain]", "[plain, new]")
+        self.reload(server, f"database_url: postgres://u:hidden@nowhere/x\n{schema}")
+        self.wait_for(server, "database_url in the schema file has changed")
+        self.assertEqual(self.said(server, "hidden"), [])
+        answer = self.post(server, {"_t": "new", "x": "1"})
+        self.assertEqual(answer.json, {"accepted": 1, "stored": "database"})
+        self.assertEqual(self.query("SELECT x FROM new"), [["1"]])
+        self.assertEqual(self.stored(), [1, 1, 1])
+
+    def test_changes_under_load_fail_no_request_and_are_hardly_felt(self) -> None:
+        server = self.serve("--migrate")
+        self.query("INSERT INTO plain SELECT n, 'old' FROM generate_series(-200000, -1) n")
+        with Clients(32, server) as clients:
+            for turn in range(6):
+                text = f"  new{turn}: {{ secret_key: key, tables: [plain] }}\n"
+                self.reload(server, self.SMALL + text)
+                wait_for_more(clients.accepted, 50)
+            # Those that send no level are refused by the new schema.
+            self.reload(server, self.LARGE.replace("required: true, indexed", "indexed"))
+            wait_for_more(clients.accepted, 500)
+        self.assertEqual(clients.failed, [])
+        self.assertLess(clients.slowest, 0.5)
+        self.assertEqual(
+            self.query("SELECT mark FROM plain WHERE mark >= 0 ORDER BY mark"),
+            [[number] for number in sorted(clients.accepted)],
+        )
+        valid = "SELECT count(*) FROM pg_index WHERE indrelid = 'plain'::regclass AND indisvalid"
+        self.assertEqual(self.query(valid), [[2]])
+        self.assertEqual(self.status(server), 200)
+
+    def test_a_new_required_column_does_not_refuse_what_the_old_schema_takes(self) -> None:
+        server, session = self.serve("--migrate"), self.session()
+        # Keeps the build of the index from ending, so that the reload is half-way.
+        session.run("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1 FROM plain")
+        self.schema_file.write_text(self.LARGE)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: self.said(server, "CREATE INDEX CONCURRENTLY") or self.said(server, "in use"))
+        session.run("COMMIT; BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT pg_current_xact_id()")
+        self.wait_for(server, "CREATE INDEX CONCURRENTLY")
+        self.assertEqual(self.status(server, 5), 200)
+        session.run("COMMIT")
+        self.wait_for(server, self.TAKEN)
+        self.assertEqual(self.status(server, 6), 400)
+        self.assertEqual(self.stored(), [5])
+
+    def test_systemd_is_told_and_signals_in_a_row_are_one_reload(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            path = str(self.directory / "notify")
+            sock.bind(path)
+            sock.settimeout(20)
+            server = self.serve(env={"NOTIFY_SOCKET": path})
+            self.assertIn("READY=1", sock.recv(1000).decode())
+            now = time.monotonic_ns() // 1000
+            self.reload(server)
+            [first, second, _status] = sock.recv(1000).decode().splitlines()
+            self.assertEqual(first, "RELOADING=1")
+            self.assertLess(abs(int(second.removeprefix("MONOTONIC_USEC=")) - now), 5_000_000)
+            self.assertRegex(sock.recv(1000).decode(), r"^READY=1\nSTATUS=listening on ")
+        session = self.session()
+        session.run("BEGIN; LOCK TABLE pg_class")  # whoever looks at the tables has to wait
+        for _ in range(10):
+            server.process.send_signal(signal.SIGHUP)
+            time.sleep(0.05)
+        session.run("COMMIT")
+        wait_until(lambda: len(self.said(server, self.TAKEN)) >= 3)
+        time.sleep(0.3)
+        self.assertEqual(len(self.said(server, self.TAKEN)), 3)
+
+    def test_a_signal_to_end_does_not_wait_for_a_reload(self) -> None:
+        server, session = self.serve("--migrate"), self.session()
+        session.run("BEGIN; LOCK TABLE plain IN SHARE UPDATE EXCLUSIVE MODE")
+        self.schema_file.write_text(self.LARGE)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: self.query("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        started = time.monotonic()
+        self.assertEqual(server.stop(), 0)
+        self.assertLess(time.monotonic() - started, 3)
+        self.assertEqual(self.said(server, self.KEPT), [])
+
+    def test_while_the_database_is_away_keys_change_and_tables_do_not(self) -> None:
+        server = self.serve("--migrate")
+        self.postgres.stop()
+        self.reload(server, self.SMALL.replace("secret_key: key", "secret_key: new"))
+        self.assertEqual([self.status(server, 1), self.status(server, 2, "new")], [403, 200])
+        self.reload(server, self.LARGE, self.KEPT)
+        self.assertTrue(self.said(server, "the database cannot be compared with it"))
+        self.assertEqual(self.status(server, 3, "new"), 200)
+        self.postgres.start()
+        self.reload(server)
+        self.assertEqual(self.post(server, {**mark(4, "x", "plain"), "level": 7}).status, 200)
+        wait_until(lambda: 4 in self.stored())
+
+    def test_without_a_database_the_views_of_the_spool_follow(self) -> None:
+        server = self.serve(url="")
+        self.assertEqual(self.status(server), 200)
+        self.reload(server, self.LARGE.replace("required: true, ", ""))
+        self.assertEqual(self.read("SELECT x FROM new"), [])
+        self.assertEqual(self.read("SELECT level, text, mark FROM plain"), [(None, "x", 1)])
 
 
 # --- The examples -------------------------------------------------------------
@@ -5652,8 +5126,24 @@ def replaced(text: str, changes: Mapping[str, object]) -> str:
     return text
 
 
-class Nginx:
-    """An nginx with the configuration of the examples, for instances on the given ports."""
+def run(*command: object, text: str = "", directory: Path = HERE) -> str:
+    """Run a program that succeeds; return what it writes."""
+    result = subprocess.run(
+        [*map(str, command)],
+        input=text,
+        text=True,
+        check=False,
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if result.returncode:
+        raise AssertionError(f"{command} failed: {result.stdout}")
+    return result.stdout
+
+
+class NginxTest(ProgramCase):
+    """Two instances behind the nginx of the examples."""
 
     FRAME = """
     daemon off; pid {0}/pid; error_log {0}/error.log notice; {user}
@@ -5665,193 +5155,117 @@ class Nginx:
         include {0}/attolytics.conf;
     }}
     """
+    BODY = body_of(mark(1), key="key")
 
-    def __init__(self, directory: Path, ports: Sequence[int], rate: str = "20r/s") -> None:
-        self._directory = directory
+    def setUp(self) -> None:
+        super().setUp()
+        program("nginx")
+        self.ports = [free_port(), free_port()]
         self.port = free_port()
-        self._command = [program("nginx"), "-p", str(directory), "-c", str(directory / "nginx.conf")]
         authority = trustme.CA()
-        authority.cert_pem.write_to_path(str(directory / "ca.pem"))
+        authority.cert_pem.write_to_path(str(self.directory / "ca.pem"))
         certificate = authority.issue_cert("events.example.com", "localhost")
-        certificate.private_key_pem.write_to_path(str(directory / "privkey.pem"))
-        certificate.cert_chain_pems[0].write_to_path(str(directory / "fullchain.pem"))
+        certificate.private_key_pem.write_to_path(str(self.directory / "privkey.pem"))
+        certificate.cert_chain_pems[0].write_to_path(str(self.directory / "fullchain.pem"))
+        self.context = ssl.create_default_context(cafile=str(self.directory / "ca.pem"))
+
+    def start_nginx(self, configuration: str, changes: Mapping[str, object]) -> None:
+        """Start one with a configuration, for the instances and certificates of the test."""
+        where = {
+            "/etc/letsencrypt/live/events.example.com": self.directory,
+            "listen 443 ssl": f"listen 127.0.0.1:{self.port} ssl",
+            "127.0.0.1:8005": f"127.0.0.1:{self.ports[0]}",
+        }
+        (self.directory / "attolytics.conf").write_text(replaced(configuration, {**where, **changes}))
         user = "" if os.geteuid() else "user root;"
-        (directory / "nginx.conf").write_text(self.FRAME.format(directory, user=user))
-        (directory / "attolytics.conf").write_text(
-            replaced(
-                (HERE / "examples" / "nginx.conf").read_text(),
-                {
-                    "/etc/letsencrypt/live/events.example.com": directory,
-                    "listen 80;": f"listen 127.0.0.1:{free_port()};",
-                    "listen [::]:80;": "",
-                    "listen 443 ssl http2;": f"listen 127.0.0.1:{self.port} ssl http2;",
-                    "listen [::]:443 ssl http2;": "",
-                    "127.0.0.1:8005": f"127.0.0.1:{ports[0]}",
-                    "127.0.0.1:8006": f"127.0.0.1:{ports[1]}",
-                    "rate=20r/s": f"rate={rate}",
-                },
-            )
-        )
-        self.context = ssl.create_default_context(cafile=str(directory / "ca.pem"))
+        (self.directory / "nginx.conf").write_text(self.FRAME.format(self.directory, user=user))
+        command = [program("nginx"), "-p", str(self.directory), "-c", str(self.directory / "nginx.conf")]
+        self.assertIn("test is successful", run(*command, "-t"))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait, 20)
+        self.addCleanup(process.terminate)
+        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", self.port)) == 0)
 
-    def check(self) -> str:
-        """Return what `nginx -t` says."""
-        return subprocess.run([*self._command, "-t"], capture_output=True, text=True, check=False).stderr
+    def start_example(self, rate: str) -> None:
+        changes = {"listen 80;": f"listen 127.0.0.1:{free_port()};", "listen [::]:80;": ""}
+        changes |= {"listen [::]:443 ssl http2;": "", "127.0.0.1:8006": f"127.0.0.1:{self.ports[1]}"}
+        text = (HERE / "examples" / "nginx.conf").read_text()
+        self.start_nginx(text, {**changes, "rate=20r/s": f"rate={rate}"})
 
-    def start(self) -> None:
-        with (self._directory / "output").open("wb") as output:
-            self._process = subprocess.Popen(self._command, stdout=output, stderr=output)
-        wait_until(self._answers)
-
-    def stop(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(20)
+    def start_instance(self, number: int) -> Attolytics:
+        spool = self.directory / f"{number}.sqlite3"
+        return self.serve("-p", self.ports[number], "--spool", spool)
 
     def connect(self) -> http.client.HTTPSConnection:
         return http.client.HTTPSConnection("localhost", self.port, timeout=30, context=self.context)
 
-    def post(self, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+    def send(self, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
         """Send one request on a connection of its own."""
         with contextlib.closing(self.connect()) as connection:
             connection.request("POST", "/apps/app/events", body, dict(headers or {}))
             return Answer(connection.getresponse())
 
-    def errors(self) -> Mapping[str, int]:
-        """Return what the error log says of its requests, and how often."""
-        text = (self._directory / "error.log").read_text()
-        return Counter(re.findall(r"\[error\] [^*]*\*[0-9]+ (.*?), client: ", text))
-
-    def _answers(self) -> bool:
-        if self._process.poll() is not None:
-            raise AssertionError(f"nginx ended: {(self._directory / 'output').read_text()}")
-        try:
-            socket.create_connection(("127.0.0.1", self.port)).close()
-        except OSError:
-            return False
-        return True
-
-
-class NginxTest(ProcessCase):
-    """Two instances behind the nginx of the examples."""
-
-    CLIENTS = 64
-    RESTARTS = 4
-
-    def setUp(self) -> None:
-        program("nginx")
-        super().setUp()
-        self.ports = [free_port(), free_port()]
-
-    def start_nginx(self, rate: str = "20r/s", configuration: str = "") -> Nginx:
-        directory = self.directory / "nginx"
-        directory.mkdir()
-        nginx = Nginx(directory, self.ports, rate)
-        if configuration:
-            changes = {
-                "/etc/letsencrypt/live/events.example.com": directory,
-                "listen 443 ssl;": f"listen 127.0.0.1:{nginx.port} ssl;",
-                "127.0.0.1:8005": f"127.0.0.1:{self.ports[0]}",
-            }
-            (directory / "attolytics.conf").write_text(replaced(configuration, changes))
-        self.assertIn("test is successful", nginx.check())
-        nginx.start()
-        self.addCleanup(nginx.stop)
-        return nginx
-
     def test_the_shortest_configuration_does_its_work(self) -> None:
         self.start_instance(0)
         [text] = code_blocks(HERE / "docs" / "operating.md", "nginx")
-        answer = self.start_nginx(configuration=text).post(body_of(mark(1), key="key"))
-        self.assertEqual(answer.json, {"accepted": 1, "stored": "database"})
+        self.start_nginx(text, {})
+        self.assertEqual(self.send(self.BODY).json, {"accepted": 1, "stored": "database"})
 
-    def start_instance(self, number: int) -> Attolytics:
-        options = ("-s", self.schema_file, "-d", self.url, "-p", self.ports[number])
-        server = Attolytics(*options, "--spool", self.directory / f"{number}.sqlite3")
-        self.addCleanup(self.kill, server)
-        return server
-
-    def test_requests_of_every_kind_come_through(self) -> None:
-        self.start_instance(0)
+    def test_requests_come_through_unless_there_are_too_many_or_no_instance(self) -> None:
+        self.start_example("20r/s")
+        answer = self.send(self.BODY)
+        self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "5"))
+        self.assertIn("cannot store", answer.json["error"])
         self.start_instance(1)
-        nginx = self.start_nginx()
-        body = body_of(mark(1), key="key")
-        self.assertEqual(nginx.post(body).json, {"accepted": 1, "stored": "database"})
-        self.assertEqual(nginx.post(gzip.compress(body), {"Content-Encoding": "gzip"}).status, 200)
-        command = [program("curl"), "-sS", "--cacert", str(self.directory / "nginx" / "ca.pem"), "--http2"]
-        command += ["-H", "Content-Type: application/json", "-d", body.decode(), "-o", "/dev/null"]
-        command += ["-w", "%{http_code} %{http_version}", f"https://localhost:{nginx.port}/apps/app/events"]
-        version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        self.assertEqual(self.send(self.BODY).json, {"accepted": 1, "stored": "database"})
+        self.start_instance(0)
+        self.assertEqual(self.send(gzip.compress(self.BODY), {"Content-Encoding": "gzip"}).status, 200)
+        curl = [
+            program("curl"),
+            "-sS",
+            "--cacert",
+            self.directory / "ca.pem",
+            "--http2",
+            "-d",
+            self.BODY.decode(),
+        ]
+        curl += [
+            "-H",
+            "Content-Type: application/json",
+            "-o",
+            "/dev/null",
+            "-w",
+            "%{http_code} %{http_version}",
+        ]
+        version = run(*curl, f"https://localhost:{self.port}/apps/app/events")
         self.assertIn(version, ("200 2", "200 1.1"))  # not every curl knows HTTP/2
         for size, status in [(attolytics.BODY_BYTES_MAX, 400), (attolytics.BODY_BYTES_MAX + 1, 413)]:
-            answer = nginx.post(b" " * size)
+            answer = self.send(b" " * size)
             self.assertEqual((answer.status, list(answer.json)), (status, ["error"]))
-        self.assertEqual(self.query("SELECT mark FROM marks"), [[1]])
-
-    def test_a_client_that_sends_too_much_is_told_when_to_come_back(self) -> None:
-        self.start_instance(0)
-        self.start_instance(1)
-        nginx = self.start_nginx()
+        self.assertEqual(self.stored("marks"), [1])
         statuses: list[int] = []
-        with contextlib.closing(nginx.connect()) as connection:
+        with contextlib.closing(self.connect()) as connection:
             while 429 not in statuses and len(statuses) < 2_000:
-                connection.request("POST", "/apps/app/events", body_of(mark(1), key="key"))
+                connection.request("POST", "/apps/app/events", self.BODY)
                 answer = Answer(connection.getresponse())
                 statuses.append(answer.status)
         self.assertEqual(set(statuses), {200, 429})
-        self.assertGreater(len(statuses), 200)
+        self.assertGreater(len(statuses), 150)
         self.assertEqual(answer.headers["Retry-After"], "5")
         self.assertEqual(answer.headers["Content-Type"], "application/json")
         self.assertIn("too many requests", answer.json["error"])
 
-    def test_without_any_instance_clients_are_told_to_come_back(self) -> None:
-        nginx = self.start_nginx()
-        answer = nginx.post(body_of(mark(1), key="key"))
-        self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "5"))
-        self.assertIn("cannot store", answer.json["error"])
-        self.start_instance(1)
-        self.assertEqual(nginx.post(body_of(mark(1), key="key")).status, 200)
-
     def test_instances_are_restarted_under_load_and_no_request_fails(self) -> None:
         instances = [self.start_instance(0), self.start_instance(1)]
-        nginx = self.start_nginx(rate="1000000r/s")
-        stop = threading.Event()
-        accepted: list[int] = []
-        failed: list[str] = []
-
-        def send(client: int) -> None:
-            """Send events on one connection until told to stop; note what became of each."""
-            connection = nginx.connect()
-            for number in itertools.count(client * 1_000_000):
-                if stop.is_set():
-                    break
-                body = body_of(mark(number, table="plain"), key="key")
-                try:
-                    connection.request("POST", "/apps/app/events", body)
-                    answer = Answer(connection.getresponse())
-                except (OSError, http.client.HTTPException) as error:
-                    failed.append(repr(error))
-                    connection.close()
-                    continue
-                if answer.status == 200:
-                    accepted.append(number)
-                else:
-                    failed.append(f"{answer.status} {answer.text.strip()}")
-            connection.close()
-
-        with concurrent.futures.ThreadPoolExecutor(self.CLIENTS) as pool:
-            senders = [pool.submit(send, client) for client in range(self.CLIENTS)]
-            try:
-                for restart in range(self.RESTARTS):
-                    wait_for_more(accepted, 500)
-                    self.assertEqual(instances[restart % 2].stop(), 0)
-                    wait_for_more(accepted, 200)
-                    instances[restart % 2] = self.start_instance(restart % 2)
-            finally:
-                stop.set()
-            for sender in senders:
-                sender.result()
-        self.assertFalse(failed, f"{Counter(failed)} of {len(accepted)}; nginx: {nginx.errors()}")
-        self.check_exactly_once(accepted)
+        self.start_example("1000000r/s")
+        with Clients(64, self.connect) as clients:
+            for number in (0, 1, 0):
+                wait_for_more(clients.accepted, 400)
+                self.assertEqual(instances[number].stop(), 0)
+                wait_for_more(clients.accepted, 200)
+                instances[number] = self.start_instance(number)
+        self.assertFalse(clients.failed, Counter(clients.failed))
+        self.check_exactly_once(clients.accepted)
 
 
 # The series that the dashboards and alerts may ask for, by the names that Prometheus stores.
@@ -5914,20 +5328,16 @@ class DashboardTest(DatabaseCase):
         self.open(attolytics.read_schema(str(HERE / "schema-example.conf.yaml")))
         self.query(self.FILL)
 
-    def dashboard(self, name: str) -> Any:
-        return json.loads((self.EXAMPLES / name).read_text())
+    def dashboard(self, name: str) -> tuple[Any, list[Any]]:
+        """Return a dashboard and what its panels ask for."""
+        dashboard = json.loads((self.EXAMPLES / name).read_text())
+        return dashboard, [target for panel in dashboard["panels"] for target in panel["targets"]]
 
-    def targets(self, dashboard: Any) -> list[Any]:
-        return [target for panel in dashboard["panels"] for target in panel["targets"]]
-
-    def promtool(self, *arguments: object, text: str = "") -> None:
-        """Run it, with the name of a file that has the text as the last argument if there is one."""
-        file = self.enterContext(tempfile.NamedTemporaryFile("w", suffix=".yml"))
-        file.write(text)
-        file.flush()
-        command = [program("promtool"), *map(str, arguments), *([file.name] if text else [])]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+    def promtool(self, *arguments: object, text: str) -> None:
+        """Run it, with the name of a file that has the text as the last argument."""
+        file = Path(self.spool_path())
+        file.write_text(text)
+        run(program("promtool"), *arguments, file)
 
     def check_metrics(self, expression: str) -> None:
         """Check that an expression of PromQL names only metrics that there are."""
@@ -5938,18 +5348,18 @@ class DashboardTest(DatabaseCase):
 
     def test_an_import_asks_for_the_data_source(self) -> None:
         for name in ("grafana-dashboard.json", "grafana-dashboard-events.json"):
-            dashboard = self.dashboard(name)
+            dashboard, targets = self.dashboard(name)
             [source] = dashboard["__inputs"]
             expected = {"type": source["pluginId"], "uid": f"${{{source['name']}}}"}
-            for user in [*dashboard["panels"], *self.targets(dashboard), *dashboard["templating"]["list"]]:
+            for user in [*dashboard["panels"], *targets, *dashboard["templating"]["list"]]:
                 self.assertEqual(user["datasource"], expected)
             numbers = [panel["id"] for panel in dashboard["panels"]]
             self.assertEqual(len(numbers), len(set(numbers)))
 
     def test_every_query_of_the_events_dashboard_brings_rows(self) -> None:
         self.fill_tables()
-        dashboard = self.dashboard("grafana-dashboard-events.json")
-        queries = [target["rawSql"] for target in self.targets(dashboard)]
+        dashboard, targets = self.dashboard("grafana-dashboard-events.json")
+        queries = [target["rawSql"] for target in targets]
         queries += [variable["query"] for variable in dashboard["templating"]["list"]]
         self.assertGreater(len(queries), 10)
         for sql in queries:
@@ -5957,31 +5367,21 @@ class DashboardTest(DatabaseCase):
                 for macro, meaning in self.MACROS:
                     sql = re.sub(macro, meaning, sql)  # noqa: PLW2901
                 self.assertNotIn("$", sql)
-                rows = self.query(sql)
-                self.assertTrue(rows)
-                self.assertNotIn(None, rows[0][:2])
+                self.assertNotIn(None, self.query(sql)[0][:2])
 
-    def test_every_expression_of_the_metrics_dashboard_is_promql(self) -> None:
-        dashboard = self.dashboard("grafana-dashboard.json")
-        expressions = [target["expr"] for target in self.targets(dashboard)]
-        for expression in expressions:
+    def test_what_prometheus_reads_is_valid_and_names_metrics_that_there_are(self) -> None:
+        _, targets = self.dashboard("grafana-dashboard.json")
+        alerts = self.EXAMPLES / "alerts.yml"
+        groups = yaml.safe_load(alerts.read_text())["groups"]
+        expressions = [target["expr"] for target in targets]
+        for expression in [*expressions, *(rule["expr"] for group in groups for rule in group["rules"])]:
             self.check_metrics(expression)
-        used = " ".join(expressions)
         for name in itertools.chain(*METRICS.values()):
-            self.assertIn(name, used)
+            self.assertIn(name, " ".join(expressions))
         plain = [text.replace("$__rate_interval", "5m").replace("$instance", ".*") for text in expressions]
         rules = [{"record": f"r{number}", "expr": text} for number, text in enumerate(plain)]
-        groups = {"groups": [{"name": "dashboard", "rules": rules}]}
-        self.promtool("check", "rules", text=yaml.safe_dump(groups))
-
-    def test_the_configuration_of_prometheus_is_valid(self) -> None:
-        self.promtool("check", "config", self.EXAMPLES / "prometheus.yml")
-
-    def test_alerts_fire_when_they_should(self) -> None:
-        alerts = self.EXAMPLES / "alerts.yml"
-        for group in yaml.safe_load(alerts.read_text())["groups"]:
-            for rule in group["rules"]:
-                self.check_metrics(rule["expr"])
+        self.promtool("check", "rules", text=yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
+        run(program("promtool"), "check", "config", self.EXAMPLES / "prometheus.yml")
         self.promtool("test", "rules", text=ALERT_TEST.format(alerts=alerts))
 
     def test_the_cube_model_fits_the_example_schema(self) -> None:
@@ -5990,17 +5390,14 @@ class DashboardTest(DatabaseCase):
             [cube] = yaml.safe_load(path.read_text())["cubes"]
             columns = {column.name for column in schema.tables[cube["sql_table"]].columns}
             used = set(re.findall(r"\{CUBE\}\.(\w+)", path.read_text()))
-            self.assertTrue(used)
-            self.assertEqual(used - columns, set())
+            self.assertTrue(used and used <= columns, used - columns)
 
     def test_the_sql_that_cube_makes_brings_rows(self) -> None:
         directory = self.EXAMPLES / "cube"
         if not (directory / "node_modules").exists():
             self.skipTest("Cube's compiler is not installed, see examples/cube/README.md")
-        command = [program("node"), "check.mjs"]
-        output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=directory).stdout
         self.fill_tables()
-        made = json.loads(output)
+        made = json.loads(run(program("node"), "check.mjs", directory=directory))
         year = {"'2019-01-01T": "'2000-01-01T", "'2019-12-31T": "'2999-12-31T"}
         first = replaced(made["queries"][0], year)
         partition = {"__FROM_PARTITION_RANGE": "2000-01-01", "__TO_PARTITION_RANGE": "2999-12-31"}
@@ -6009,21 +5406,17 @@ class DashboardTest(DatabaseCase):
             with self.subTest(sql):
                 self.assertTrue(self.query(sql))
 
-    def test_the_socket_unit_is_valid(self) -> None:
-        analyze = program("systemd-analyze")
-        directory = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, directory)
+    def test_the_units_for_systemd_are_valid_and_hardened(self) -> None:
+        analyze, service = program("systemd-analyze"), HERE / "attolytics.service"
+        run(analyze, "security", "--offline=true", "--threshold=15", service)
+        directory = Path(self.spool_path()).parent
         shutil.copy(self.EXAMPLES / "attolytics.socket", directory)
         # The program need not be installed where the service expects it.
-        service = replaced(
-            (HERE / "attolytics.service").read_text(), {"/opt/attolytics/bin/python": "/bin/true"}
-        )
-        (directory / "attolytics.service").write_text(service)
-        units = [directory / name for name in ("attolytics.socket", "attolytics.service")]
-        command = [analyze, "verify", "--man=no", *map(str, units)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        complaints = [line for line in result.stderr.splitlines() if "attolytics" in line]
-        self.assertEqual((result.returncode, complaints), (0, []))
+        text = replaced(service.read_text(), {"/opt/attolytics/bin/python": "/bin/true"})
+        (directory / service.name).write_text(text)
+        units = [directory / "attolytics.socket", directory / service.name]
+        said = run(analyze, "verify", "--man=no", *units).splitlines()
+        self.assertEqual([line for line in said if "attolytics" in line], [])
 
 
 class PgBouncerTest(unittest.TestCase):
@@ -6032,14 +5425,9 @@ class PgBouncerTest(unittest.TestCase):
     TESTS = (
         "ConnectTest.test_settings_of_the_database_do_not_harm_quoting",
         "ConnectTest.test_nothing_of_a_flush_stays_in_a_session_that_others_share",
-        "RoundTripTest.test_hostile_texts_come_back_as_they_were",
-        "RoundTripTest.test_numbers_keep_their_digits",
-        "HttpTest",
         "WriterTest.test_a_bad_batch_does_not_harm_those_that_share_its_flush",
-        "WriterTest.test_the_event_that_a_trigger_refuses_is_named_where_copy_names_its_line",
-        "WriterTest.test_a_deadlock_between_instances_is_tried_again",
-        "WriterTest.test_a_session_that_is_lost_in_mid_flush_costs_nothing_whatever_its_size",
         "CommitTest",
+        "SpoolTextTest.test_values_come_back_equal",
         "SpoolTest.test_poison_in_the_spool_is_narrowed_down_to_the_single_event",
     )
 
@@ -6055,8 +5443,10 @@ class PgBouncerTest(unittest.TestCase):
 # --- The repository -----------------------------------------------------------
 
 
+README = HERE / "README.md"
+OPERATING = HERE / "docs" / "operating.md"
 PAGES = [
-    *(HERE / name for name in ("README.md", "docs/schema.md", "docs/operating.md", "docs/promises.md")),
+    *(README, HERE / "docs" / "schema.md", OPERATING, HERE / "docs" / "promises.md"),
     *(HERE / name for name in ("bench/README.md", "examples/cube/README.md")),
 ]
 
@@ -6078,39 +5468,30 @@ def global_names(scope: symtable.SymbolTable) -> set[str]:
     return names.union(*map(global_names, scope.get_children()))
 
 
-class RepositoryTest(DatabaseCase):
-    def serve(
-        self, *options: object, directory: Path | None = None, schema: Path | None = None
-    ) -> Attolytics:
-        """Start a server with the example's schema."""
-        schema = schema or HERE / "schema-example.conf.yaml"
-        server = Attolytics("-s", schema, "-p", "0", *options, directory=directory)
-        self.addCleanup(server.stop)
-        return server
+class RepositoryTest(ProgramCase):
+    """The module as a file, and the pages about it."""
 
-    def new_directory(self) -> Path:
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        return Path(directory.name)
+    def setUp(self) -> None:
+        super().setUp()
+        self.source = (HERE / "attolytics.py").read_text()
+        self.example = (HERE / "schema-example.conf.yaml").read_text()
+        self.schema_file.write_text(self.example)
 
     def test_the_script_metadata_names_the_same_as_the_project(self) -> None:
         project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
-        source = (HERE / "attolytics.py").read_text()
-        block = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", source, re.MULTILINE)
+        block = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", self.source, re.MULTILINE)
         assert block
         script = tomllib.loads(re.sub(r"^# ", "", block[1], flags=re.MULTILINE))
-        self.assertEqual(script["dependencies"], project["dependencies"])
-        self.assertEqual(script["requires-python"], project["requires-python"])
+        for key in ("dependencies", "requires-python"):
+            self.assertEqual(script[key], project[key])
 
     def test_the_module_imports_nothing_else(self) -> None:
-        source = (HERE / "attolytics.py").read_text()
-        imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
+        imported = set(re.findall(r"^(?:import|from) (\w+)", self.source, re.MULTILINE))
         self.assertEqual(imported - sys.stdlib_module_names, {"pg8000", "yaml"})
 
     def test_the_module_can_be_read(self) -> None:
         """It and its parts are short, and a name is used only below where it is defined."""
-        source = (HERE / "attolytics.py").read_text()
-        tree = ast.parse(source)
+        tree = ast.parse(self.source)
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
@@ -6123,74 +5504,66 @@ class RepositoryTest(DatabaseCase):
             for node in ast.walk(statement):
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                     defined.setdefault(node.id, node.lineno)
-        for scope in symtable.symtable(source, "attolytics.py", "exec").get_children():
+        for scope in symtable.symtable(self.source, "attolytics.py", "exec").get_children():
             for name in global_names(scope) - {scope.get_name()}:
                 self.assertLess(defined.get(name, 0), scope.get_lineno(), f"{scope.get_name()} uses {name}")
-        self.assertLessEqual(len(source.splitlines()), 5_300)
+        self.assertLessEqual(len(self.source.splitlines()), 5_300)
 
     def test_the_readmes_first_steps_lead_to_rows_in_the_database(self) -> None:
-        readme = (HERE / "README.md").read_text()
+        readme = README.read_text()
         curl = re.search(r"^curl .*(?:\n .*)*", readme, re.MULTILINE)
         look = re.search(r"^sqlite3 attolytics.sqlite3 '(.*)'$", readme, re.MULTILINE)
         assert curl and look
-        directory = self.new_directory()
-        server = self.serve(directory=directory)
-        command = ["bash", "-c", curl[0].replace(":8000", f":{server.port}")]
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-        self.assertIn(f"The answer is `{result.stdout.strip()}`", readme)
-        self.assertEqual(json.loads(result.stdout), {"accepted": 1, "stored": "spool"})
-        with contextlib.closing(sqlite3.connect(directory / "attolytics.sqlite3")) as spool:
-            self.assertEqual(len(spool.execute(look[1]).fetchall()), 1)
+        server = self.serve(url="")
+        answer = run("bash", "-c", f"{curl[0].replace(':8000', f':{server.port}')} 2>/dev/null")
+        self.assertIn(f"The answer is `{answer.strip()}`", readme)
+        self.assertEqual(json.loads(answer), {"accepted": 1, "stored": "spool"})
+        self.assertEqual(len(self.read(look[1])), 1)
         server.process.terminate()
-        self.serve("-d", self.url, directory=directory)
+        self.serve()
         wait_until(lambda: self.query("SELECT count(*) FROM events") == [[1]])
 
     def test_the_readmes_requests_and_answers_are_so(self) -> None:
-        request, answer = code_blocks(HERE / "README.md", "json")
-        server = self.serve("-d", self.url)
+        request, answer = code_blocks(README, "json")
+        server = self.serve()
         result = server.post(PATH, request.encode())
         self.assertEqual((result.status, result.json), (200, {"accepted": 2, "stored": "database"}))
         result = server.post(PATH, replaced(request, {'"score": 7': '"score": "7"'}).encode())
         self.assertEqual((result.status, result.json), (400, json.loads(answer)))
+        page = json.loads(code_blocks(OPERATING, "json")[0])
+        _, health = self.health(server)
+        self.assertEqual((health.keys(), health["spool"].keys()), (page.keys(), page["spool"].keys()))
 
     def test_the_readmes_schema_file_is_right(self) -> None:
-        whole, column = code_blocks(HERE / "README.md", "yaml")
+        whole, column = code_blocks(README, "yaml")
         self.assertEqual([*schema_of(whole).tables], ["events"])
         schema_of(replaced(whole, {"apps:\n": f"{textwrap.indent(column, '      ')}apps:\n"}))
 
     def test_the_quarantine_is_read_as_the_page_says(self) -> None:
         [command] = code_blocks(HERE / "docs" / "promises.md", "sh")
         [_, file, query] = shlex.split(command)
-        directory = self.new_directory()
-        schema = directory / "schema.yaml"
-        text = (HERE / "schema-example.conf.yaml").read_text()
-        schema.write_text(replaced(text, {"invalid_events: refuse": "invalid_events: quarantine"}))
-        answer = self.serve(directory=directory, schema=schema).post(PATH, body_of(example(score="7")))
+        self.assertEqual(file, self.spool.name)
+        changes = {"invalid_events: refuse": "invalid_events: quarantine"}
+        self.schema_file.write_text(replaced(self.example, changes))
+        answer = self.serve(url="").post(PATH, body_of(example(score="7")))
         self.assertEqual(answer.json["accepted"], 0)
-        with contextlib.closing(sqlite3.connect(directory / file)) as spool:
-            [[_, app, table, column, reason, _]] = spool.execute(query).fetchall()
+        [[_, app, table, column, reason, _]] = self.read(query)
         self.assertEqual((app, table, column), ("com.example.myapp", "events", "score"))
         self.assertIn("expected an integer", reason)
 
-    def test_the_readme_is_short(self) -> None:
-        self.assertLessEqual(len((HERE / "README.md").read_text().splitlines()), 250)
+    def test_the_readme_is_short_and_leads_to_every_page(self) -> None:
+        self.assertLessEqual(len(README.read_text().splitlines()), 250)
+        for page in (HERE / "docs").glob("*.md"):
+            self.assertIn(f"](docs/{page.name})", prose(README))
 
     def test_links_between_the_pages_lead_somewhere(self) -> None:
         for page in PAGES:
-            for target in re.findall(r"\]\(([^)]+)\)", prose(page)):
-                if re.match(r"[a-z]+:", target):
-                    continue
+            for target in re.findall(r"\]\((?![a-z]+:)([^)]+)\)", prose(page)):
                 with self.subTest(page=page.name, target=target):
                     path, _, place = target.partition("#")
                     found = page.parent / path if path else page
                     self.assertTrue(found.exists())
-                    if place:
-                        self.assertIn(place, anchors(found))
-
-    def test_the_readme_leads_to_every_page(self) -> None:
-        readme = prose(HERE / "README.md")
-        for page in (HERE / "docs").glob("*.md"):
-            self.assertIn(f"](docs/{page.name})", readme)
+                    self.assertTrue(not place or place in anchors(found))
 
     def test_the_pages_name_only_options_that_there_are(self) -> None:
         options = set(re.findall(r"--[a-z_]+", attolytics.build_parser().format_help()))
@@ -6201,169 +5574,14 @@ class RepositoryTest(DatabaseCase):
                 ours |= set(re.findall(r"--[a-z_]+", line.partition("|")[0]))
             self.assertEqual(ours - options, set(), page.name)
 
-    def test_the_page_of_the_schema_has_every_type_and_source(self) -> None:
+    def test_the_pages_have_every_type_source_and_metric(self) -> None:
         text = (HERE / "docs" / "schema.md").read_text()
-        for name in (*attolytics.Type, *Source):
+        for name in (*Type, *Source):
             self.assertIn(f"`{name}`", text)
-
-    def test_the_page_on_operating_has_every_metric(self) -> None:
-        text = (HERE / "docs" / "operating.md").read_text()
         for name in itertools.chain(*METRICS.values()):
             if not name.startswith("process_"):
-                self.assertTrue(re.search(rf"`{name}[`_{{]", text), name)
-
-    def test_the_page_on_operating_has_every_key_of_healthz(self) -> None:
-        [text] = code_blocks(HERE / "docs" / "operating.md", "json")
-        server = self.serve("-d", self.url, "--monitor_port", "0")
-        wait_until(lambda: any("/healthz" in line for line in server.lines))
-        port = re.findall(r":([0-9]+)", next(line for line in server.lines if "/healthz" in line))[-1]
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)) as connection:
-            connection.request("GET", "/healthz")
-            health = Answer(connection.getresponse()).json
-        page = json.loads(text)
-        self.assertEqual(health.keys(), page.keys())
-        self.assertEqual(health["spool"].keys(), page["spool"].keys())
-
-    def test_the_service_file_is_hardened(self) -> None:
-        analyze = shutil.which("systemd-analyze")
-        if not analyze:
-            self.skipTest("systemd-analyze is not installed")
-        command = [analyze, "security", "--offline=true", "--threshold=15", str(HERE / "attolytics.service")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        self.assertEqual(result.returncode, 0, result.stdout[-300:] + result.stderr)
+                self.assertRegex(OPERATING.read_text(), rf"`{name}[`_{{]")
 
 
 if __name__ == "__main__":
     unittest.main()
-
-
-class PlanTest(unittest.TestCase):
-    def plan(self, **existing: attolytics.ExistingTable) -> attolytics.Plan:
-        ledger = attolytics.ExistingTable({"session": attolytics.ExistingColumn("uuid")})
-        return attolytics.make_plan(schema_of(GROWN_SCHEMA), {attolytics.LEDGER: ledger, **existing}, "me")
-
-    def test_a_missing_table_is_created_with_its_indexes(self) -> None:
-        schema = schema_of(
-            "{tables: {t: {columns: [{name: a, required: true}, {name: b, type: i64, indexed: true},"
-            " {name: c, unique: true, indexed: true}, {name: j, type: json, indexed: true}]}},"
-            " apps: {x: {secret_key: k, tables: [t]}}}"
-        )
-        plan = attolytics.make_plan(schema, {}, "me")
-        self.assertEqual(
-            plan.statements,
-            [
-                attolytics.CREATE_LEDGER,
-                'CREATE TABLE "t" ("a" varchar NOT NULL, "b" bigint, "c" varchar, "j" jsonb)',
-                'CREATE INDEX ON "t" ("b")',
-                'CREATE UNIQUE INDEX ON "t" ("c")',
-                'CREATE INDEX ON "t" USING gin ("j")',
-            ],
-        )
-        self.assertEqual({step.way for step in plan}, {attolytics.Way.CREATE})
-        self.assertEqual(plan.reasons, ['there is no table "attolytics_ledger"', 'there is no table "t"'])
-
-    def test_a_plan_changes_a_table_at_once_and_then_builds_its_indexes(self) -> None:
-        old = {
-            "a": attolytics.ExistingColumn("int8", not_null=True),
-            "gone": attolytics.ExistingColumn("text", not_null=True),
-        }
-        plan = self.plan(t=attolytics.ExistingTable(old, [attolytics.ExistingIndex("a")]))
-        self.assertEqual(
-            plan.statements,
-            [
-                'ALTER TABLE "t" ADD COLUMN "b" varchar, ADD COLUMN "c" uuid,'
-                ' ADD COLUMN "d" varchar /* NOT NULL when all rows have values */,'
-                ' ADD COLUMN "j" jsonb, ALTER COLUMN "a" DROP NOT NULL, ALTER COLUMN "gone" DROP NOT NULL',
-                'CREATE INDEX CONCURRENTLY IF NOT EXISTS "t_b_idx" ON "t" ("b")',
-                'CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS "t_c_idx" ON "t" ("c")',
-                'CREATE INDEX CONCURRENTLY IF NOT EXISTS "t_j_idx" ON "t" USING gin ("j")',
-            ],
-        )
-        self.assertFalse(plan.by(attolytics.Way.HAND))
-
-    def test_a_required_column_is_not_null_only_in_a_table_without_rows(self) -> None:
-        for empty, column in [
-            (True, 'ADD COLUMN "d" varchar NOT NULL'),
-            (False, 'ADD COLUMN "d" varchar /*'),
-        ]:
-            plan = self.plan(t=attolytics.ExistingTable({}, is_empty=functools.partial(bool, empty)))
-            self.assertIn(column, plan[0].statements[0])
-
-    def test_what_rewrites_drops_or_grants_is_left_to_the_operator(self) -> None:
-        columns = {
-            "a": attolytics.ExistingColumn("int4", not_null=True, primary_key="t_pkey"),
-            "b": attolytics.ExistingColumn("text", generated="stored"),
-            "c": attolytics.ExistingColumn("uuid"),
-            "d": attolytics.ExistingColumn("text"),
-            "j": attolytics.ExistingColumn("jsonb"),
-        }
-        indexes = [attolytics.ExistingIndex(name, unique=name == "c") for name in "abcj"]
-        plan = self.plan(t=attolytics.ExistingTable(columns, indexes, can_insert=False))
-        self.assertEqual({step.way for step in plan}, {attolytics.Way.HAND})
-        self.assertEqual(
-            plan.by(attolytics.Way.HAND).statements,
-            [
-                'GRANT SELECT, INSERT ON "t" TO "me"',
-                'ALTER TABLE "t" ALTER COLUMN "a" TYPE bigint USING "a"::text::bigint',
-                'ALTER TABLE "t" ALTER COLUMN "b" DROP EXPRESSION',
-                'ALTER TABLE "t" DROP CONSTRAINT "t_pkey", ALTER COLUMN "a" DROP NOT NULL',
-            ],
-        )
-        for kind in ("view", "foreign table"):
-            plan = self.plan(t=attolytics.ExistingTable({}, kind=kind))
-            self.assertEqual({step.way for step in plan}, {attolytics.Way.HAND})
-            self.assertGreater(len(plan), 5)
-
-    def test_only_invalid_indexes_of_our_kind_and_name_are_dropped(self) -> None:
-        other = attolytics.Index("t", "b").names()[1]
-        for index, dropped in [
-            (attolytics.ExistingIndex("b", name="t_b_idx"), True),
-            (attolytics.ExistingIndex("b", name=other), True),
-            (attolytics.ExistingIndex("b", name="t_b_idx", busy=True), False),
-            (attolytics.ExistingIndex("b", name="mine"), False),
-            (attolytics.ExistingIndex("b", name="t_b_idx_ccnew"), False),
-            (attolytics.ExistingIndex("b", name="t_b_idx", unique=True), False),
-            (attolytics.ExistingIndex("b", name="t_b_idx", method="hash"), False),
-            (attolytics.ExistingIndex("b", name="t_b_idx", plain=False), False),
-            (attolytics.ExistingIndex("more", name="t_more_idx"), False),
-        ]:
-            with self.subTest(index):
-                invalid = index._replace(valid=False, sql_name='s."x"')
-                plan = self.plan(t=attolytics.ExistingTable({}, [invalid], names=[index.name]))
-                drops = ['DROP INDEX CONCURRENTLY IF EXISTS s."x"'] if dropped else []
-                self.assertEqual(plan.by(attolytics.Way.DROP).statements, drops)
-                report = attolytics.script(plan)
-                self.assertEqual('\nDROP INDEX CONCURRENTLY IF EXISTS s."x";' in report, dropped)
-                # What somebody builds already is not offered to psql for a second time.
-                name = other if index.name == "t_b_idx" and not dropped else "t_b_idx"
-                create = f'\nCREATE INDEX CONCURRENTLY IF NOT EXISTS "{name}" ON "t" ("b");'
-                self.assertEqual(create in report, not index.busy)
-
-    def test_indexes_of_a_partitioned_table_are_built_only_while_it_is_empty(self) -> None:
-        for empty, way in [(True, attolytics.Way.ALTER), (False, attolytics.Way.HAND)]:
-            is_empty = functools.partial(bool, empty)
-            table = attolytics.ExistingTable({}, partitioned=True, is_empty=is_empty)
-            built = [step for step in self.plan(t=table) if step.index]
-            self.assertEqual([step.way for step in built], [way] * 4)
-            self.assertEqual(built[1].statements, ('CREATE INDEX ON "t" ("b")',))
-
-    def test_a_ledger_of_an_earlier_version_gets_its_column_at_every_start(self) -> None:
-        plan = self.plan(attolytics_ledger=attolytics.ExistingTable({}, can_insert=False))
-        self.assertEqual(
-            plan.by(attolytics.Way.CREATE).statements[:1],
-            ["ALTER TABLE attolytics_ledger ADD COLUMN session uuid"],
-        )
-        grant = 'GRANT SELECT, INSERT, UPDATE ON attolytics_ledger TO "me"'
-        self.assertEqual(plan.by(attolytics.Way.HAND).statements, [grant])
-
-    def test_a_report_is_a_script_whatever_names_there_are(self) -> None:
-        name = "x\n; DROP TABLE y; --"
-        schema = Schema({name: Table(name, (Column(name),))}, {})
-        catalog = {
-            name: attolytics.ExistingTable({name: attolytics.ExistingColumn("int4")}),
-            attolytics.LEDGER: attolytics.ExistingTable({"session": attolytics.ExistingColumn("uuid")}),
-        }
-        report = attolytics.script(attolytics.make_plan(schema, catalog, "me"))
-        self.assertIn("the type is int4", report)
-        for line in report.splitlines():
-            self.assertTrue(line.startswith("--"), line)
