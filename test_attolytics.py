@@ -3112,20 +3112,19 @@ def breakable() -> Postgres:
     return own
 
 
+def connect(server: Attolytics) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(*server.listening()[0], timeout=30)
+
+
 class Clients:
     """Threads that send an event each as fast as they can; every second one keeps its connection.
 
     `accepted` has the events that were answered with 200, `failed` what happened to the others.
     """
 
-    def __init__(
-        self, count: int, server: Attolytics | Callable[[], http.client.HTTPConnection], table: str = "plain"
-    ) -> None:
-        """Have a server or what connects to one."""
-        address = server.listening()[0] if isinstance(server, Attolytics) else ("", 0)
-        connect = functools.partial(http.client.HTTPConnection, *address, timeout=30)
-        self._connect = connect if isinstance(server, Attolytics) else server
-        self._table = table
+    def __init__(self, count: int, server: Attolytics, table: str = "plain") -> None:
+        self.connect: Callable[[], http.client.HTTPConnection] = functools.partial(connect, server)
+        self._event = mark(0, "x", table)
         self._stop = threading.Event()
         self.accepted: list[int] = []
         self.failed: list[str] = []
@@ -3143,13 +3142,13 @@ class Clients:
             thread.join(60)
 
     def _send(self, client: int) -> None:
-        connection = self._connect()
+        connection = self.connect()
         for number in itertools.count(client * 1_000_000):
             if self._stop.is_set():
                 break
             started = time.monotonic()
             try:
-                body = body_of(mark(number, "x", self._table), key="key")
+                body = body_of({**self._event, "mark": number}, key="key")
                 connection.request("POST", "/apps/app/events", body)
                 answer = Answer(connection.getresponse())
             except (OSError, http.client.HTTPException) as error:
@@ -3354,7 +3353,7 @@ INSERT INTO attolytics_spool VALUES (1, '{FORMER_EPOCH}', 1, 2, 2,
   || '{{"_t":"marks","mark":2,"big":123456789012345678901234567890.50,"deep":[[{{"a":1e2}}]]}}]}}]');
 INSERT INTO attolytics_spool VALUES (2, '{FORMER_EPOCH}', 2, 1, 3,
   '[{{"app":"app","received_at":1795695422.2961776,"client_ip":"127.0.0.1","headers":{{}},'
-  || '"events":[{{"_t":"marks","mark":3,"half":"x\\ud83d\\ude00\\ud800"}}]}}]');
+  || '"events":[{{"_t":"marks","mark":3,"half":"x\\ud83d\\ude00\\ud800","no":NaN}}]}}]');
 """
 
 
@@ -3405,21 +3404,15 @@ class SpoolTest(BreakableCase):
             " CREATE TABLE marks (mark bigint, text varchar, l varchar);"
             " INSERT INTO marks VALUES (1, 'é', 'ä'), (2, NULL, 'ä')"
         )
-        former = self.spool.read_bytes()
+        server = self.serve(url="")
+        # NaN, which it took, hides a flush.
+        self.assertEqual(self.read("SELECT mark, text FROM marks"), [(1, "é"), (2, None)])
+        server.stop()
         server = self.replay("--retry_quarantine")
         rows = [[1, "é", "ä"], [2, None, "ä"], [3, None, None]]
         self.assertEqual(self.query("SELECT * FROM marks ORDER BY mark"), rows)
         self.assertEqual(self.quarantined(), {"x": 'mark: expected an integer, got "x"'})
         self.assertEqual(self.post(server, mark(4)).json["stored"], "database")
-        server.stop()
-        self.query("DELETE FROM attolytics_ledger; DELETE FROM marks")  # a fresh database
-        self.spool.write_bytes(former)
-        server = self.serve(url="")
-        views = [(1, "é", "Ã¤"), (2, None, "Ã¤"), (3, None, None)]
-        self.assertEqual(self.read("SELECT mark, text, l FROM marks"), views)
-        server.stop()
-        self.replay()
-        self.assertEqual(self.query("SELECT * FROM marks ORDER BY mark"), rows)
 
     def test_what_the_request_brings_is_kept(self) -> None:
         self.schema_file.write_text(
@@ -3442,45 +3435,34 @@ class SpoolTest(BreakableCase):
         self.assertAlmostEqual(at, before, delta=5)
 
     def test_spooled_events_are_converted_by_the_schema_of_the_day_of_their_replay(self) -> None:
-        self.schema_file.write_text(QUARANTINE_SCHEMA)
+        name = "Quarantine"  # which a view of the spool has as well
+        schema = QUARANTINE_SCHEMA.replace("marks", name)
+        self.schema_file.write_text(schema)
         server = self.serve(url="")
-        for number in range(20):
-            self.post(server, mark(number, f"{number}" if number % 4 else "none"), mark(100 + number, "7"))
-        self.post(server, mark(1000, "8"), app="strict")
-        server.stop()
-        other = QUARANTINE_SCHEMA.replace("  strict:", "  other:")
-        self.schema_file.write_text(other.replace("name: text", "name: text, type: i32"))
-        server = self.replay()
-        self.assertEqual(self.stored("marks"), [])
-        columns = 'app, "table", "column", reason, event, client_ip'
-        reason, event = 'text: expected an integer, got "none"', '{"_t":"marks","mark":0,"text":"none"}'
-        kept = self.read(f"SELECT {columns} FROM quarantine ORDER BY id")
-        self.assertEqual(len(kept), 41)
-        self.assertEqual(kept[0], ("app", "marks", "text", reason, event, "127.0.0.1"))
-        self.assertEqual(kept[-1][3], 'the schema file has no app "strict"')
-        server.stop()
-        self.schema_file.write_text(other)
-        self.query("ALTER TABLE marks ALTER COLUMN text TYPE varchar")
-        server = self.replay("--retry_quarantine")
-        self.wait_for(server, "quarantine: 40 of 41 events went through, 1 stay")
-        self.wait_for(server, 'quarantine: 1 stay: the schema file has no app "strict"')
-        self.assertEqual(self.stored("marks"), [*range(20), *range(100, 120)])
-        self.assertEqual(len(self.quarantined()), 1)
-
-    def test_any_number_of_bad_events_is_kept(self) -> None:
-        self.schema_file.write_text(QUARANTINE_SCHEMA)
-        server = self.serve(url="")
-        good, bad = [mark(n) for n in range(500)], [{"_t": "marks", "mark": "x", "text": 1}] * 6_000
-        answer = self.post(server, *bad, *good, {"_t": "\ud800"}, {"_t": "marks", "\ud800": 1, "mark": 500})
-        self.assertEqual((answer.status, answer.json["accepted"]), (200, 501))
+        self.assertIn(f'"{name}"', self.wait_for(server, "view"))
+        events = [mark(n, str(n) if n % 4 else "none", name) for n in range(40)]
+        bad = [{"_t": name, "mark": "x", "text": 1}] * 6_000
+        odd = [{"_t": "\ud800"}, {"_t": name, "\ud800": 1, "mark": 40}]
+        answer = self.post(server, *events, *bad, *odd)
+        self.assertEqual((answer.status, answer.json["accepted"]), (200, 41))
         self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(6_001,)])
-        self.assertEqual(self.read("SELECT count(*) FROM marks"), [(501,)])
+        self.post(server, mark(1000, "8", name), app="strict")
         server.stop()
-        more = "name: text }\n      - { name: a, required: true }\n      - { name: b, required: true }"
-        self.schema_file.write_text(QUARANTINE_SCHEMA.replace("name: text }", more))
-        server = self.replay()
-        self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(6_502,)])
-        self.assertEqual(self.post(server, {**mark(1), "a": "", "b": ""}).status, 200)
+        other = schema.replace("  strict:", "  other:")
+        self.schema_file.write_text(other.replace("name: text", "name: text, type: i32"))
+        self.replay().stop()
+        self.assertEqual(self.query(f'SELECT * FROM "{name}"'), [[40, None]])
+        columns = 'app, "table", "column", reason, event, client_ip'
+        kept = self.read(f"SELECT {columns} FROM quarantine WHERE id > 6001 ORDER BY id")
+        self.assertEqual(len(kept), 41)
+        event = f'{{"_t":"{name}","mark":0,"text":"none"}}'
+        reason = 'text: expected an integer, got "none"'
+        self.assertEqual(kept[0], ("app", name, "text", reason, event, "127.0.0.1"))
+        self.assertEqual(kept[-1][3], 'the schema file has no app "strict"')
+        self.schema_file.write_text(other)
+        self.query(f'ALTER TABLE "{name}" ALTER COLUMN text TYPE varchar')
+        self.wait_for(self.replay("--retry_quarantine"), "quarantine: 40 of 6042 events went through")
+        self.assertEqual(self.query(f'SELECT mark FROM "{name}" ORDER BY mark'), [[n] for n in range(41)])
 
     def test_poison_in_the_spool_is_narrowed_down_to_the_single_event(self) -> None:
         self.serve().stop()  # makes the tables
@@ -3497,20 +3479,6 @@ class SpoolTest(BreakableCase):
         self.assertEqual(reasons.keys(), bad)
         self.assertIn("duplicate key", reasons[2500])
         self.assertIn("violates check constraint", reasons[5])
-
-    def test_a_table_named_like_the_view_of_the_quarantine_keeps_its_events(self) -> None:
-        name = "Quarantine"
-        self.schema_file.write_text(QUARANTINE_SCHEMA.replace("marks", name))
-        server = self.serve(url="")
-        answer = self.post(server, mark(1, "x", name), mark("y", None, name), mark(2, None, name))
-        self.assertEqual((answer.json["accepted"], answer.json["stored"]), (2, "spool"))
-        self.assertIn(f'"{name}"', self.wait_for(server, "view"))
-        server.stop()
-        self.replay()
-        rows = self.query(f'SELECT mark, text FROM "{name}" ORDER BY mark')
-        self.assertEqual(rows, [[1, "x"], [2, None]])
-        reason = 'mark: expected an integer, got "y"'
-        self.assertEqual(self.read('SELECT "table", reason FROM quarantine'), [(name, reason)])
 
     def test_the_spool_is_bounded_and_shrinks_after_the_replay(self) -> None:
         server = self.serve("--spool_limit", "2M")
@@ -3565,16 +3533,6 @@ class SpoolTest(BreakableCase):
         self.postgres.start()
         self.replay("--spool", disk / "spool")
         self.assertEqual(self.stored(), list(range(full)))
-
-    def test_a_file_size_limit_refuses_new_events_and_keeps_the_old_ones(self) -> None:
-        server = self.serve(url="")
-        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
-        statuses = [self.post(server, mark(n, "x" * 200_000, "plain")).status for n in range(40)]
-        self.assertEqual({200, 503}, set(statuses))
-        self.wait_for(server, "the spool attolytics.sqlite3 fails")
-        server.stop(signal.SIGKILL)
-        self.replay()
-        self.assertEqual(self.stored(), [n for n, status in enumerate(statuses) if status == 200])
 
     def test_a_spool_that_is_in_use_is_waited_for(self) -> None:
         first = self.serve()
@@ -3649,18 +3607,12 @@ class SpoolTextTest(ProgramCase):
     LONERS = ('"\\u0000"', '"\\ud800"', '"\\ude00\\ud83d"', '"\\\\\\ud800\\\\ud800"', '{"\\udc00": 1}')
     NO_NUMBERS = (
         "{word}",
-        "[{word}]",
         '{"more":{word},"secret_key":"key","events":[]}',
-        '{"secret_key":{word},"events":[]}',
-        '{"secret_key":"key","events":{word}}',
         '{"secret_key":"key","events":[{word}]}',
-        '{"secret_key":"key","events":[{"_t":{word}}]}',
         '{"secret_key":"key","events":[{"_t":"plain","mark":{word}}]}',
         '{"secret_key":"key","events":[{"_t":"plain","text":"\\"","more":{word}}]}',
         '{"secret_key":"key","events":[{"_t":"plain","mark":1,"more":{"a":[1,{"b":{word}}]}}]}',
-        '{"secret_key":"key","events":[{"_t":"everything","f32":{word}}]}',
         '{"secret_key":"key","events":[{"_t":"everything","f64":{word}}]}',
-        '{"secret_key":"key","events":[{"_t":"everything","ts":{word}}]}',
         '{"secret_key":"key","events":[{"_t":"everything","j":[{word}]}]}',
         '{"secret_key":"key","events":[{"_t":"everything","more":{word}}]}',
     )
@@ -3725,17 +3677,6 @@ class SpoolTextTest(ProgramCase):
         # The views show what others send.
         self.assertEqual({mark for (mark,) in self.read("SELECT mark FROM plain")}, {*clients.accepted})
         self.assertEqual(self.quarantined(), {})
-
-    def test_a_spool_that_has_nan_is_replayed(self) -> None:
-        server = self.serve(url="")
-        for number in (1, 2):
-            self.assertEqual(self.post(server, {**mark(number, table="plain"), "more": 0}).status, 200)
-        server.stop()
-        with contextlib.closing(sqlite3.connect(self.spool)) as db, db:
-            sql = "UPDATE attolytics_spool SET batches = replace(batches, '\"more\":0', '\"more\":NaN')"
-            self.assertEqual(db.execute(sql).rowcount, 2)
-        self.replay()
-        self.assertEqual(self.stored(), [1, 2])
 
 
 # --- Faults -------------------------------------------------------------------
@@ -3924,29 +3865,21 @@ class PoisonTest(ProgramCase):
         wait_until(lambda: self.health(server)[1]["status"] == "ok")
         self.assertEqual(self.post(server, mark(3, "good", "plain")).json["stored"], "database")
 
-    def rate(self, server: Attolytics, bad: dict[str, object] | None = None) -> int:
-        """Return how many requests 32 clients get through in a while, perhaps beside a bad one."""
-
-        def request(event: dict[str, object]) -> bytes:
-            body = body_of(event, key="key")
-            head = f"POST /apps/app/events HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
-            return head.encode() + body
-
-        good, count, deadline = request(mark(1, table="plain")), 0, time.monotonic() + 0.5
+    def rate(self, server: Attolytics, first: str = "x") -> int:
+        """Return how many requests 32 clients get through in a while, beside one that sends a text."""
+        count, deadline = 0, time.monotonic() + 0.5
         with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
             for client in range(33):
+                body = body_of(mark(1, "x" if client else first, "plain"), key="key")
+                head = b"POST /apps/app/events HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
                 sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
-                what = request(bad) if bad and client == 0 else good
-                selector.register(sock, selectors.EVENT_READ, what)
-                sock.sendall(what)
+                selector.register(sock, selectors.EVENT_READ, (sock, head + body, client))
+                sock.sendall(head + body)
             while time.monotonic() < deadline:
-                for key, _ in selector.select(1):
-                    assert isinstance(key.fileobj, socket.socket)
-                    answer = key.fileobj.recv(1 << 16)
-                    if key.data is good:
-                        self.assertEqual(answer[9:12], b"200")
-                        count += 1
-                    key.fileobj.sendall(key.data)
+                for sock, request, client in [key.data for key, _ in selector.select(1)]:
+                    self.assertTrue(sock.recv(1 << 16)[9:12] == b"200" or not client)
+                    count += client > 0
+                    sock.sendall(request)
         return count
 
     def test_a_client_whose_events_are_refused_does_not_slow_the_others_to_a_crawl(self) -> None:
@@ -3957,7 +3890,7 @@ class PoisonTest(ProgramCase):
         self.trigger("PERFORM pg_sleep(0.001)", "AFTER INSERT ON plain FOR EACH STATEMENT", "commit")
         for text, part in [("check", 0.5), ("trigger", 0.25)]:
             with self.subTest(text):
-                rates = [(self.rate(server), self.rate(server, mark(1, text, "plain"))) for _ in range(3)]
+                rates = [(self.rate(server), self.rate(server, text)) for _ in range(3)]
                 self.assertGreater(statistics.median(beside / alone for alone, beside in rates), part)
 
 
@@ -3968,10 +3901,8 @@ class PartitionTest(ProgramCase):
         super().setUp()
         self.query("CREATE TABLE plain (mark bigint, text varchar) PARTITION BY RANGE (mark)")
         self.query("CREATE TABLE plain_0 PARTITION OF plain FOR VALUES FROM (0) TO (100)")
+        self.missing = "CREATE TABLE plain_1 PARTITION OF plain FOR VALUES FROM (100) TO (200)"
         self.attolytics = self.serve()
-
-    def create_partition(self) -> None:
-        self.query("CREATE TABLE plain_1 PARTITION OF plain FOR VALUES FROM (100) TO (200)")
 
     def test_an_event_waits_for_its_partition_and_a_batch_for_those_of_all_its_events(self) -> None:
         for app, numbers in [("app", [150]), ("app", [50, 150]), ("keeping", [50, 150])]:
@@ -3980,7 +3911,7 @@ class PartitionTest(ProgramCase):
                 self.assertEqual(answer.json, {"accepted": len(numbers), "stored": "spool"})
                 self.wait_for(self.attolytics, "no partition")
                 self.assertEqual(self.stored(), [])
-                self.create_partition()
+                self.query(self.missing)
                 self.wait_for_database(self.attolytics)
                 self.assertEqual(self.stored(), numbers)
                 self.query("DROP TABLE plain_1; TRUNCATE plain")
@@ -3993,7 +3924,7 @@ class PartitionTest(ProgramCase):
         self.assertEqual(number, 150)
         self.assertIn("no partition", reason)
         self.attolytics.stop()
-        self.create_partition()
+        self.query(self.missing)
         self.wait_for_database(self.serve("--retry_quarantine"))
         self.assertEqual(self.stored(), [*range(10), 150])
 
@@ -4111,37 +4042,19 @@ class StormTest(unittest.TestCase):
 # --- Monitor ------------------------------------------------------------------
 
 
+def metric_names(prefix: str, names: str) -> set[str]:
+    return {f"{prefix}_{name}" for name in names.split()}
+
+
 METRICS = {
-    "counter": {
-        "attolytics_events_accepted",
-        "attolytics_events_refused",
-        "attolytics_events_spooled",
-        "attolytics_events_replayed",
-        "attolytics_events_quarantined",
-        "attolytics_events_duplicate",
-        "attolytics_http_requests",
-        "attolytics_database_reconnects",
-        "process_cpu_seconds",
-    },
-    "histogram": {
-        "attolytics_http_request_duration_seconds",
-        "attolytics_flush_duration_seconds",
-        "attolytics_flush_events",
-    },
-    "gauge": {
-        "attolytics_spool_bytes",
-        "attolytics_spool_events",
-        "attolytics_spool_limit_bytes",
-        "attolytics_spool_oldest_event_age_seconds",
-        "attolytics_quarantine_events",
-        "attolytics_database_up",
-        "attolytics_http_connections",
-        "attolytics_build_info",
-        "process_start_time_seconds",
-        "process_resident_memory_bytes",
-        "process_open_fds",
-        "process_max_fds",
-    },
+    "counter": metric_names("attolytics_events", "accepted refused spooled replayed quarantined duplicate")
+    | {"attolytics_http_requests", "attolytics_database_reconnects", "process_cpu_seconds"},
+    "histogram": metric_names(
+        "attolytics", "http_request_duration_seconds flush_duration_seconds flush_events"
+    ),
+    "gauge": metric_names("attolytics_spool", "bytes events limit_bytes oldest_event_age_seconds")
+    | metric_names("attolytics", "quarantine_events database_up http_connections build_info")
+    | metric_names("process", "start_time_seconds resident_memory_bytes open_fds max_fds"),
 }
 
 
@@ -4214,21 +4127,17 @@ class MonitorTest(BreakableCase):
                     sock.sendall(f"{request}\r\n\r\n".encode())
                     self.assertEqual(read_answer(sock).status, status)
         values = self.metrics(server)
-        expected = {
-            ("app", "invalid_events"): 5,
-            ("app", "unknown_table"): 20,
-            ("one", "wrong_key"): 1,
-            ("", "unknown_path"): 10,
-            ("app", "invalid_body"): 1,
-            ("app", "too_large"): 1,
-            ("app", "media"): 1,
-            ("one", "origin"): 1,
-            ("", "malformed_request"): 10,
-            ("", "not_implemented"): 10,
-        }
-        template = 'events_refused_total{{app="{}",reason="{}"}}'
-        names = {template.format(*app_and_reason): count for app_and_reason, count in expected.items()}
-        self.assertEqual({k: n for k, n in values.items() if k.startswith("events_refused")}, names)
+        for app, expected in [
+            (
+                "app",
+                {"invalid_events": 5, "unknown_table": 20, "invalid_body": 1, "too_large": 1, "media": 1},
+            ),
+            ("one", {"wrong_key": 1, "origin": 1}),
+            ("", {"unknown_path": 10, "malformed_request": 10, "not_implemented": 10}),
+        ]:
+            name = f'events_refused_total{{app="{app}",reason='
+            counts = {f'{name}"{reason}"}}': count for reason, count in expected.items()}
+            self.assertEqual({k: n for k, n in values.items() if k.startswith(name)}, counts)
         statuses = {"200": 0, "400": 13, "403": 2, "404": 20, "413": 1, "415": 1, "501": 10, "503": 0}
         names = {f'http_requests_total{{status="{status}"}}': n for status, n in statuses.items()}
         self.assertEqual({k: n for k, n in values.items() if k.startswith("http_requests")}, names)
@@ -4451,7 +4360,13 @@ class SystemdTest(BreakableCase):
                 self.assertRegex(self.notice(), r"^READY=1\nSTATUS=listening on http://127\.0\.0\.1")
                 # READY=1 is sent once it listens.
                 self.assertEqual(self.post(server).status, 200)
-                time.sleep(0.7)
+                now = time.monotonic_ns() // 1000
+                server.process.send_signal(signal.SIGHUP)
+                [first, second, _status] = self.notice().splitlines()
+                self.assertEqual(first, "RELOADING=1")
+                self.assertLess(abs(int(second.removeprefix("MONOTONIC_USEC=")) - now), 5_000_000)
+                self.assertRegex(self.notice(), r"^READY=1\nSTATUS=listening on ")
+                time.sleep(0.5)
                 self.assertEqual(server.stop(), 0)
                 self.assertRegex(self.notice(), r"^STOPPING=1\nSTATUS=")
 
@@ -4637,11 +4552,12 @@ class CommandTest(ProgramCase):
             self.assertEqual(server.end(), 1)
             self.assertTrue(self.said(server, "the port is in use; stop the other program"), server.lines)
 
-    def test_it_may_be_a_script_or_a_module_and_have_options_of_python(self) -> None:
+    def test_it_listens_on_any_address_and_may_be_a_script_or_a_module(self) -> None:
         path = str(HERE / "attolytics.py")
-        for script in [["-u", path], ["-m", "attolytics"], ["-um", "attolytics"], ["-u", "-mattolytics"]]:
-            with self.subTest(script):
-                server = self.serve(url="", script=script, env={"PYTHONPATH": str(HERE)})
+        scripts = [["-u", path], ["-m", "attolytics"], ["-um", "attolytics"], ["-u", "-mattolytics"]]
+        for host, script in zip(("", "0.0.0.0", "::", "localhost"), scripts, strict=True):
+            with self.subTest(host, script=script):
+                server = self.serve("-H", host, url="", script=script, env={"PYTHONPATH": str(HERE)})
                 self.assertEqual(self.post_marks(server, 1).status, 200)
                 self.assertEqual(server.stop(), 0)
 
@@ -4652,24 +4568,6 @@ class CommandTest(ProgramCase):
         taken = [os.sched_getaffinity(server.process.pid) for server in servers]  # and the third is fine
         self.assertEqual([len(cpu) for cpu in taken[:2]], [1, 1])
         self.assertNotEqual(taken[0], taken[1])
-
-    def test_the_interrupts_of_devices_are_counted(self) -> None:
-        table = """\
-                   CPU0       CPU1
-          0:         12          0  IO-APIC   2-edge      timer
-         36:          3    1494971  PCI-MSIX-0000:00:02.0   1-edge      virtio1-req.0
-        LOC:     768826     802746  Local timer interrupts
-        ERR:          5
-        """
-        self.assertEqual(attolytics.device_interrupts(table), {0: 15, 1: 1494971})
-        self.assertEqual(attolytics.device_interrupts(""), {})
-
-    def test_all_addresses(self) -> None:
-        for host in ("", "0.0.0.0", "::"):
-            with self.subTest(host):
-                server = self.serve("-H", host, url="")
-                self.assertEqual(self.post(server).status, 200)
-                self.assertEqual(server.stop(), 0)
 
     def test_what_is_wrong_at_start_is_said_in_one_line(self) -> None:
         self.query("CREATE TABLE marks (mark int8)")
@@ -4765,16 +4663,14 @@ class CommandTest(ProgramCase):
         self.assertEqual(server.stop(), 0)
         self.assertEqual(server.lines, [])
 
-    def test_the_help_names_every_option(self) -> None:
-        command = [sys.executable, str(HERE / "attolytics.py"), "--help"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        helps = {usage: help_text for usage, (_, help_text) in attolytics.OPTIONS.items()}
-        for usage, help_text in {**helps, **attolytics.SWITCHES}.items():
-            self.assertLessEqual(set(usage.split()), set(re.findall(r"[\w-]+", text)), usage)
-            self.assertIn(help_text.replace(" ", ""), "".join(text.split()))
-        command[-1] = "--version"
-        version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        self.assertEqual(version, f"attolytics {attolytics.__version__}\n")
+    def test_help_and_version(self) -> None:
+        for option, text in [
+            ("--help", "usage: attolytics .*--spool_limit LIMIT.*--migrate.*database URL:"),
+            ("--version", rf"^attolytics {re.escape(attolytics.__version__)}\n$"),
+        ]:
+            command = [sys.executable, str(HERE / "attolytics.py"), option]
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            self.assertRegex(result.stdout, f"(?s){text}")
 
 
 class CheckTest(ProgramCase):
@@ -4846,6 +4742,10 @@ class CheckTest(ProgramCase):
         self.assertEqual(self.contents(), before)
         self.assertEqual(os.listdir(self.directory), [self.schema_file.name])  # no spool either
         self.psql(out)
+        self.query("ALTER TABLE attolytics_ledger DROP COLUMN session")
+        out = self.misfit()
+        self.assertIn('--   table "attolytics_ledger" has no column "session"\n', out)
+        self.psql(out)
         self.check_fits()
         # Fits means that the server has nothing to do.
         self.assertEqual(self.said(self.serve("--migrate"), "database: "), [])
@@ -4886,22 +4786,6 @@ class CheckTest(ProgramCase):
         for table in tables:
             self.assertIn(f' ON "{table}" ("a");', out)
 
-    def test_the_ledger_is_checked_too(self) -> None:
-        self.serve().stop()
-        self.query("ALTER TABLE attolytics_ledger DROP COLUMN session")
-        out = self.misfit()
-        self.assertIn('--   table "attolytics_ledger" has no column "session"\n', out)
-        self.psql(out)
-        self.check_fits()
-        # What only its owner may do is what the operator must allow.
-        self.query("CREATE ROLE half LOGIN; GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO half")
-        self.addCleanup(self.query, "DROP OWNED BY half; DROP ROLE half")
-        self.url = self.postgres.url(self.database, "half")
-        for sql in re.findall(r"^--   (GRANT .*;)$", self.misfit(), re.MULTILINE):
-            self.query(sql)
-        self.check_fits()
-        self.serve("--migrate")
-
     def test_a_reader_that_went_away_is_no_traceback(self) -> None:
         command = [sys.executable, str(HERE / "attolytics.py"), "--check", "-s", str(self.schema_file)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -4909,17 +4793,6 @@ class CheckTest(ProgramCase):
             process.stdout.close()
             self.assertEqual(process.stderr.read(), "attolytics: cannot write the report: Broken pipe\n")
         self.assertEqual(process.returncode, 1)
-
-    def test_two_servers_migrate_at_once(self) -> None:
-        self.query("CREATE TABLE marks (mark int8 NOT NULL)")
-        self.query("INSERT INTO marks SELECT generate_series(1, 50000)")
-        servers = [self.start("--migrate", "--spool", self.directory / name) for name in "ab"]
-        for server in servers:
-            wait_until(server.listening)
-            self.assertEqual(self.post(server, mark(0, "x")).status, 200)
-        self.assertEqual(self.query("SELECT text FROM marks WHERE mark = 0"), [["x"]])
-        self.assertEqual(self.query("SELECT count(*) FROM pg_indexes WHERE tablename = 'marks'"), [[1]])
-        self.check_fits()
 
 
 class ReloadTest(BreakableCase):
@@ -5053,28 +4926,16 @@ apps:
         self.assertEqual(self.status(server, 6), 400)
         self.assertEqual(self.stored(), [5])
 
-    def test_systemd_is_told_and_signals_in_a_row_are_one_reload(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            path = str(self.directory / "notify")
-            sock.bind(path)
-            sock.settimeout(20)
-            server = self.serve(env={"NOTIFY_SOCKET": path})
-            self.assertIn("READY=1", sock.recv(1000).decode())
-            now = time.monotonic_ns() // 1000
-            self.reload(server)
-            [first, second, _status] = sock.recv(1000).decode().splitlines()
-            self.assertEqual(first, "RELOADING=1")
-            self.assertLess(abs(int(second.removeprefix("MONOTONIC_USEC=")) - now), 5_000_000)
-            self.assertRegex(sock.recv(1000).decode(), r"^READY=1\nSTATUS=listening on ")
-        session = self.session()
+    def test_signals_in_a_row_are_one_reload(self) -> None:
+        server, session = self.serve(), self.session()
         session.run("BEGIN; LOCK TABLE pg_class")  # whoever looks at the tables has to wait
         for _ in range(10):
             server.process.send_signal(signal.SIGHUP)
             time.sleep(0.05)
         session.run("COMMIT")
-        wait_until(lambda: len(self.said(server, self.TAKEN)) >= 3)
+        wait_until(lambda: len(self.said(server, self.TAKEN)) >= 2)
         time.sleep(0.3)
-        self.assertEqual(len(self.said(server, self.TAKEN)), 3)
+        self.assertEqual(len(self.said(server, self.TAKEN)), 2)
 
     def test_a_signal_to_end_does_not_wait_for_a_reload(self) -> None:
         server, session = self.serve("--migrate"), self.session()
@@ -5126,20 +4987,14 @@ def replaced(text: str, changes: Mapping[str, object]) -> str:
     return text
 
 
-def run(*command: object, text: str = "", directory: Path = HERE) -> str:
-    """Run a program that succeeds; return what it writes."""
-    result = subprocess.run(
-        [*map(str, command)],
-        input=text,
-        text=True,
-        check=False,
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    if result.returncode:
-        raise AssertionError(f"{command} failed: {result.stdout}")
-    return result.stdout
+def run(*command: object, directory: Path = HERE) -> str:
+    """Run a program; return what it writes. Raises AssertionError if it fails."""
+    try:
+        return subprocess.check_output(
+            [*map(str, command)], stderr=subprocess.STDOUT, text=True, cwd=directory
+        )
+    except subprocess.CalledProcessError as error:
+        raise AssertionError(f"{error}: {error.output}") from None
 
 
 class NginxTest(ProgramCase):
@@ -5258,7 +5113,9 @@ class NginxTest(ProgramCase):
     def test_instances_are_restarted_under_load_and_no_request_fails(self) -> None:
         instances = [self.start_instance(0), self.start_instance(1)]
         self.start_example("1000000r/s")
-        with Clients(64, self.connect) as clients:
+        clients = Clients(64, instances[0])
+        clients.connect = self.connect
+        with clients:
             for number in (0, 1, 0):
                 wait_for_more(clients.accepted, 400)
                 self.assertEqual(instances[number].stop(), 0)
@@ -5477,15 +5334,13 @@ class RepositoryTest(ProgramCase):
         self.example = (HERE / "schema-example.conf.yaml").read_text()
         self.schema_file.write_text(self.example)
 
-    def test_the_script_metadata_names_the_same_as_the_project(self) -> None:
+    def test_the_module_needs_what_its_metadata_and_the_project_name(self) -> None:
         project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
         block = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", self.source, re.MULTILINE)
         assert block
         script = tomllib.loads(re.sub(r"^# ", "", block[1], flags=re.MULTILINE))
         for key in ("dependencies", "requires-python"):
             self.assertEqual(script[key], project[key])
-
-    def test_the_module_imports_nothing_else(self) -> None:
         imported = set(re.findall(r"^(?:import|from) (\w+)", self.source, re.MULTILINE))
         self.assertEqual(imported - sys.stdlib_module_names, {"pg8000", "yaml"})
 
