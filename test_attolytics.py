@@ -3116,6 +3116,11 @@ def connect(server: Attolytics) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(*server.listening()[0], timeout=30)
 
 
+def is_open(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
 class Clients:
     """Threads that send an event each as fast as they can; every second one keeps its connection.
 
@@ -3858,7 +3863,7 @@ class PoisonTest(ProgramCase):
 
     def rate(self, server: Attolytics, first: str = "x") -> int:
         """Return how many requests 32 clients get through in a while, beside one that sends a text."""
-        count, deadline = 0, time.monotonic() + 0.5
+        count, deadline = 0, time.monotonic() + 0.7
         with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
             for client in range(33):
                 body = body_of(mark(1, "x" if client else first, "plain"), key="key")
@@ -3879,7 +3884,7 @@ class PoisonTest(ProgramCase):
         self.trigger("IF NEW.text = 'trigger' THEN RAISE 'no'; END IF", "AFTER INSERT ON plain FOR EACH ROW")
         # What a commit costs on a disk.
         self.trigger("PERFORM pg_sleep(0.001)", "AFTER INSERT ON plain FOR EACH STATEMENT", "commit")
-        for text, part in [("check", 0.5), ("trigger", 0.25)]:
+        for text, part in [("check", 0.4), ("trigger", 0.25)]:
             with self.subTest(text):
                 rates = [(self.rate(server), self.rate(server, text)) for _ in range(3)]
                 self.assertGreater(statistics.median(beside / alone for alone, beside in rates), part)
@@ -4508,8 +4513,7 @@ class CommandTest(ProgramCase):
         wait_until(lambda: self.health(server)[0] == 503)
         self.assertIn("draining", self.health(server)[1]["reason"])
         self.assertEqual(idle.recv(100), b"")
-        with self.assertRaises(OSError):
-            wait_until(lambda: socket.create_connection(("127.0.0.1", server.port)).close())
+        wait_until(lambda: not is_open(server.port))
         busy.sendall(body[10:])
         answer = read_answer(busy)
         self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"))
@@ -4573,8 +4577,7 @@ class CommandTest(ProgramCase):
             (["-d", "postgres://h?sslmode=verify-full&sslrootcert=/nope"], "cannot read the cert"),
             (["-H", "127.0.0.1", "-p", port], "the port is in use; stop the other"),
             (["-H", "localhost", "-p", port], f"cannot listen on 127.0.0.1:{port}"),
-            (["--monitor_port", port], "the port is in use; stop the other program or choose another port"),
-            (["--monitor_port", port], "with --monitor_port"),
+            (["--monitor_port", port], "stop the other program or choose another port with --monitor_port"),
             (["-H", "no.such.host.invalid"], "cannot listen on"),
             (["-H", "192.0.2.1"], "this machine does not have the address"),
         ]
@@ -4650,7 +4653,7 @@ class CommandTest(ProgramCase):
         self.assertNotRegex(text, "sesame|wrong-key|secret_key")
         port = free_port()
         server = self.start("-q", "-p", port)
-        wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+        wait_until(lambda: is_open(port))
         self.assertEqual(server.stop(), 0)
         self.assertEqual(server.lines, [])
 
@@ -4951,8 +4954,9 @@ apps:
         self.postgres.start()
         self.reload(server)
         self.assertEqual(self.post(server, {**mark(4, "x", "plain"), "level": 7}).status, 200)
-        self.wait_for(server, "replayed all")
-        self.assertEqual(self.stored(), [2, 3, 4])
+        # Those that came before may meet a schema that requires more.
+        wait_until(lambda: {*self.stored(), *self.quarantined()} == {2, 3, 4})
+        self.assertIn(4, self.stored())
 
     def test_without_a_database_the_views_of_the_spool_follow(self) -> None:
         server = self.serve(url="")
@@ -5032,7 +5036,7 @@ class NginxTest(ProgramCase):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.addCleanup(process.wait, 20)
         self.addCleanup(process.terminate)
-        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", self.port)) == 0)
+        wait_until(lambda: is_open(self.port))
 
     def start_example(self, rate: str) -> None:
         changes = {"listen 80;": f"listen 127.0.0.1:{free_port()};", "listen [::]:80;": ""}
