@@ -84,7 +84,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from socketserver import BaseRequestHandler, TCPServer
+from socketserver import BaseRequestHandler
 from typing import Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -109,7 +109,7 @@ EVENTS_MAX = 10_000  # Per request; keeps one transaction well below a second.
 JSON_DEPTH_MAX = 100  # In a json value; PostgreSQL and every client cope with that.
 BODY_DEPTH_MAX = 400  # In the whole body; Python reads and writes that from anywhere, SQLite reads it.
 PROBLEMS_MAX = 1_000  # Refused events listed in one answer, about 150 kB.
-UNKNOWN_KEYS_MAX = 20  # Unknown keys named in one answer; each costs a search for a suggestion.
+UNKNOWN_KEYS_MAX = 20  # Named in one answer; each costs a search for a suggestion.
 SHOWN_CHARS_MAX = 60  # Of a value quoted in a message.
 
 HEAD_DEADLINE_S = 10  # A phone on a bad network needs 3 s; a slow attacker gets no more than this.
@@ -134,7 +134,6 @@ LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kern
 ACCEPT_PAUSE_S = 0.1  # When file descriptors ran out, instead of spinning.
 
 FLUSH_EVENTS_MAX = 2_000  # About 25 ms; more at once is no faster, and others wait behind it.
-TABLES_REMEMBERED = 256  # Their statements are not made anew for each flush.
 FLUSH_CHARS_MAX = 8 << 20  # Bounds memory and the time one flush takes.
 PATIENCE_S = 0.8  # The oldest batch of a flush waits so long for the database, then it goes to the spool ...
 PATIENCE_MIN_S = 0.4  # ... but at least so long for each flush: a backlog alone does not cost the session.
@@ -143,9 +142,6 @@ STATEMENT_TIMEOUT_S = 9  # Cancels a flush that hangs in the server ...
 TIMEOUT_STEP_S = 0.02  # How exactly an answer is waited for.
 ANSWER_GRACE_S = 1  # ... and so much later a server that does not answer at all is given up.
 LONG_STATEMENT_TIMEOUT_S = 60  # For one spooled flush that slow triggers kept from getting through.
-KEEPALIVE_IDLE_S = 5  # Three numbers: PostgreSQL notices after 11 s ...
-KEEPALIVE_INTERVAL_S = 2
-KEEPALIVE_COUNT = 3  # ... that the network has lost us.
 PREPARE_LOCK_TIMEOUT_MS = 2_000  # Other instances could not insert behind us if we waited longer.
 PREPARE_TIMEOUT_S = 3_600  # An index on a table of 100 million rows takes some minutes.
 CHANGE_LOCK_TIMEOUT_MS = 200  # Inserts queue up behind a change that waits for its lock ...
@@ -164,26 +160,23 @@ SPOOL_BYTES_MIN = 1 << 20  # A smaller limit would refuse the largest batches fo
 DISK_RESERVE_BYTES = 8 << 20  # Kept free, because deleting from the spool needs room as well.
 ROOM_CHARS = 128 << 10  # What the health check wants room for.
 SPOOL_LOCK_S = 3  # Our predecessor may be writing its last events, or being ended by the kernel.
-SPOOL_LOCK_POLL_S = 0.05
 SPOOL_BUSY_S = 2  # How long somebody with the sqlite3 program may hold the spool's lock.
 QUICK_CHECK_BYTES_MAX = 256 << 20  # A spool up to this size is checked at start; that takes a second.
 SHRINK_BYTES = 1 << 20  # Free room in the file that is worth giving back.
 SHRINK_STAYS_BYTES_MAX = 8 << 20  # What VACUUM would have to write, while nobody else can.
-GOODBYE_S = 0.05  # To tell PostgreSQL that a connection ends; it would notice anyway.
 REPLAY_EVENTS_MAX = 4_000  # In one transaction: about 50 ms.
 REPLAY_ALLOWANCE = 2_000  # New events for each such transaction; more wait for the next.
 TURN_PATIENCE_S = 0.4  # So long at most new events wait for their turn, or for the end of a replay.
 REPLAY_TURN_S = 0.3  # A transaction that takes longer has had its turn: the database is slow, or away.
-SLOW_S = 1  # So long after one the writer does not get the session ...
-SLOW_POLL_S = 0.05  # ... and the spool is looked at so often.
-CHANGES_MAX = 20  # Named in the line about a reload.
+SLOW_S = 1  # So long after one the writer does not get the session.
 PROGRESS_LOG_S = 5  # Between two lines about a replay.
 HELD_UP_S = 10  # A replay that has not got on for so long is said to be held up.
 HELD_S_MAX = 50  # An event that is refused for a reason that is not the data's holds others up for so long.
 LOSSES_MAX = 3  # Sessions that an event may cost before it is looked for.
 SIFT_IDLE_S = 5  # PostgreSQL ends the transaction of a sift that has heard nothing for so long.
-REASONS_MAX = 20  # Why events stay in the quarantine, in lines of the log.
+LISTED_MAX = 20  # Reasons, changes: what one look at the log takes in.
 
+POLL_S = 0.05  # How often something is looked at that can only be asked.
 STALLED_S = 10  # A writer that is silent for so long is stuck, or shrinks a huge spool.
 IDLE_LOOK_S = 0.5  # An idle writer looks so often whether its session is still there.
 MONITOR_CONNECTIONS_MAX = 8  # Prometheus, a load balancer and somebody with curl.
@@ -277,6 +270,7 @@ class DatabaseError(Exception):
         self.detail = detail  # may quote rows: for the operator only
         self.column: str | None = None
         self.context = ""  # where in the statement, as the server words it
+        self.row: int | None = None  # of a group that was tried row by row
 
 
 def one_line(error: BaseException) -> str:
@@ -1321,15 +1315,15 @@ class Message(NamedTuple):
 
 
 # The settings are the transaction's own: a pooler may share the session. Notices of triggers would fill the
-# connection while we fill it with rows; keep-alives end a transaction, and its lock on the ledger, whose
-# client the network has lost. (SET takes a tenth of the time that a SELECT of set_config() does.)
+# connection while we fill it with rows; keep-alives end a transaction, and its lock on the ledger, 11 s after
+# the network has lost its client. (SET takes a tenth of the time that a SELECT of set_config() does.)
 FLUSH_START = f"""BEGIN;
 SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS};
 SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_S}s';
 SET LOCAL client_min_messages = error;
-SET LOCAL tcp_keepalives_idle = {KEEPALIVE_IDLE_S};
-SET LOCAL tcp_keepalives_interval = {KEEPALIVE_INTERVAL_S};
-SET LOCAL tcp_keepalives_count = {KEEPALIVE_COUNT};
+SET LOCAL tcp_keepalives_idle = 5;
+SET LOCAL tcp_keepalives_interval = 2;
+SET LOCAL tcp_keepalives_count = 3;
 """
 PATIENT_FLUSH_START = f"{FLUSH_START}SET LOCAL statement_timeout = '{LONG_STATEMENT_TIMEOUT_S}s';\n"
 
@@ -1380,7 +1374,7 @@ def terminate_holders_sql(epochs: Iterable[str]) -> str:
     )
 
 
-@lru_cache(TABLES_REMEMBERED)
+@lru_cache  # for 128 tables
 def insert_sql(table: TableIntake) -> tuple[str, str]:
     """Return what stands before and after the rows of an INSERT, or a COPY statement and ""."""
     columns = ",".join(identifier(column.name) for column in table.columns)
@@ -1961,6 +1955,11 @@ class Metrics:
         with self._lock:
             self._numbers[name][labels][0] += n
 
+    def count_all(self, name: str, counts: Mapping[tuple[str, ...], int]) -> None:
+        """Add to counters of one name."""
+        for labels, count in counts.items():
+            self.count(name, count, *labels)
+
     def observe(self, name: str, value: float, *labels: str) -> None:
         """Count a value in a histogram."""
         with self._lock:
@@ -2081,19 +2080,20 @@ class Database(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no
         key = self._backend_key_data
         return key is not None and self.run("SELECT pg_backend_pid()") == [[int.from_bytes(key[:4])]]
 
-    def is_stale(self) -> bool:
-        """Return whether the server closed the idle connection, or says something unasked for.
+    def check_idle(self) -> None:
+        """Raise DatabaseError if the server closed the idle connection, or says something unasked for.
 
         Does not block. Noticing this before a flush is sent keeps its outcome from being unknown.
         """
         poll = select.poll()  # select() knows no descriptors from 1,024 on
         poll.register(self._usock, select.POLLIN)
-        return bool(poll.poll(0))
+        if poll.poll(0):
+            raise DatabaseError("the server closed the connection")
 
     def close(self) -> None:
         """Close the connection, which may be dead already."""
         with contextlib.suppress(*BROKEN):
-            self._usock.settimeout(GOODBYE_S)
+            self._usock.settimeout(POLL_S)  # PostgreSQL would notice anyway
             super().close()
 
     def _ask(self, message: Message, seconds: float) -> Any:
@@ -2303,12 +2303,12 @@ def take_over(database: Database, epochs: Iterable[str], token: str) -> dict[str
     return {epoch: int(flush) for epoch, flush in rows}
 
 
-def skipped_rows(message: Message, tags: Iterable[str]) -> Counter[str]:
+def skipped_rows(message: Message, tags: Iterable[str]) -> Counter[tuple[str, ...]]:
     """Return how many rows of a message were there already, by table."""
     inserted = [int(tag.rpartition(" ")[2]) for tag in tags if tag.startswith("INSERT ")]
-    skipped: Counter[str] = Counter()
+    skipped: Counter[tuple[str, ...]] = Counter()
     for (table, rows), stored in zip(message.inserts, inserted, strict=True):
-        skipped[table] += rows - stored
+        skipped[table,] += rows - stored
     return skipped
 
 
@@ -2327,7 +2327,7 @@ class Session:
         parts: Iterable[Mapping[TableIntake, Sequence[str]]],
         patient: bool = False,
         seconds: float = 0,
-    ) -> Counter[str]:
+    ) -> Counter[tuple[str, ...]]:
         """Store rows as a flush of an epoch, in one round trip; return how many were there already, by table.
 
         Waits for `seconds`, or until PostgreSQL gives up, which `patient` makes later. Raises DatabaseError.
@@ -2345,15 +2345,6 @@ class Session:
                     self.database.run("ROLLBACK")
             raise
         return skipped_rows(message, self.database.tags)
-
-    def check(self) -> None:
-        """Raise DatabaseError if the server has closed the connection. Does not block."""
-        if self.database.is_stale():
-            raise DatabaseError("the server closed the connection")
-
-    def commit(self) -> None:
-        """Commit the transaction that is open. Raises DatabaseError."""
-        self.database.run("COMMIT")
 
 
 ADVISORY_LOCK = 7_039_262_163_317  # Any number; held while tables are created.
@@ -2379,14 +2370,6 @@ def survey(database: Database, schema: Schema, user: str) -> Plan:
             table = table._replace(is_empty=partial(is_empty, name))
         catalog[name] = table
     return make_plan(schema, catalog, user)
-
-
-def check_database(database: Database, schema: Schema, user: str) -> Plan:
-    """Return survey()'s plan, made in a transaction that cannot write. Raises DatabaseError."""
-    database.run("BEGIN READ ONLY")
-    plan = survey(database, schema, user)
-    database.run("ROLLBACK")
-    return plan
 
 
 def fitting_plan(database: Database, schema: Schema, user: str) -> Plan:
@@ -2575,7 +2558,7 @@ class Opener:
     def __init__(self, target: Target, schema: Schema, migrates: bool = False) -> None:
         self.target = target
         self._migrates = migrates
-        # Replaced as a whole by use(): the schema, and whether its tables have been prepared.
+        # Replaced as a whole: the schema, and whether its tables have been prepared.
         self._state = (schema, False)
 
     def open(self, epochs: Iterable[str]) -> Session:
@@ -2610,16 +2593,21 @@ class Opener:
     def prepare(self, schema: Schema) -> None:
         """Prepare or migrate the tables for another schema, over a connection of its own, then use it.
 
-        For any thread. Inserts go on meanwhile. Blocks and raises as open() does; the schema from before
-        stays then.
+        While the database is away only the apps may be others. For any thread. Inserts go on meanwhile.
+        Blocks and raises as open() does; the schema from before stays then.
         """
-        with contextlib.closing(connect(self.target)) as database:
-            self._prepare(database, relaxed(schema, self._state[0]), is_serving=True)
-        self._state = (schema, True)
-
-    def use(self, schema: Schema) -> None:
-        """Use a schema whose tables are those from before."""
-        self._state = (schema, self._state[1])
+        before, is_prepared = self._state
+        try:
+            with contextlib.closing(connect(self.target)) as database:
+                self._prepare(database, relaxed(schema, before), is_serving=True)
+            is_prepared = True
+        except DatabaseError as error:
+            if error.fault is not Fault.AWAY:
+                raise
+            if before.tables != schema.tables:
+                problem = f"the database cannot be compared with it: {error}; try again when it can"
+                raise OperatorError(problem) from None
+        self._state = (schema, is_prepared)
 
     def _prepare(self, database: Database, schema: Schema, is_serving: bool = False) -> None:
         if self._migrates:
@@ -2762,7 +2750,6 @@ def check_spool(path: str, descriptor: int) -> None:
 def wait_for_lock(descriptor: int, path: str) -> None:
     """Lock the spool's file against other servers, of which one may be about to end. Raises OperatorError."""
     deadline = time.monotonic() + SPOOL_LOCK_S
-    has_said = False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2771,10 +2758,8 @@ def wait_for_lock(descriptor: int, path: str) -> None:
             if time.monotonic() > deadline:
                 reason = f"another server uses the spool {path}: give each its own with --spool PATH"
                 raise OperatorError(reason) from None
-        if not has_said:
-            log.info("waiting for the server that uses the spool %s", path)
-        has_said = True
-        time.sleep(SPOOL_LOCK_POLL_S)
+        complain(logging.INFO, f"waiting for the server that uses the spool {path}")
+        time.sleep(POLL_S)
 
 
 def open_database(path: str, bytes_max: int) -> sqlite3.Connection:
@@ -3023,7 +3008,7 @@ class Spool(SpoolFile):
         """Return the commonest reasons in the quarantine, and how many events have each."""
         count = "SELECT reason, count(*) FROM attolytics_quarantine GROUP BY 1 ORDER BY 2 DESC LIMIT ?"
         with self.translated():
-            return self._db.execute(count, (REASONS_MAX,)).fetchall()
+            return self._db.execute(count, (LISTED_MAX,)).fetchall()
 
     def retry(self, number: int, going: Mapping[int, str], reasons: Mapping[int, str]) -> None:
         """Move events from the quarantine into a flush of this process; note why others stay."""
@@ -3137,6 +3122,11 @@ class Group:
             found += sorted(rows, key=lambda row: row[3])
         return found
 
+    def misfit(self, row: int, reason: str, column: str | None = None) -> Misfit:
+        """Return one of rows() that cannot be stored."""
+        _, _, batch, place = self.rows()[row]
+        return batch, Problem(place, column, reason)
+
     def take_out(self, misfits: Sequence[Misfit]) -> tuple[dict[int, str], list[Quarantined]]:
         """Return what is left of the flushes that had misfits, by their ids, and these for the quarantine."""
         items, self.unreadable = self.unreadable, []
@@ -3165,59 +3155,43 @@ class Group:
         return batch
 
 
-def sift(session: Session, group: Group) -> tuple[Counter[str], list[tuple[Misfit, Fault]]]:
+class Sifted(NamedTuple):
+    """What became of the rows of a group: how many were there already, and which are refused."""
+
+    skipped: Counter[tuple[str, ...]]
+    refused: list[tuple[Misfit, Fault]]
+
+
+def sift(session: Session, group: Group, one_by_one: bool = False) -> Sifted:
     """Insert what the database takes of a group that it refused as a whole, by bisection; not committed yet.
 
-    Returns how many rows were there already, by table, and what is refused through whose fault. Each row is
-    tried after those before it, so that of two that are refused together the second one is found.
+    Each row is tried after those before it, so that of two that are refused together the second one is
+    found. Raises DatabaseError; its `row` is the one, or the first of those, that it came up with.
     """
     run = session.database.run
     run(f"{FLUSH_START}{SIFT_SETTINGS}{raise_sql(group.epoch, session.token, group.number)}")
-    rows = group.rows()
-    skipped: Counter[str] = Counter()
-    refused: list[tuple[Misfit, Fault]] = []
-    parts = [range(len(rows))]
+    rows, sifted = group.rows(), Sifted(Counter(), [])
+    step = 1 if one_by_one else max(len(rows), 1)
+    parts = [range(start, start + step) for start in range(0, len(rows), step)][::-1]
     while parts:
         part = parts.pop()
         tried = [{table: [row]} for table, row, _, _ in rows[part.start : part.stop]]
         message = insert_message("SAVEPOINT attempt;\n", tried, f"{CHECK_CONSTRAINTS}RELEASE attempt")
         try:
             run(message)
-            skipped += skipped_rows(message, session.database.tags)
+            sifted.skipped.update(skipped_rows(message, session.database.tags))
         except DatabaseError as error:
+            error.row = part.start
             if error.fault is Fault.AWAY:
                 raise
             run("ROLLBACK TO SAVEPOINT attempt")
             middle = (part.start + part.stop) // 2
             if len(part) == 1:
-                _, _, batch, place = rows[part.start]
-                refused.append(((batch, Problem(place, error.column, str(error))), error.fault))
+                misfit = group.misfit(part.start, str(error), error.column)
+                sifted.refused.append((misfit, error.fault))
             else:
                 parts += [range(middle, part.stop), range(part.start, middle)]
-    return skipped, refused
-
-
-def find_killer(costs_session: Callable[[Message], bool], group: Group) -> list[Misfit]:
-    """Return the event of a flush that costs the session whenever it is tried, found with ever fewer rows.
-
-    `costs_session` tries a message, which takes all back that it does. The event has to cost some sessions
-    alone, and no row none: or else the database is just not well.
-    """
-    rows = group.rows()
-
-    def is_lost(low: int, high: int) -> bool:
-        tried = [{table: [row]} for table, row, _, _ in rows[low:high]]
-        end = f"{CHECK_CONSTRAINTS}ROLLBACK"
-        return costs_session(insert_message(PATIENT_FLUSH_START, tried, end))
-
-    low, high = 0, len(rows)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_lost(low, middle) else (middle, high)
-    if not all(is_lost(low, high) for _ in range(LOSSES_MAX)) or is_lost(low, low):
-        return []
-    _, _, batch, place = rows[low]
-    return [(batch, Problem(place, None, "whenever it is stored, the connection to the database is lost"))]
+    return sifted
 
 
 def set_apart(spool: Spool, metrics: Metrics, group: Group, misfits: Sequence[Misfit]) -> None:
@@ -3299,7 +3273,8 @@ class Stuck(NamedTuple):
 
     id: int = 0
     since: float = 0.0
-    losses: int = 0  # sessions that were lost when it was tried alone
+    losses: int = 0  # sessions that were lost when it was tried alone, or one after the other with
+    row: int | None = None  # ... this one
 
 
 class Replayer:
@@ -3434,7 +3409,7 @@ class Replayer:
                 return True
             else:
                 self.turns.allow(math.inf)
-                self._stop.wait(SLOW_POLL_S)
+                self._stop.wait(POLL_S)
         return False
 
     def _store(self, session: Session, flushes: Sequence[SpooledFlush]) -> None:
@@ -3448,8 +3423,10 @@ class Replayer:
             try:
                 refused = self._send(session, group, stuck)
             except DatabaseError as error:
-                losses = stuck.losses + (len(flushes) == 1 and not error.sqlstate)
-                self._stuck = stuck._replace(losses=losses if stuck.losses < LOSSES_MAX else 0)
+                is_loss = len(flushes) == 1 and not error.sqlstate and str(error) != NO_ANSWER
+                row = error.row if is_loss else None
+                losses = stuck.losses * (row == stuck.row) + 1 if is_loss else 0
+                self._stuck = stuck._replace(losses=losses, row=row)
                 self._events_max = max(self._events_max // 8, 1)
                 raise
         # Deleted only after COMMIT: a crash here repeats the delete, never the events.
@@ -3461,9 +3438,10 @@ class Replayer:
     def _send(self, session: Session, group: Group, stuck: Stuck) -> int:
         """Store a group; return how many of its rows went to the quarantine instead. Raises DatabaseError."""
         set_apart(self._spool, self._metrics, group, group.misfits)
-        if stuck.losses >= LOSSES_MAX:
-            set_apart(self._spool, self._metrics, group, find_killer(self._costs_session, group))
-            raise DatabaseError("sessions were spent on finding an event", sqlstate="08000")
+        if stuck.losses >= LOSSES_MAX and stuck.row is not None:
+            reason = "whenever it is stored, the connection to the database is lost"
+            set_apart(self._spool, self._metrics, group, [group.misfit(stuck.row, reason)])
+            raise DatabaseError("an event cost the session each time", sqlstate="08000")
         if not any(batch.rows for batch in group.batches):
             return 0
         # At the second try this session has seen that the tables are there and fit.
@@ -3472,35 +3450,23 @@ class Replayer:
         patient = is_again and len(group.flushes) == 1
         refused: list[tuple[Misfit, Fault]] = []
         try:
+            if stuck.losses >= LOSSES_MAX or stuck.row is not None:
+                raise DatabaseError("which row is it that costs the session?", Fault.DATA)
             parts = [batch.rows for batch in group.batches]
             skipped = session.store(group.epoch, group.number, parts, patient)
         except DatabaseError as error:
             if error.fault is not Fault.DATA and not (error.fault is Fault.OPERATOR and is_again):
                 raise
-            skipped, refused = sift(session, group)
+            skipped, refused = sift(session, group, one_by_one=not error.sqlstate)
             operators = sum(fault is Fault.OPERATOR for _, fault in refused)
             is_overdue = is_again and self._clock() - stuck.since > HELD_S_MAX
             if operators and not is_overdue and not (is_again and operators * 2 < len(group.rows())):
                 raise
             # Durable before COMMIT: afterwards nobody would look at these flushes again.
             set_apart(self._spool, self._metrics, group, [misfit for misfit, _ in refused])
-            session.commit()
-        for table, count in skipped.items():
-            self._metrics.count("events_duplicate_total", count, table)
+            session.database.run("COMMIT")
+        self._metrics.count_all("events_duplicate_total", skipped)
         return len(refused)
-
-    def _costs_session(self, trial: Message) -> bool:
-        session = self._connect()
-        if not session:
-            return False
-        self._backoff_s = 0.0  # it is not the database that is away
-        try:
-            session.database.run(trial, LONG_STATEMENT_TIMEOUT_S + ANSWER_GRACE_S)
-        except DatabaseError as error:
-            return not error.sqlstate and str(error) != NO_ANSWER
-        finally:
-            session.database.close()
-        return False
 
 
 def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> list[Sequence[Batch]]:
@@ -3527,12 +3493,11 @@ def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> li
 
 def count_stored(metrics: Metrics, batches: Sequence[Batch], place: str, seconds: float) -> None:
     """Count the batches of a flush, and log it with -vv."""
-    accepted: Counter[tuple[str, str]] = Counter()
+    accepted: Counter[tuple[str, ...]] = Counter()
     for batch in batches:
         for table, rows in batch.rows.items():
             accepted[batch.app_id, table.name] += len(rows)
-    for labels, count in accepted.items():
-        metrics.count("events_accepted_total", count, *labels)
+    metrics.count_all("events_accepted_total", accepted)
     events = accepted.total()
     if place == SPOOL:
         metrics.count("events_spooled_total", events)
@@ -3645,7 +3610,7 @@ class Writer:
         """
         try:
             if self.session:
-                self.session.check()
+                self.session.database.check_idle()
                 if self.is_watched:
                     self.is_watched = False
                     self.session.database.run("SELECT 1", PATIENCE_MIN_S)
@@ -3660,7 +3625,7 @@ class Writer:
             part = parts.pop()
             number, started = next(self._numbers), self._clock()
             try:
-                session.check()  # before anything is sent, so that the outcome is known
+                session.database.check_idle()
                 rows, seconds = [batch.rows for batch in part], max(deadline - started, PATIENCE_MIN_S)
                 skipped = session.store(self._spool.epoch, number, rows, seconds=seconds)
             except DatabaseError as error:
@@ -3673,8 +3638,7 @@ class Writer:
                 for batch in part:
                     batch.tell(DATABASE)
                 count_stored(self._metrics, part, DATABASE, self._clock() - started)
-                for table, count in skipped.items():
-                    self._metrics.count("events_duplicate_total", count, table)
+                self._metrics.count_all("events_duplicate_total", skipped)
             if parts and self._clock() > deadline:  # so many are refused that others would wait too long
                 left += itertools.chain(*reversed(parts))
                 break
@@ -4372,52 +4336,23 @@ def describe_bug(error: BaseException | None) -> str:
 
 
 class Listener(ThreadingHTTPServer):
-    """One listening socket."""
+    """A socket that listens; a pool serves its connections. Several may share one."""
 
-    request_queue_size = LISTEN_BACKLOG
-    is_inherited = False  # The socket is systemd's, and stays open when we are gone
-
-    def __init__(self, family: int, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
-        self.address_family = family
-        super().__init__(address, handler, bind_and_activate=False)
-
-    def bind(self, both_families: bool) -> None:
-        """Bind the address; HTTPServer's own way would look the name up in DNS. Raises OSError."""
-        if self.address_family == socket.AF_INET6:
-            # `::` alone is for IPv4 as well; beside `0.0.0.0` it would collide with it.
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both_families)
-        TCPServer.server_bind(self)
-        self._set_options()
-
-    def adopt(self, sock: socket.socket) -> None:
-        """Take a socket that listens already."""
+    def __init__(self, sock: socket.socket, handler: type[BaseRequestHandler], pool: Pool) -> None:
+        super().__init__(sock.getsockname()[:2], handler, bind_and_activate=False)
         self.socket.close()
-        self.socket, self.is_inherited = sock, True
-        self.server_address = sock.getsockname()
-        self._set_options()
+        self.socket, self.pool = sock, pool
+        # What accepted connections inherit (on Linux, all but O_NONBLOCK). Without the first an answer can
+        # wait 40 ms for the client's delayed acknowledgement.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        limit_wait(sock, socket.SO_RCVTIMEO, IDLE_SLICE_S)
+        limit_wait(sock, socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
+        sock.setblocking(False)
 
-    def _set_options(self) -> None:
-        """Set what the connections that are accepted inherit (on Linux, all but O_NONBLOCK)."""
-        # Without it an answer can wait 40 ms for the client's delayed acknowledgement.
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        limit_wait(self.socket, socket.SO_RCVTIMEO, IDLE_SLICE_S)
-        limit_wait(self.socket, socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
-        self.socket.setblocking(False)
-
-    def handle_error(self, _request: Any, client_address: Any) -> None:
-        """Log a bug of ours in one line; BaseServer would print a traceback."""
-        bug = describe_bug(sys.exception())
-        complain(logging.ERROR, f"a connection from {client_address[0]} was cut: {bug}", bug)
-
-
-class Server(Listener):
-    """One listening socket for clients. Several of them may share a service and its pools."""
-
-    def __init__(
-        self, family: int, address: tuple[str, int], service: Service, pool: Pool, turning_away: Pool
-    ) -> None:
-        super().__init__(family, address, Handler)
-        self.service, self.pool, self._turning_away = service, pool, turning_away
+    def start(self) -> None:
+        """Accept connections, in a thread."""
+        work = partial(self.serve_forever, ACCEPT_POLL_S)
+        threading.Thread(target=work, name="acceptor", daemon=True).start()
 
     def _handle_request_noblock(self) -> None:
         """Accept the connections that wait, all of them: one per look at the socket takes longer."""
@@ -4429,37 +4364,56 @@ class Server(Listener):
                 complain(logging.ERROR, f"cannot accept connections: {reason_of(error)}")
                 time.sleep(ACCEPT_PAUSE_S)
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in the pool; beyond its limit turn the client away."""
+        if not self.pool.run(partial(self._serve, request, client_address)):
+            self.turn_away(request)
+
+    def turn_away(self, request: socket.socket) -> None:
+        """Close a connection that there is no place for."""
+        self.shutdown_request(request)
+
+    def _serve(self, request: Any, client_address: Any) -> bool:
+        """Serve a connection, and close it; return True instead if somebody else will."""
+        try:
+            make: Any = self.RequestHandlerClass
+            if make(request, client_address, self).has_parted:
+                return True
+        except Exception:  # noqa: BLE001  # as socketserver does: a bug in one connection is not the others'
+            bug = describe_bug(sys.exception())
+            complain(logging.ERROR, f"a connection from {client_address[0]} was cut: {bug}", bug)
+        self.shutdown_request(request)
+        return False
+
+
+class Server(Listener):
+    """A listening socket for clients; `is_inherited` if it stays open when we are gone."""
+
+    def __init__(
+        self, sock: socket.socket, service: Service, pool: Pool, turning_away: Pool, is_inherited: bool
+    ) -> None:
+        super().__init__(sock, Handler, pool)
+        self.service, self._turning_away, self._is_inherited = service, turning_away, is_inherited
+
     def stop_accepting(self) -> None:
         """Accept what has connected already, and close the listening socket.
 
         What waits at an inherited socket is for the next process.
         """
         self.shutdown()
-        if not self.is_inherited:
+        if not self._is_inherited:
             # Closing would reset connections that the kernel has accepted for us.
             self._handle_request_noblock()
         self.server_close()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in the pool; beyond its limit give the client a quick 503."""
-        if self.pool.run(partial(self._serve, request, client_address)):
-            return
+    def turn_away(self, request: socket.socket) -> None:
+        """Give the client a quick 503."""
         if self.pool.is_full():
             text = "clients get 503: there are more connections than --max_connections allows"
             complain(logging.WARNING, text)
         if not self._turning_away.run(partial(self._turn_away, request)):
             # So many that not even this can be done with patience.
             self._turn_away(request, socket.MSG_DONTWAIT)
-
-    def _serve(self, request: Any, client_address: Any) -> bool:
-        """Serve a connection, and close it; return True instead if the writer's thread will."""
-        try:
-            if Handler(request, client_address, self).has_parted:
-                return True
-        except Exception:  # noqa: BLE001  # as socketserver does: a bug in one connection is not the others'
-            self.handle_error(request, client_address)
-        self.shutdown_request(request)
-        return False
 
     def _turn_away(self, sock: socket.socket, flags: int = 0) -> None:
         refusal = Refusal("too_many_connections", "too many connections, try again later")
@@ -4472,9 +4426,6 @@ class Server(Listener):
                 sock.shutdown(socket.SHUT_WR)
                 Incoming(sock, self.service.clock).drain()
         self.shutdown_request(sock)
-
-
-AnyListener = TypeVar("AnyListener", bound=Listener)
 
 
 def addresses(host: str, port: int) -> list[tuple[int, str]]:
@@ -4494,50 +4445,36 @@ def shown_address(host: object, port: object) -> str:
     return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 
 
-def cannot_listen(address: tuple[object, ...], error: OSError, option: str) -> OperatorError:
-    """Return why an address cannot be had, and what to do about it; `option` sets the port."""
+def listening_sockets(host: str, port: int, option: str = "--port") -> list[socket.socket]:
+    """Return sockets that listen on every address of a host.
+
+    `localhost` is 127.0.0.1 and ::1. With port 0 the system chooses one, the same for all. Raises
+    OperatorError, which names the option that sets the port.
+    """
     hints = {
         errno.EADDRINUSE: f"the port is in use; stop the other program or choose another port with {option}",
         errno.EACCES: f"permission denied; ports below 1024 need root, choose another with {option}",
         errno.EADDRNOTAVAIL: "this machine does not have the address",
     }
-    hint = hints.get(error.errno or 0, reason_of(error))
-    return OperatorError(f"cannot listen on {shown_address(*address[:2])}: {hint}")
-
-
-def bind(
-    host: str, port: int, make_server: Callable[[int, tuple[str, int]], AnyListener], option: str = "--port"
-) -> list[AnyListener]:
-    """Return servers bound to every address of a host, not listening yet.
-
-    `localhost` is 127.0.0.1 and ::1. With port 0 the system chooses one, the same for all. Raises
-    OperatorError, which names the option that sets the port.
-    """
-    servers: list[AnyListener] = []
+    sockets: list[socket.socket] = []
     places = addresses(host, port)
     for family, address in places:
-        chosen = servers[0].server_address[1] if servers else port
+        port = sockets[0].getsockname()[1] if sockets else port
+        # `::` alone is for IPv4 as well; beside `0.0.0.0` it would collide with it.
+        both = family == socket.AF_INET6 and len(places) == 1 and socket.has_dualstack_ipv6()
         try:
-            server = make_server(family, (address, chosen))
-            server.bind(both_families=len(places) == 1)
+            sockets.append(
+                socket.create_server(
+                    (address, port), family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both
+                )
+            )
         except OSError as error:
             # A machine without IPv6 still has its localhost.
-            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and host == "localhost" and servers:
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and host == "localhost" and sockets:
                 continue
-            raise cannot_listen((address, chosen), error, option) from None
-        servers.append(server)
-    return servers
-
-
-def listen(servers: Iterable[Listener], option: str = "--port") -> None:
-    """Let connections come. Raises OperatorError: Linux lets two programs bind a port, but not listen."""
-    for server in servers:
-        if server.is_inherited:  # listening again would replace the length of its queue
-            continue
-        try:
-            server.server_activate()
-        except OSError as error:
-            raise cannot_listen(server.server_address, error, option) from None
+            hint = hints.get(error.errno or 0, reason_of(error))
+            raise OperatorError(f"cannot listen on {shown_address(address, port)}: {hint}") from None
+    return sockets
 
 
 def addresses_text(servers: Iterable[Listener]) -> str:
@@ -4549,7 +4486,6 @@ def addresses_text(servers: Iterable[Listener]) -> str:
 # Health and metrics for the operator, on a port of localhost. It only looks: at what
 # is counted, at the spool, the replayer and the writer, and at the process.
 
-MONITOR_OPTION = "--monitor_port"
 # A website whose name points to 127.0.0.1 (DNS rebinding) has a browser ask under its own name.
 LOCAL_HOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]*)?", re.IGNORECASE)
 PLAIN = "text/plain; charset=utf-8"
@@ -4562,15 +4498,13 @@ class MonitorHandler(BaseHTTPRequestHandler):
     server: Monitor
     protocol_version = default_request_version = "HTTP/1.1"  # so that every answer has a status line
     timeout = HEAD_DEADLINE_S
+    has_parted = False
 
     def handle(self) -> None:
-        if self.server.places.acquire(blocking=False):
-            try:
-                super().handle()
-            except OSError as error:
-                log.debug("the monitor's client is gone: %s", reason_of(error))
-            finally:
-                self.server.places.release()
+        try:
+            super().handle()
+        except OSError as error:
+            log.debug("the monitor's client is gone: %s", reason_of(error))
 
     def do_GET(self) -> None:
         hosts = self.headers.get_all("Host", [])
@@ -4612,15 +4546,14 @@ class MonitorHandler(BaseHTTPRequestHandler):
 
 
 class Monitor(Listener):
-    """One listening socket of the monitor port."""
+    """A listening socket of the monitor port; `clients` is the pool of those that it is asked about."""
 
     def __init__(
-        self, family: int, address: tuple[str, int], service: Service, replayer: Replayer, pool: Pool
+        self, sock: socket.socket, service: Service, replayer: Replayer, pool: Pool, clients: Pool
     ) -> None:
-        super().__init__(family, address, MonitorHandler)
-        self.places = threading.Semaphore(MONITOR_CONNECTIONS_MAX)
+        super().__init__(sock, MonitorHandler, pool)
         self._service, self._writer, self._spool = service, service.writer, service.spool
-        self._replayer, self._pool = replayer, pool
+        self._replayer, self._clients = replayer, clients
         self._started_at, self._started = time.time(), service.clock()
 
     def health(self) -> Page:
@@ -4651,7 +4584,7 @@ class Monitor(Listener):
             "spool_events": self._spool.events,
             "spool_limit_bytes": self._spool.bytes_max,
             "quarantine_events": self._spool.quarantined,
-            "http_connections": self._pool.busy,
+            "http_connections": self._clients.busy,
             "process_start_time_seconds": self._started_at,
             "process_cpu_seconds_total": time.process_time(),
             "process_max_fds": math.inf if limit == resource.RLIM_INFINITY else limit,
@@ -5071,7 +5004,8 @@ class Reloader:
             notify("RELOADING=1", now, "STATUS=reading the schema file again")
             try:
                 schema = read_schema(self.path)
-                self._prepare(schema)
+                if self.opener:
+                    self.opener.prepare(schema)
                 if not self.service.draining:
                     self._replace(schema)
             except (DatabaseError, OperatorError) as error:
@@ -5079,19 +5013,6 @@ class Reloader:
                     log.error("the schema file is not taken over, the schema from before stays: %s", error)
             if not self.service.draining:
                 notify("READY=1", status)
-
-    def _prepare(self, schema: Schema) -> None:
-        if not self.opener:
-            return
-        try:
-            self.opener.prepare(schema)
-        except DatabaseError as error:
-            if error.fault is not Fault.AWAY:
-                raise
-            if self.schema.tables != schema.tables:
-                problem = f"the database cannot be compared with it: {error}; try again when it can"
-                raise OperatorError(problem) from None
-            self.opener.use(schema)
 
     def _replace(self, schema: Schema) -> None:
         self.service.metrics.declare(schema)
@@ -5102,8 +5023,8 @@ class Reloader:
             log.warning("the views of the spool stay as they are: %s", error)
         self.service.use(schema)
         changed = changes(self.schema, schema)
-        more = [f"{len(changed) - CHANGES_MAX} more"] if len(changed) > CHANGES_MAX else []
-        log.info("schema file read again: %s", ", ".join([*changed[:CHANGES_MAX], *more]) or "no change")
+        more = [f"{len(changed) - LISTED_MAX} more"] if len(changed) > LISTED_MAX else []
+        log.info("schema file read again: %s", ", ".join([*changed[:LISTED_MAX], *more]) or "no change")
         if schema.database_url != self.schema.database_url:
             log.warning("database_url in the schema file has changed, which only a restart takes over")
         self.schema = schema
@@ -5162,7 +5083,8 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return 0
     try:
         with contextlib.closing(connect(target)) as database:
-            plan = check_database(database, schema, target.user)
+            database.run("BEGIN READ ONLY")
+            plan = survey(database, schema, target.user)
     except DatabaseError as error:
         raise OperatorError(f"cannot use {target}: {error}") from None
     if not plan.reasons:
@@ -5172,33 +5094,13 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return 1
 
 
-def bind_all(
-    options: argparse.Namespace,
-    sockets: Sequence[socket.socket],
-    service: Service,
-    replayer: Replayer,
-    pool: Pool,
-) -> tuple[list[Server], list[Monitor]]:
-    """Return servers for clients, with systemd's sockets if there are any, and for the monitor port."""
-    turning_away = Pool(TURN_AWAY_THREADS, "turning-away")
-    make_server = partial(Server, service=service, pool=pool, turning_away=turning_away)
-    servers = [make_server(sock.family, sock.getsockname()[:2]) for sock in sockets]
-    for server, sock in zip(servers, sockets, strict=True):
-        server.adopt(sock)
-    servers = servers or bind(options.host, options.port, make_server)
-    make_monitor = partial(Monitor, service=service, replayer=replayer, pool=pool)
-    if options.monitor_port is None:
-        return servers, []
-    return servers, bind("localhost", options.monitor_port, make_monitor, MONITOR_OPTION)
-
-
-def accept(servers: Sequence[Server], monitors: Sequence[Monitor]) -> None:
-    """Let connections come. Raises OperatorError."""
-    listen(servers)
-    listen(monitors, MONITOR_OPTION)
-    for listener in (*servers, *monitors):
-        work = partial(listener.serve_forever, ACCEPT_POLL_S)
-        threading.Thread(target=work, name="acceptor", daemon=True).start()
+def open_monitors(port: int | None, service: Service, replayer: Replayer, clients: Pool) -> list[Monitor]:
+    """Return what listens on the monitor port, if there is one. Raises OperatorError."""
+    if port is None:
+        return []
+    pool = Pool(MONITOR_CONNECTIONS_MAX, "monitor")
+    sockets = listening_sockets("localhost", port, "--monitor_port")
+    return [Monitor(sock, service, replayer, pool, clients) for sock in sockets]
 
 
 def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeats: Repeats) -> None:
@@ -5219,19 +5121,24 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     replayer = Replayer(schema, spool, opener.open if opener else None, metrics)
     writer = Writer(spool, replayer, metrics)
     service = Service(schema, writer, spool, metrics, options.max_body, time.monotonic)
-    pool = Pool(options.max_connections, "http")
-    servers, monitors = bind_all(options, sockets, service, replayer, pool)
+    pool, turning_away = Pool(options.max_connections, "http"), Pool(TURN_AWAY_THREADS, "turning-away")
     _claim = stay_on_one_cpu()  # until we end
     use_memory_sparingly()
     session = first_session(opener, spool.epochs()) if opener else None
     if options.retry_quarantine:
         writer.retry_quarantine()
+    servers = [
+        Server(sock, service, pool, turning_away, is_inherited=bool(sockets))
+        for sock in sockets or listening_sockets(options.host, options.port)
+    ]
+    monitors = open_monitors(options.monitor_port, service, replayer, pool)
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, catch)
     signal.setitimer(signal.ITIMER_REAL, 0)  # see main(); from here on we look ourselves
     threading.excepthook = partial(end_for_bug, news)
     writing = writer.start(session)
-    accept(servers, monitors)
+    for listener in (*servers, *monitors):
+        listener.start()
     listening = f"{addresses_text(servers)}{' (sockets from systemd)' if sockets else ''}"
     place = target or f"the spool {spool.path}"
     log.info("attolytics %s listens on %s, writes to %s", __version__, listening, place)
