@@ -839,23 +839,18 @@ class Flawed(ValueError):
     """A document has a Flaw somewhere."""
 
 
-def refuse_constant(_name: str) -> NoReturn:
+def refuse_flaw(*_: object) -> NoReturn:
     raise Flawed
 
 
 def unique_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
-    if len(result) != len(pairs):
-        raise Flawed
-    return result
+    return result if len(result) == len(pairs) else refuse_flaw()
 
 
 def marked_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    counts = Counter(key for key, _ in pairs)
-    flaws = {
-        key: Flaw(f"the key {show(key)} stands twice in one object") for key in counts if counts[key] > 1
-    }
-    return dict(pairs) | flaws
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    return dict(pairs) | {key: Flaw(f"the key {show(key)} stands twice in one object") for key in twice}
 
 
 def exact_number(text: str) -> float | Decimal:
@@ -868,11 +863,10 @@ def exact_number(text: str) -> float | Decimal:
     return number if Decimal(repr(number)) == exact else exact
 
 
-DECODER = json.JSONDecoder(
-    parse_float=exact_number, object_pairs_hook=unique_object, parse_constant=refuse_constant
-)
+make_decoder = partial(json.JSONDecoder, parse_float=exact_number)
+DECODER = make_decoder(object_pairs_hook=unique_object, parse_constant=refuse_flaw)
 # For a document that has flaws: they stand in it, so that they can be found.
-MARKING_DECODER = json.JSONDecoder(
+MARKING_DECODER = make_decoder(
     object_pairs_hook=marked_object, parse_constant=lambda name: Flaw(f"{name} is not JSON")
 )
 
@@ -881,11 +875,13 @@ def find_flaw(value: object) -> Flaw | None:
     """Return a flaw somewhere in a value."""
     unseen = [value]  # no recursion: the decoder goes deeper than Python code may
     while unseen:
-        value = unseen.pop()
-        if isinstance(value, Flaw):
-            return value
-        if isinstance(value, dict | list):
-            unseen.extend(value.values() if isinstance(value, dict) else value)
+        match unseen.pop():
+            case Flaw() as flaw:
+                return flaw
+            case dict() as box:
+                unseen += box.values()
+            case list() as box:
+                unseen += box
     return None
 
 
@@ -924,9 +920,8 @@ def flaws(text: str) -> Refusal:
         for key, value in (event.items() if isinstance(event, dict) else ())
         if (flaw := find_flaw(value)) is not None
     ]
-    if problems:
-        return refused_events(problems, len(events))
-    return Refusal("invalid_body", str(find_flaw(document)))
+    refusal = Refusal("invalid_body", str(find_flaw(document)))
+    return refused_events(problems, len(events)) if problems else refusal
 
 
 def decode_body(body: bytes) -> dict[str, object]:
@@ -944,17 +939,6 @@ def decode_body(body: bytes) -> dict[str, object]:
         reason = f'expected an object with "secret_key" and "events", got {show(document)}'
         raise Refusal("invalid_body", reason)
     return document
-
-
-def check_nesting(body: bytes, document: object, events: Sequence[object]) -> None:
-    """Raise Refusal for JSON that is nested so deeply that it might not be read again from the spool."""
-    # Each level has a bracket, and so have the other events; most bodies have no more.
-    if body.count(b"{") + body.count(b"[") - len(events) >= BODY_DEPTH_MAX:
-        try:
-            check_depth(document, BODY_DEPTH_MAX)
-        except ValueError:
-            reason = f"the body's JSON is nested deeper than {BODY_DEPTH_MAX} levels"
-            raise Refusal("invalid_body", reason) from None
 
 
 def inflate(body: bytes, coding: str, limit: int) -> bytes:
@@ -1095,11 +1079,8 @@ class TableIntake:
         """Return why a key is not stored."""
         for column, _ in self._filled:
             if column.name == key:
-                source = (
-                    f"the request header {column.header}"
-                    if column.header
-                    else f"the server ({column.source})"
-                )
+                header, server = f"the request header {column.header}", f"the server ({column.source})"
+                source = header if column.header else server
                 return f'the key "{key}" is ignored: its column is filled from {source}'
         return f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], self.known - {TABLE_KEY})}"
 
@@ -1210,11 +1191,20 @@ class Intake:
             raise Refusal("invalid_body", f'expected an array "events", got {got}')
         if len(events) > EVENTS_MAX:
             raise Refusal("too_large", f"{len(events)} events; a request may bring {EVENTS_MAX}")
-        check_nesting(body, document, events)
+        # What is nested more deeply might not be read again from the spool. Each level has a bracket, and so
+        # have the other events; most bodies have no more.
+        if body.count(b"{") + body.count(b"[") - len(events) >= BODY_DEPTH_MAX:
+            try:
+                check_depth(document, BODY_DEPTH_MAX)
+            except ValueError as error:
+                raise Refusal("invalid_body", f"the body's JSON is {error}") from None
         batch = self.convert(events, delivery, None if self.app.quarantines else PROBLEMS_MAX)
         if batch.problems and not self.app.quarantines:
             refusal = refused_events(batch.problems, len(events))
-            if all(self._is_misplaced(events[problem.index or 0]) for problem in batch.problems):
+            misplaced = [
+                p.column == TABLE_KEY and events[p.index or 0].get(TABLE_KEY) for p in batch.problems
+            ]
+            if all(type(name) is str for name in misplaced):
                 refusal = Refusal("unknown_table", refusal.reason, refusal.problems, refusal.events)
             raise refusal
         batch.body = body
@@ -1260,11 +1250,6 @@ class Intake:
                 near = suggestion(name[:NAME_BYTES_MAX], self._tables)
                 problems.append(Problem(index, TABLE_KEY, f"the app has no table {show(name)}{near}"))
         return places
-
-    def _is_misplaced(self, event: Any) -> bool:
-        """Return whether an event names a table, but none of ours."""
-        name = event.get(TABLE_KEY) if isinstance(event, dict) else None
-        return isinstance(name, str) and name not in self._tables
 
     def _warnings(self, document: Mapping[str, object], batch: Batch) -> Sequence[str]:
         """Return what was ignored in a request: each unknown key once, with its first place."""
@@ -1461,16 +1446,10 @@ class Index(NamedTuple):
         method = "" if self.method == "btree" else f"USING {self.method} "
         return f"{create} {how}ON {identifier(self.table)} {method}({identifier(self.column)})"
 
-    def names(self) -> list[str]:
-        """Return the name PostgreSQL gives it (its makeObjectName()), and one for where that is taken."""
-        names = []
-        for label in ("idx", f"idx_{zlib.crc32(self.sql().encode()):08x}"):
-            parts = [self.table.encode(), self.column.encode()]
-            while len(parts[0]) + len(parts[1]) + len(label) + 2 > NAME_BYTES_MAX:
-                longer = int(len(parts[0]) <= len(parts[1]))
-                parts[longer] = parts[longer][:-1]
-            names.append("_".join([*(part.decode(errors="ignore") for part in parts), label]))
-        return names
+    def names(self) -> tuple[str, str]:
+        """Return the name PostgreSQL gives it, and one for where that is too long or taken."""
+        plain, end = f"{self.table}_{self.column}_idx", f"_{zlib.crc32(self.sql().encode()):08x}"
+        return plain, plain.encode()[: NAME_BYTES_MAX - len(end)].decode(errors="ignore") + end
 
 
 def wanted_indexes(table: Table) -> list[Index]:
@@ -1497,7 +1476,6 @@ class ExistingIndex(NamedTuple):
     plain: bool = True  # of one column, for all rows
     method: str = "btree"
     valid: bool = True  # if not, it is being built, or its build was interrupted
-    busy: bool = False  # not valid, and somebody holds the lock of a build on the table
     name: str = ""
     sql_name: str = ""  # quoted, and with its schema where it needs that
 
@@ -1529,9 +1507,6 @@ SELECT w.name,
         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
     (SELECT coalesce(json_agg(json_build_array(a.attname, i.indisunique,
             i.indnkeyatts = 1 AND i.indpred IS NULL AND i.indimmediate, m.amname, i.indisvalid,
-            NOT i.indisvalid AND EXISTS (SELECT FROM pg_locks l WHERE l.relation = c.oid AND l.granted
-                AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-                AND l.mode = 'ShareUpdateExclusiveLock' AND l.pid <> pg_backend_pid()),
             x.relname, x.oid::regclass)), '[]')
         FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0] WHERE i.indrelid = c.oid),
@@ -1563,7 +1538,7 @@ class Step:
     way: Way
     table: str
     reasons: tuple[str, ...]
-    statements: tuple[str, ...]  # none if only another schema mends it, or somebody else may be at it
+    statements: tuple[str, ...]  # none if only another schema mends it
     index: Index | None = None  # that it builds; a start without --migrate does, too, whatever the way
 
 
@@ -1651,28 +1626,24 @@ def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
     """Return the steps that build missing indexes, and drop what interrupted builds left behind."""
     for index in wanted_indexes(table) if existing.kind == "table" else ():
         found = [item for item in existing.indexes if item.column == index.column]
-        # An index of another kind or name is not ours to drop. What is left of ours only slows down inserts.
-        ours = (index.unique, True, index.method, False)
-        left = [item for item in found if item[1:5] == ours and item.name in index.names()]
-        for item in left:
-            if not item.busy and not existing.partitioned:
-                reason = f'table "{table.name}", index "{item.name}" was left behind by an interrupted build'
+        plain, coded = index.names()
+        is_taken = plain in existing.names and plain not in [item.name for item in found if not item.valid]
+        name = coded if is_taken or len(plain.encode()) > NAME_BYTES_MAX else plain
+        for item in found:
+            # One of another name is not ours to drop. What is left of ours only slows down inserts.
+            if item.name in (plain, coded) and not item.valid:
+                reason = f'table "{table.name}", index "{item.name}": its build has not ended, or not well'
                 drop = f"DROP INDEX CONCURRENTLY IF EXISTS {item.sql_name}"
                 yield Step(Way.DROP, table.name, (reason,), (drop,))
         if any(item.valid and ((item.unique and item.plain) or not index.unique) for item in found):
             continue
-        taken = set(existing.names) - {item.name for item in left}
-        name = min(index.names(), key=taken.__contains__)  # the first that is not taken
-        way = Way.BUILD
-        statements: tuple[str, ...] = (index.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(name)} "),)
+        way, statement = Way.BUILD, index.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(name)} ")
         reason = f'table "{table.name}", column "{index.column}": there is no {"unique " * index.unique}index'
-        if any(item.busy for item in left):
-            reason, statements = f"{reason} yet, and somebody builds one or vacuums the table", ()
-        elif existing.partitioned:  # PostgreSQL has no CONCURRENTLY here
-            way, statements = Way.ALTER, (index.sql(),)
+        if existing.partitioned:  # PostgreSQL has no CONCURRENTLY here
+            way, statement = Way.ALTER, index.sql()
             if not existing.is_empty():
                 way, reason = Way.HAND, f"{reason}; building it on a partitioned table blocks inserts"
-        yield Step(way, table.name, (reason,), statements, index)
+        yield Step(way, table.name, (reason,), (statement,), index)
 
 
 def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
@@ -2053,6 +2024,12 @@ class Database(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no
     tags: Sequence[str] = ()  # of the last message's statements, such as `INSERT 0 5` and `COMMIT`
     _last_error: Mapping[str, str] = {}
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self._usock.family != socket.AF_UNIX:
+            # Without this every flush waits 40 ms for a delayed acknowledgement; pg8000 does not set it.
+            self._usock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
     def run(self, message: str | Message, seconds: float | None = None) -> list[list[Any]]:
         """Send one message, or the SQL of one without COPY, and return the rows it brings.
 
@@ -2179,48 +2156,33 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
     return {"allow": [None, context], "prefer": [context, None]}.get(target.sslmode, [context])
 
 
-def open_socket(target: Target) -> socket.socket:
-    """Return a connected socket. Raises DatabaseError."""
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        if target.socket:
-            sock.settimeout(target.connect_timeout)
-            sock.connect(target.socket)
-        else:
-            sock.close()
-            sock = socket.create_connection((target.host, target.port), target.connect_timeout)
-            # Without this every flush waits 40 ms for a delayed acknowledgement; pg8000 does not set it.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except OSError as error:
-        fault = Fault.OPERATOR if isinstance(error, PermissionError) else Fault.AWAY
-        place = target.socket or f"{target.host}:{target.port}"
-        sock.close()
-        raise DatabaseError(f"cannot connect to {place}: {reason_of(error)}", fault) from None
-    return sock
-
-
 def session_error(target: Target, error: Exception) -> DatabaseError:
     """Return our error for a session that did not come about; only what can pass by itself is AWAY."""
     match error:
-        case DatabaseError():
-            return error
         case pg8000.exceptions.DatabaseError():
             refusal = server_error(error.args[0])
             missing = refusal.sqlstate == "28P01" and not target.password
             hint = " (no password was given: put it in the URL, PGPASSWORD or .pgpass)" if missing else ""
             fault = Fault.AWAY if refusal.fault is Fault.AWAY else Fault.OPERATOR
             return DatabaseError(f"{refusal}{hint}", fault, refusal.sqlstate)
+        case pg8000.exceptions.InterfaceError(__cause__=OSError() as cause):
+            fault = Fault.OPERATOR if isinstance(cause, PermissionError) else Fault.AWAY
+            place = target.socket or f"{target.host}:{target.port}"
+            return DatabaseError(f"cannot connect to {place}: {reason_of(cause)}", fault)
         case TimeoutError():
             return DatabaseError(NO_ANSWER)
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
             return DatabaseError("the connection ended during the TLS handshake")
+        case ssl.SSLCertVerificationError():
+            words = f"the server's certificate is not valid: {error.verify_message}"
+            reason = f"TLS with {target.host} failed: {words}"
         case ssl.SSLError():
-            reason = (error.reason or one_line(error)).replace("_", " ").lower()
-            if isinstance(error, ssl.SSLCertVerificationError):
-                reason = f"the server's certificate is not valid: {error.verify_message}"
-            reason = f"TLS with {target.host} failed: {reason}"
+            words = (error.reason or one_line(error)).replace("_", " ").lower()
+            reason = f"TLS with {target.host} failed: {words}"
         case pg8000.core.scramp.ScramException():
             reason = f"the password cannot be used with SCRAM: {one_line(error)}"
+        case pg8000.exceptions.InterfaceError(args=["Server refuses SSL"]):
+            reason = f"sslmode={target.sslmode}, but the server does not offer TLS"
         case pg8000.exceptions.InterfaceError() if "Authentication method" in str(error):
             reason = one_line(error)
         case _:
@@ -2241,36 +2203,32 @@ def check_session(database: Database) -> None:
 
 def start_session(target: Target, context: ssl.SSLContext | None) -> Database:
     """Return a session, encrypted if there is a context. Raises DatabaseError."""
-    sock = open_socket(target)
     # Settings that a server or a role may have changed, and that quoting relies on.
     settings = {"client_encoding": "UTF8", "standard_conforming_strings": "on"}
     if target.options:
         settings["options"] = target.options
     try:
-        if context:  # pg8000's own negotiation takes an end of input for a server without TLS
-            sock.sendall(struct.pack("!ii", 8, 80877103))  # SSLRequest (PostgreSQL manual, 55.7)
-            answer = sock.recv(1)
-            if not answer:
-                raise DatabaseError("the connection ended early")
-            if answer != b"S":
-                reason = f"sslmode={target.sslmode}, but the server does not offer TLS"
-                raise DatabaseError(reason, Fault.OPERATOR)
-            sock = context.wrap_socket(sock, server_hostname=target.host)
         database = Database(
             target.user,
-            sock=sock,
-            database=target.dbname,
+            target.host,
+            target.dbname,
+            target.port,
             # Without any password pg8000 fails where the server asks for one; an empty one is refused.
-            password=target.password or "",
+            target.password or "",
+            unix_sock=target.socket,
+            ssl_context=context or False,
+            timeout=target.connect_timeout,
             application_name=target.application_name,
-            ssl_context=False,  # done already
             startup_params=settings,
         )
-        database.timeout_s = target.connect_timeout
-        check_session(database)
-    except (DatabaseError, pg8000.exceptions.Error, pg8000.core.scramp.ScramException, *BROKEN) as error:
-        sock.close()
+    except (pg8000.exceptions.Error, pg8000.core.scramp.ScramException, *BROKEN) as error:
         raise session_error(target, error) from None
+    database.timeout_s = target.connect_timeout
+    try:
+        check_session(database)
+    except DatabaseError:
+        database.close()
+        raise
     return database
 
 
@@ -2498,7 +2456,8 @@ def take_steps(database: Database, plan: Callable[[], Plan], user: str, patience
             if step.index and step.index.unique and error.sqlstate == "23505":
                 repeated[step.index] = error.detail or str(error)  # the next plan drops what is left of it
                 continue
-            patience = PREPARE_TIMEOUT_S if step.way is Way.BUILD else patience_s
+            # Behind a DROP or a BUILD nobody has to wait, and somebody's build may take long.
+            patience = patience_s if step.way is Way.ALTER else PREPARE_TIMEOUT_S
             if step not in deadlines:
                 log.info('database: table "%s" is in use, waiting for it: %s', step.table, error)
             if time.monotonic() > deadlines.setdefault(step, time.monotonic() + patience):
@@ -3155,22 +3114,20 @@ class Group:
         return batch
 
 
-class Sifted(NamedTuple):
-    """What became of the rows of a group: how many were there already, and which are refused."""
-
-    skipped: Counter[tuple[str, ...]]
-    refused: list[tuple[Misfit, Fault]]
-
-
-def sift(session: Session, group: Group, one_by_one: bool = False) -> Sifted:
+def sift(
+    session: Session, group: Group, one_by_one: bool = False
+) -> tuple[Counter[tuple[str, ...]], list[tuple[Misfit, Fault]]]:
     """Insert what the database takes of a group that it refused as a whole, by bisection; not committed yet.
 
-    Each row is tried after those before it, so that of two that are refused together the second one is
-    found. Raises DatabaseError; its `row` is the one, or the first of those, that it came up with.
+    Returns how many rows were there already, by table, and what is refused through whose fault. Each row is
+    tried after those before it, so that of two that are refused together the second one is found. Raises
+    DatabaseError; its `row` is the first of those that it came up with.
     """
     run = session.database.run
     run(f"{FLUSH_START}{SIFT_SETTINGS}{raise_sql(group.epoch, session.token, group.number)}")
-    rows, sifted = group.rows(), Sifted(Counter(), [])
+    rows = group.rows()
+    skipped: Counter[tuple[str, ...]] = Counter()
+    refused: list[tuple[Misfit, Fault]] = []
     step = 1 if one_by_one else max(len(rows), 1)
     parts = [range(start, start + step) for start in range(0, len(rows), step)][::-1]
     while parts:
@@ -3179,7 +3136,7 @@ def sift(session: Session, group: Group, one_by_one: bool = False) -> Sifted:
         message = insert_message("SAVEPOINT attempt;\n", tried, f"{CHECK_CONSTRAINTS}RELEASE attempt")
         try:
             run(message)
-            sifted.skipped.update(skipped_rows(message, session.database.tags))
+            skipped += skipped_rows(message, session.database.tags)
         except DatabaseError as error:
             error.row = part.start
             if error.fault is Fault.AWAY:
@@ -3187,11 +3144,10 @@ def sift(session: Session, group: Group, one_by_one: bool = False) -> Sifted:
             run("ROLLBACK TO SAVEPOINT attempt")
             middle = (part.start + part.stop) // 2
             if len(part) == 1:
-                misfit = group.misfit(part.start, str(error), error.column)
-                sifted.refused.append((misfit, error.fault))
+                refused.append((group.misfit(part.start, str(error), error.column), error.fault))
             else:
                 parts += [range(middle, part.stop), range(part.start, middle)]
-    return sifted
+    return skipped, refused
 
 
 def set_apart(spool: Spool, metrics: Metrics, group: Group, misfits: Sequence[Misfit]) -> None:
@@ -3225,17 +3181,6 @@ def retry_quarantine(spool: Spool, intakes: Mapping[str, Intake], numbers: Itera
         moved += len(going)
         last = retries[-1][0]
     return moved
-
-
-def report_replay(replayed: int, seconds: float, left: int) -> None:
-    """Say how a replay gets on, or that it is over."""
-    rate = replayed / max(seconds, 0.001)
-    if left:
-        text = "replayed %d events, %d left, %d per second, about %d s left"
-        log.info(text, replayed, left, rate, left / max(rate, 1))
-    elif replayed:
-        text = f"replayed all {replayed} events in {seconds:.1f} s, {rate:.0f} per second"
-        complain(logging.INFO, text, "replayed")
 
 
 def report_retried(spool: Spool, retried: int, has_database: bool) -> None:
@@ -3395,12 +3340,15 @@ class Replayer:
                 # When little is left, new events wait a little for the end.
                 self.turns.allow(REPLAY_ALLOWANCE if left > REPLAY_ALLOWANCE else 0)
                 if now - logged > PROGRESS_LOG_S:
-                    logged = now
-                    report_replay(replayed, now - started, left)
+                    logged, rate = now, replayed / (now - started)
+                    text = "replayed %d events, %d left, %.0f per second, about %.0f s left"
+                    log.info(text, replayed, left, rate, left / max(rate, 1))
             # A database that is slow would lose the writer's session at once.
             elif self._clock() >= slow_until and self._hand_over(session):
                 self._got_on_at = None
-                report_replay(replayed, self._clock() - started, 0)
+                if replayed:
+                    text = f"replayed all {replayed} events in {self._clock() - started:.1f} s"
+                    complain(logging.INFO, text, "replayed")
                 if self.retried:
                     report_retried(self._spool, self.retried, self.has_database)
                     self.retried = 0
@@ -4976,7 +4924,7 @@ def end_for_bug(news: queue.SimpleQueue[str], args: threading.ExceptHookArgs) ->
     news.put(BUG)
 
 
-def next_news(news: queue.SimpleQueue[str], repeats: Repeats, watchdog: Watchdog) -> str:
+def attend(news: queue.SimpleQueue[str], repeats: Repeats, watchdog: Watchdog) -> str:
     """Feed the watchdog and sum up complaints until there is news; return it."""
     while True:
         watchdog.look()
@@ -4996,23 +4944,27 @@ class Reloader:
     service: Service
     replayer: Replayer
 
-    def work(self, told: threading.Event, notify: Callable[..., None], status: str) -> None:
-        """Reload whenever `told` is set, until the server drains; `status` is for systemd in between."""
-        while told.wait() and not self.service.draining:
-            told.clear()
+    def work(self, told: queue.SimpleQueue[int], notify: Callable[..., None], status: str) -> None:
+        """Reload whenever it is told to, until the server drains; `status` is for systemd in between."""
+        while told.get():
+            while not told.empty():  # once for all who have asked by now
+                told.get()
             now = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
             notify("RELOADING=1", now, "STATUS=reading the schema file again")
+            problem = ""
             try:
                 schema = read_schema(self.path)
                 if self.opener:
                     self.opener.prepare(schema)
-                if not self.service.draining:
-                    self._replace(schema)
             except (DatabaseError, OperatorError) as error:
-                if not self.service.draining:
-                    log.error("the schema file is not taken over, the schema from before stays: %s", error)
-            if not self.service.draining:
-                notify("READY=1", status)
+                problem = f"the schema file is not taken over, the schema from before stays: {error}"
+            if self.service.draining:
+                return
+            if problem:
+                log.error("%s", problem)
+            else:
+                self._replace(schema)
+            notify("READY=1", status)
 
     def _replace(self, schema: Schema) -> None:
         self.service.metrics.declare(schema)
@@ -5105,12 +5057,10 @@ def open_monitors(port: int | None, service: Service, replayer: Replayer, client
 
 def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeats: Repeats) -> None:
     """Run the server until SIGTERM or SIGINT. Raises OperatorError when it cannot start or go on."""
+    # Made for handlers of signals: why we are to end, and when to read the schema file again.
     news: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def catch(number: int, _frame: object) -> None:
-        news.put(signal.Signals(number).name)  # SimpleQueue is made for handlers of signals
-
-    signal.signal(signal.SIGHUP, catch)
+    reloads: queue.SimpleQueue[int] = queue.SimpleQueue()
+    signal.signal(signal.SIGHUP, lambda number, _frame: reloads.put(number))
     notify = partial(send_notice, environ.get("NOTIFY_SOCKET"))
     sockets = inherited_sockets(environ, os.getpid())
     schema = read_schema(options.schema)
@@ -5133,7 +5083,7 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     ]
     monitors = open_monitors(options.monitor_port, service, replayer, pool)
     for caught in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(caught, catch)
+        signal.signal(caught, lambda number, _frame: news.put(signal.Signals(number).name))
     signal.setitimer(signal.ITIMER_REAL, 0)  # see main(); from here on we look ourselves
     threading.excepthook = partial(end_for_bug, news)
     writing = writer.start(session)
@@ -5149,12 +5099,11 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
         log.info("no database URL: read the events with sqlite3 %s", shlex.join(query))
     status = f"STATUS=listening on {listening}"
     notify("READY=1", status)
-    told = threading.Event()
     reloader = Reloader(options.schema, schema, opener, service, replayer)
-    threading.Thread(target=reloader.work, args=(told, notify, status), name="reloader", daemon=True).start()
+    work = partial(reloader.work, reloads, notify, status)
+    threading.Thread(target=work, name="reloader", daemon=True).start()
     watchdog = Watchdog(watchdog_interval(environ, os.getpid()), partial(notify, "WATCHDOG=1"), service)
-    while (reason := next_news(news, repeats, watchdog)) == "SIGHUP":
-        told.set()
+    reason = attend(news, repeats, watchdog)
     log.info("stopping: %s", reason)
     service.draining = True
     notify("STOPPING=1", "STATUS=answering the requests in flight")
