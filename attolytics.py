@@ -142,7 +142,6 @@ STATEMENT_TIMEOUT_S = 9  # Cancels a flush that hangs in the server ...
 TIMEOUT_STEP_S = 0.02  # How exactly an answer is waited for.
 ANSWER_GRACE_S = 1  # ... and so much later a server that does not answer at all is given up.
 LONG_STATEMENT_TIMEOUT_S = 60  # For one spooled flush that slow triggers kept from getting through.
-PREPARE_LOCK_TIMEOUT_MS = 2_000  # Other instances could not insert behind us if we waited longer.
 PREPARE_TIMEOUT_S = 3_600  # An index on a table of 100 million rows takes some minutes.
 CHANGE_LOCK_TIMEOUT_MS = 200  # Inserts queue up behind a change that waits for its lock ...
 CHANGE_TIMEOUT_MS = 400  # ... and while it runs: together less than half a second.
@@ -1524,10 +1523,10 @@ FROM unnest(ARRAY[{tables}]::text[]) w(name) JOIN pg_class c ON c.oid = to_regcl
 class Way(Enum):
     """Who takes a step, in the order in which they are taken."""
 
-    CREATE = auto()  # every start, all of them in one transaction
+    CREATE = auto()  # every start
     ALTER = auto()  # --migrate; without it the tables do not fit
-    DROP = auto()  # --migrate: what an interrupted build left behind
-    BUILD = auto()  # --migrate; a start without it blocks inserts meanwhile
+    DROP = auto()  # every start: what an interrupted build left behind
+    BUILD = auto()  # every start
     HAND = auto()  # the operator: it blocks, rewrites, drops or grants something
 
 
@@ -1539,7 +1538,7 @@ class Step:
     table: str
     reasons: tuple[str, ...]
     statements: tuple[str, ...]  # none if only another schema mends it
-    index: Index | None = None  # that it builds; a start without --migrate does, too, whatever the way
+    index: Index | None = None  # that it builds; if ALTER is the way then, any start takes it
 
 
 class Plan(tuple[Step, ...]):
@@ -2305,16 +2304,11 @@ class Session:
         return skipped_rows(message, self.database.tags)
 
 
-ADVISORY_LOCK = 7_039_262_163_317  # Any number; held while tables are created.
-MIGRATION_LOCK = ADVISORY_LOCK + 1  # Held by the session that migrates.
-# Two sessions that create one table at once can fail with 23505, IF NOT EXISTS or not. A lock on a table
-# that cannot be had soon is not waited for: other instances could not insert behind us.
-BEGIN_PREPARING = (
-    "BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0;"
-    f" SELECT pg_advisory_xact_lock({ADVISORY_LOCK}); SET LOCAL lock_timeout = {PREPARE_LOCK_TIMEOUT_MS}"
-)
+MIGRATION_LOCK = 7_039_262_163_318  # Any number; held by the session that changes tables.
 TIMED_OUT = ("55P03", "57014")  # for a lock that was not to be had in time, say
-TRY_AGAIN = (*TIMED_OUT, "40", "23502", "23505")  # also a deadlock, or somebody who was a bit quicker
+# Also a deadlock, or somebody who was a bit quicker: two sessions that create one table at once can fail with
+# 23505, IF NOT EXISTS or not.
+TRY_AGAIN = (*TIMED_OUT, "40", "23502", "23505", "42P07")
 
 
 def survey(database: Database, schema: Schema, user: str) -> Plan:
@@ -2330,13 +2324,13 @@ def survey(database: Database, schema: Schema, user: str) -> Plan:
     return make_plan(schema, catalog, user)
 
 
-def fitting_plan(database: Database, schema: Schema, user: str) -> Plan:
-    """Return what is missing. Raises OperatorError for what does not fit, DatabaseError."""
-    plan = survey(database, schema, user)
-    if misfits := Plan(step for step in plan.by(Way.ALTER, Way.HAND) if not step.index):
+def refuse_misfits(plan: Plan, migrates: bool) -> None:
+    """Raise OperatorError for what a start may not mend by itself."""
+    left = [Way.HAND] if migrates else [Way.HAND, Way.ALTER]
+    if misfits := Plan(step for step in plan.by(*left) if step.way is Way.HAND or not step.index):
+        what = " that --migrate leaves to you (nothing was changed)" if migrates else ""
         migrating = "" if misfits.by(Way.HAND) else "start with --migrate, "
-        raise OperatorError(misfits_text(misfits, "", f"Change the schema file, {migrating}or"))
-    return plan
+        raise OperatorError(misfits_text(misfits, what, f"Change the schema file, {migrating}or"))
 
 
 def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> DatabaseError | OperatorError:
@@ -2349,47 +2343,13 @@ def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> Datab
     return OperatorError(f"{text}{detail}\n{allow}\n{sql_lines(statements)}")
 
 
-def create(database: Database, missing: Callable[[], Iterable[str]]) -> None:
-    """Run what is missing, asked for while no other instance does the same, in one transaction."""
-    database.run(BEGIN_PREPARING)
-    for statement in missing():
-        log.info("database: %s", statement)
-        database.run(statement)
-    database.run("COMMIT")
-
-
-def prepare_tables(database: Database, schema: Schema, user: str, is_serving: bool = False) -> None:
-    """Create the tables and indexes that are missing, and what the ledger lacks.
-
-    Blocks as long as PostgreSQL needs to build indexes, and while another instance does the same. That would
-    block inserts into existing tables, so while we are serving it is refused. Raises OperatorError when
-    existing tables do not fit or PostgreSQL refuses, DatabaseError when it went away.
-    """
-
-    def missing() -> list[str]:
-        plan = fitting_plan(database, schema, user)
-        builds = Plan(step for step in plan if step.index)
-        if builds and is_serving:
-            raise OperatorError(
-                "indexes of existing tables are missing. Start with --migrate, which builds them while events"
-                f" are inserted, or run:\n{sql_lines(builds.statements)}"
-            )
-        return [*plan.by(Way.CREATE).statements, *(step.index.sql() for step in builds if step.index)]
-
-    if statements := missing():
-        database.timeout_s = PREPARE_TIMEOUT_S
-        try:
-            create(database, missing)
-        except DatabaseError as error:
-            raise not_run(error, statements, user) from None
-
-
 def check_tables(database: Database, schema: Schema, user: str) -> None:
     """Raise OperatorError if tables that we had prepared are gone or have changed, DatabaseError.
 
     They are not created anew: whoever renamed a table may be about to rename it back.
     """
-    plan = fitting_plan(database, schema, user)
+    plan = survey(database, schema, user)
+    refuse_misfits(plan, migrates=False)
     # (ON CONFLICT needs its unique index.)
     if needed := Plan(step for step in plan if step.way is Way.CREATE or (step.index and step.index.unique)):
         raise OperatorError(
@@ -2406,15 +2366,11 @@ def take(database: Database, step: Step, plan: Callable[[], Plan]) -> None:
     takes two builds at once for a deadlock and ends one of them after a second; the next plan clears up
     behind it. Only behind a pooler does that happen. Raises OperatorError for a build that took too long.
     """
-    if step.way is Way.CREATE:
-        create(database, lambda: plan().by(Way.CREATE).statements)
-        return
-    # Waits for the builds of others, and blocks no insert. LOCK has no snapshot while it waits, which a
-    # build of an index would wait for in turn.
-    database.run(
-        f"BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {BUILD_LOCK_TIMEOUT_MS};"
-        f" LOCK TABLE {identifier(step.table)} IN SHARE UPDATE EXCLUSIVE MODE"
-    )
+    database.run(f"BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {BUILD_LOCK_TIMEOUT_MS}")
+    if step.way is not Way.CREATE:
+        # Waits for the builds of others, and blocks no insert. LOCK has no snapshot while it waits, which a
+        # build of an index would wait for in turn.
+        database.run(f"LOCK TABLE {identifier(step.table)} IN SHARE UPDATE EXCLUSIVE MODE")
     statements = step.statements if step in plan() else ()
     if step.way is Way.ALTER:
         database.run(
@@ -2422,7 +2378,7 @@ def take(database: Database, step: Step, plan: Callable[[], Plan]) -> None:
             f" SET LOCAL statement_timeout = {CHANGE_TIMEOUT_MS};"
             f" SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s'"
         )
-    else:
+    elif step.way is not Way.CREATE:
         database.run("COMMIT")
     try:
         for statement in statements:  # each alone: Citus hands all of an ALTER's message to its workers
@@ -2435,7 +2391,7 @@ def take(database: Database, step: Step, plan: Callable[[], Plan]) -> None:
             f"PostgreSQL gave up building an index: {error}; run this without a time-out, or let the"
             f" URL say ?options=-c%20statement_timeout%3D0%20-c%20lock_timeout%3D0\n{sql_lines(statements)}"
         ) from None
-    if step.way is Way.ALTER:
+    if step.way in (Way.CREATE, Way.ALTER):
         database.run("COMMIT")
 
 
@@ -2479,8 +2435,10 @@ def take_steps(database: Database, plan: Callable[[], Plan], user: str, patience
         )
 
 
-def migrate(database: Database, schema: Schema, user: str, patience_s: float = CHANGE_PATIENCE_S) -> None:
-    """Create what is missing, columns and indexes too, and drop NOT NULL where nothing requires it.
+def prepare(
+    database: Database, schema: Schema, user: str, migrates: bool, patience_s: float = CHANGE_PATIENCE_S
+) -> None:
+    """Create what is missing; if it `migrates` columns too, and drop NOT NULL where nothing requires it.
 
     Logs what it runs. Blocks as long as PostgreSQL needs to build indexes. Inserts of others go on: no lock
     that stops them is held or waited for longer than half a second. Does nothing if there is something that
@@ -2492,13 +2450,11 @@ def migrate(database: Database, schema: Schema, user: str, patience_s: float = C
     """
     database.timeout_s = PREPARE_TIMEOUT_S
     plan = survey(database, schema, user)
-    if by_hand := plan.by(Way.HAND):
-        what = " that --migrate leaves to you (nothing was changed)"
-        raise OperatorError(misfits_text(by_hand, what, "Change the schema file, or"))
+    refuse_misfits(plan, migrates)
     if not plan:
         return
-    # Keeps other instances from migrating, and time-outs of the role or the database from ending builds. That
-    # is up to the session; a pooler would give it to other clients.
+    # Keeps other instances from doing the same, and time-outs of the role or the database from ending builds.
+    # That is up to the session; a pooler would give it to other clients.
     is_direct = database.is_direct()
     if is_direct:
         # Not waiting in PostgreSQL, because a build waits for everybody who does that with a snapshot.
@@ -2533,7 +2489,7 @@ class Opener:
             if is_prepared:
                 check_tables(database, schema, self.target.user)
             else:
-                self._prepare(database, schema)
+                prepare(database, schema, self.target.user, self._migrates)
                 if self._state is state:  # or else a reload has been quicker
                     self._state = (schema, True)
             database.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
@@ -2558,7 +2514,7 @@ class Opener:
         before, is_prepared = self._state
         try:
             with contextlib.closing(connect(self.target)) as database:
-                self._prepare(database, relaxed(schema, before), is_serving=True)
+                prepare(database, relaxed(schema, before), self.target.user, self._migrates)
             is_prepared = True
         except DatabaseError as error:
             if error.fault is not Fault.AWAY:
@@ -2567,12 +2523,6 @@ class Opener:
                 problem = f"the database cannot be compared with it: {error}; try again when it can"
                 raise OperatorError(problem) from None
         self._state = (schema, is_prepared)
-
-    def _prepare(self, database: Database, schema: Schema, is_serving: bool = False) -> None:
-        if self._migrates:
-            migrate(database, schema, self.target.user)
-        else:
-            prepare_tables(database, schema, self.target.user, is_serving)
 
 
 # --- Spool --------------------------------------------------------------------
@@ -3227,7 +3177,7 @@ class Replayer:
 
     def __init__(
         self,
-        schema: Schema,
+        apps: Mapping[str, Intake],
         spool: Spool,
         open_session: Callable[[Iterable[str]], Session] | None,
         metrics: Metrics,
@@ -3239,7 +3189,7 @@ class Replayer:
         self.had_session = False  # ever
         self.retried = 0  # events of --retry_quarantine, of which is to be told
         self.turns = Turns(clock)
-        self.intakes = intakes(schema)  # replaced as a whole by a reload
+        self.intakes = apps  # replaced as a whole by a reload
         self._spool, self._open, self._metrics, self._clock = spool, open_session, metrics, clock
         self._hand_over: Callable[[Session], bool] = bool
         self._wanted: queue.SimpleQueue[Session | None] = queue.SimpleQueue()
@@ -4023,33 +3973,25 @@ class Pool:
             del job  # it holds the connection
 
 
+@dataclass
 class Service:
     """What all connections share: the apps, the writer, and the state of the process."""
 
-    def __init__(  # noqa: PLR0913, PLR0917  # they are all that a request needs
-        self,
-        schema: Schema,
-        writer: Writer,
-        spool: Spool,
-        metrics: Metrics,
-        body_bytes_max: int,
-        clock: Callable[[], float],
-    ) -> None:
-        self.writer, self.spool, self.metrics = writer, spool, metrics
-        self.body_bytes_max, self.clock = body_bytes_max, clock
-        self.apps = intakes(schema)  # replaced as a whole by use()
-        # Set once, by the main thread: answers end their connections; then idle ones end as well.
-        self.draining = self.ended = False
-        # Held while a large body is converted: their events would fill the memory, and small requests
-        # would wait for all of them in turn to let go of the interpreter.
-        self._converting = threading.Lock()
-        # Counts the large batches that may still be converted and stored: their rows and events take more
-        # memory than their bodies.
-        self._large_batches = threading.Semaphore(LARGE_BATCHES_MAX)
-
-    def use(self, schema: Schema) -> None:
-        """Serve the apps of another schema, from the next request on. For any thread."""
-        self.apps = intakes(schema)
+    apps: Mapping[str, Intake]  # replaced as a whole by a reload
+    writer: Writer
+    spool: Spool
+    metrics: Metrics
+    body_bytes_max: int
+    clock: Callable[[], float]
+    # Set once, by the main thread: answers end their connections; then idle ones end as well.
+    draining: bool = False
+    ended: bool = False
+    # Held while a large body is converted: their events would fill the memory, and small requests would wait
+    # for all of them in turn to let go of the interpreter.
+    _converting: threading.Lock = field(default_factory=threading.Lock)
+    # Counts the large batches that may still be converted and stored: their rows and events take more memory
+    # than their bodies.
+    _large: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(LARGE_BATCHES_MAX))
 
     def batch(self, intake: Intake, body: bytes, delivery: Delivery) -> Batch:
         """Return the batch in a body, and call let_go() after it. Blocks while there are many large ones.
@@ -4058,19 +4000,19 @@ class Service:
         """
         if len(body) <= LARGE_BODY_BYTES:
             return self._keep(intake.batch(body, delivery))
-        self._large_batches.acquire()
+        self._large.acquire()
         try:
             with self._converting:
                 batch = intake.batch(body, delivery)
             return self._keep(batch)
         except BaseException:
-            self._large_batches.release()
+            self._large.release()
             raise
 
     def let_go(self, batch: Batch) -> None:
         """Let another large batch come."""
         if len(batch.body) > LARGE_BODY_BYTES:
-            self._large_batches.release()
+            self._large.release()
 
     def _keep(self, batch: Batch) -> Batch:
         if batch.problems:
@@ -4968,12 +4910,11 @@ class Reloader:
 
     def _replace(self, schema: Schema) -> None:
         self.service.metrics.declare(schema)
-        self.replayer.intakes = intakes(schema)
         try:
             self.service.spool.create_views(schema)
         except SpoolError as error:
             log.warning("the views of the spool stay as they are: %s", error)
-        self.service.use(schema)
+        self.service.apps = self.replayer.intakes = intakes(schema)
         changed = changes(self.schema, schema)
         more = [f"{len(changed) - LISTED_MAX} more"] if len(changed) > LISTED_MAX else []
         log.info("schema file read again: %s", ", ".join([*changed[:LISTED_MAX], *more]) or "no change")
@@ -5068,9 +5009,10 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     opener = Opener(target, schema, options.migrate) if target else None
     spool = Spool(options.spool, options.spool_limit, schema, str(uuid.uuid4()))
     metrics = Metrics(schema)
-    replayer = Replayer(schema, spool, opener.open if opener else None, metrics)
+    apps = intakes(schema)
+    replayer = Replayer(apps, spool, opener.open if opener else None, metrics)
     writer = Writer(spool, replayer, metrics)
-    service = Service(schema, writer, spool, metrics, options.max_body, time.monotonic)
+    service = Service(apps, writer, spool, metrics, options.max_body, time.monotonic)
     pool, turning_away = Pool(options.max_connections, "http"), Pool(TURN_AWAY_THREADS, "turning-away")
     _claim = stay_on_one_cpu()  # until we end
     use_memory_sparingly()
