@@ -2012,8 +2012,17 @@ NO_ANSWER = "no answer in time"
 ROW_KINDS = (b"T", b"D")  # RowDescription, DataRow: nobody looks at those of a flush
 
 
-class Database(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no type hints
-    """An open connection, which stores rows in one round trip. For one thread at a time.
+def skipped_rows(message: Message, tags: Iterable[str]) -> Counter[tuple[str, ...]]:
+    """Return how many rows of a message were there already, by table."""
+    inserted = [int(tag.rpartition(" ")[2]) for tag in tags if tag.startswith("INSERT ")]
+    skipped: Counter[tuple[str, ...]] = Counter()
+    for (table, rows), stored in zip(message.inserts, inserted, strict=True):
+        skipped[table,] += rows - stored
+    return skipped
+
+
+class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no type hints
+    """A connection, which stores rows in one round trip when it has taken the ledger over. For one thread.
 
     pg8000 by itself needs three round trips for a COPY, has no statements beside it in one message, knows
     no deadline, and loses the text of a FATAL error, because the connection ends right after it.
@@ -2021,6 +2030,8 @@ class Database(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no
 
     timeout_s = float(CONNECT_TIMEOUT_S)  # for a message that is not told its own
     tags: Sequence[str] = ()  # of the last message's statements, such as `INSERT 0 5` and `COMMIT`
+    token = ""  # by which the ledger knows it
+    stored: Mapping[str, int] = {}  # how far each epoch was stored when it took the ledger over
     _last_error: Mapping[str, str] = {}
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -2047,6 +2058,32 @@ class Database(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no
             # PostgreSQL turns the COMMIT of a transaction that has failed into a ROLLBACK, without an error.
             raise DatabaseError(f"expected COMMIT, got {' '.join(self.tags[-1:])}")
         return context.rows or []
+
+    def store(
+        self,
+        epoch: str,
+        number: int,
+        parts: Iterable[Mapping[TableIntake, Sequence[str]]],
+        patient: bool = False,
+        seconds: float = 0,
+    ) -> Counter[tuple[str, ...]]:
+        """Store rows as a flush of an epoch, in one round trip; return how many were there already, by table.
+
+        Waits for `seconds`, or until PostgreSQL gives up, which `patient` makes later. Raises DatabaseError.
+        Its fault is DATA only if nothing was stored, for sure; the session is well then. After any other the
+        outcome is unknown: the ledger tells it to the next session.
+        """
+        start = PATIENT_FLUSH_START if patient else FLUSH_START
+        limit_s = (LONG_STATEMENT_TIMEOUT_S if patient else STATEMENT_TIMEOUT_S) + ANSWER_GRACE_S
+        message = insert_message(start + raise_sql(epoch, self.token, number), parts, "COMMIT")
+        try:
+            self.run(message, seconds or limit_s)
+        except DatabaseError as error:
+            if error.sqlstate and error.fault is not Fault.AWAY:
+                with contextlib.suppress(DatabaseError):  # the next message will say it
+                    self.run("ROLLBACK")
+            raise
+        return skipped_rows(message, self.tags)
 
     def is_direct(self) -> bool:
         """Return whether no pooler is between us and PostgreSQL: it greets with a number of its own making.
@@ -2189,25 +2226,25 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
     return DatabaseError(reason, Fault.OPERATOR)
 
 
-def check_session(database: Database) -> None:
+def check_session(session: Session) -> None:
     """Raise DatabaseError unless quoting is safe and rows can be written."""
-    status = database.parameter_statuses
+    status = session.parameter_statuses
     if status.get("standard_conforming_strings") != "on":
         raise DatabaseError("standard_conforming_strings must be on", Fault.OPERATOR)
     if status.get("client_encoding", "").upper().replace("-", "") not in ("UTF8", "UNICODE"):
         raise DatabaseError("client_encoding must be UTF8", Fault.OPERATOR)
-    if database.run("SHOW transaction_read_only") != [["off"]]:
+    if session.run("SHOW transaction_read_only") != [["off"]]:
         raise DatabaseError("the database is read-only", Fault.AWAY, "25006")
 
 
-def start_session(target: Target, context: ssl.SSLContext | None) -> Database:
+def start_session(target: Target, context: ssl.SSLContext | None) -> Session:
     """Return a session, encrypted if there is a context. Raises DatabaseError."""
     # Settings that a server or a role may have changed, and that quoting relies on.
     settings = {"client_encoding": "UTF8", "standard_conforming_strings": "on"}
     if target.options:
         settings["options"] = target.options
     try:
-        database = Database(
+        session = Session(
             target.user,
             target.host,
             target.dbname,
@@ -2222,16 +2259,16 @@ def start_session(target: Target, context: ssl.SSLContext | None) -> Database:
         )
     except (pg8000.exceptions.Error, pg8000.core.scramp.ScramException, *BROKEN) as error:
         raise session_error(target, error) from None
-    database.timeout_s = target.connect_timeout
+    session.timeout_s = target.connect_timeout
     try:
-        check_session(database)
+        check_session(session)
     except DatabaseError:
-        database.close()
+        session.close()
         raise
-    return database
+    return session
 
 
-def connect(target: Target) -> Database:
+def connect(target: Target) -> Session:
     """Return a connection. Each step blocks connect_timeout at most. Raises DatabaseError, OperatorError."""
     first, *others = ssl_contexts(target)
     try:
@@ -2243,65 +2280,22 @@ def connect(target: Target) -> Database:
     return start_session(target, *others)
 
 
-def take_over(database: Database, epochs: Iterable[str], token: str) -> dict[str, int]:
-    """Take the ledger's rows of epochs over for the session with this token; return how far each is stored.
+def take_over(session: Session, epochs: Iterable[str]) -> None:
+    """Take the ledger's rows of epochs over; the session knows then how far each is stored.
 
     Waits for a message of a lost connection that still runs; what runs for LOCK_TIMEOUT_MS is ended if we
     may. Raises DatabaseError, after which trying again is right.
     """
+    session.token = str(uuid.uuid4())
     try:
-        rows = database.run(f"{FLUSH_START}{take_over_sql(epochs, token)};\nCOMMIT")
+        rows = session.run(f"{FLUSH_START}{take_over_sql(epochs, session.token)};\nCOMMIT")
     except DatabaseError as error:
         if error.sqlstate == "55P03":  # lock_not_available
-            database.run("ROLLBACK")
-            ended = database.run(terminate_holders_sql(epochs))
+            session.run("ROLLBACK")
+            ended = session.run(terminate_holders_sql(epochs))
             log.warning("sessions that held the ledger for %d ms were ended: %d", LOCK_TIMEOUT_MS, len(ended))
         raise
-    return {epoch: int(flush) for epoch, flush in rows}
-
-
-def skipped_rows(message: Message, tags: Iterable[str]) -> Counter[tuple[str, ...]]:
-    """Return how many rows of a message were there already, by table."""
-    inserted = [int(tag.rpartition(" ")[2]) for tag in tags if tag.startswith("INSERT ")]
-    skipped: Counter[tuple[str, ...]] = Counter()
-    for (table, rows), stored in zip(message.inserts, inserted, strict=True):
-        skipped[table,] += rows - stored
-    return skipped
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A connection that has taken the ledger over, with how far each epoch was stored then."""
-
-    database: Database
-    token: str
-    stored: Mapping[str, int]
-
-    def store(
-        self,
-        epoch: str,
-        number: int,
-        parts: Iterable[Mapping[TableIntake, Sequence[str]]],
-        patient: bool = False,
-        seconds: float = 0,
-    ) -> Counter[tuple[str, ...]]:
-        """Store rows as a flush of an epoch, in one round trip; return how many were there already, by table.
-
-        Waits for `seconds`, or until PostgreSQL gives up, which `patient` makes later. Raises DatabaseError.
-        Its fault is DATA only if nothing was stored, for sure; the session is well then. After any other the
-        outcome is unknown: the ledger tells it to the next session.
-        """
-        start = PATIENT_FLUSH_START if patient else FLUSH_START
-        limit_s = (LONG_STATEMENT_TIMEOUT_S if patient else STATEMENT_TIMEOUT_S) + ANSWER_GRACE_S
-        message = insert_message(start + raise_sql(epoch, self.token, number), parts, "COMMIT")
-        try:
-            self.database.run(message, seconds or limit_s)
-        except DatabaseError as error:
-            if error.sqlstate and error.fault is not Fault.AWAY:
-                with contextlib.suppress(DatabaseError):  # the next message will say it
-                    self.database.run("ROLLBACK")
-            raise
-        return skipped_rows(message, self.database.tags)
+    session.stored = {epoch: int(flush) for epoch, flush in rows}
 
 
 MIGRATION_LOCK = 7_039_262_163_318  # Any number; held by the session that changes tables.
@@ -2311,11 +2305,11 @@ TIMED_OUT = ("55P03", "57014")  # for a lock that was not to be had in time, say
 TRY_AGAIN = (*TIMED_OUT, "40", "23502", "23505", "42P07")
 
 
-def survey(database: Database, schema: Schema, user: str) -> Plan:
+def survey(session: Session, schema: Schema, user: str) -> Plan:
     """Return what is to be done about the tables. Changes nothing. Raises DatabaseError."""
-    is_empty = lru_cache(lambda name: not database.run(f"SELECT 1 FROM {identifier(name)} LIMIT 1"))
+    is_empty = lru_cache(lambda name: not session.run(f"SELECT 1 FROM {identifier(name)} LIMIT 1"))
     catalog = {}
-    for name, columns, indexes, *rest in database.run(catalog_sql(schema)):
+    for name, columns, indexes, *rest in session.run(catalog_sql(schema)):
         existing_columns = {column: ExistingColumn(*found) for column, found in columns.items()}
         table = ExistingTable(existing_columns, [ExistingIndex(*found) for found in indexes], *rest)
         if table.kind == "table" and table.can_select:
@@ -2343,12 +2337,12 @@ def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> Datab
     return OperatorError(f"{text}{detail}\n{allow}\n{sql_lines(statements)}")
 
 
-def check_tables(database: Database, schema: Schema, user: str) -> None:
+def check_tables(session: Session, schema: Schema, user: str) -> None:
     """Raise OperatorError if tables that we had prepared are gone or have changed, DatabaseError.
 
     They are not created anew: whoever renamed a table may be about to rename it back.
     """
-    plan = survey(database, schema, user)
+    plan = survey(session, schema, user)
     refuse_misfits(plan, migrates=False)
     # (ON CONFLICT needs its unique index.)
     if needed := Plan(step for step in plan if step.way is Way.CREATE or (step.index and step.index.unique)):
@@ -2358,7 +2352,7 @@ def check_tables(database: Database, schema: Schema, user: str) -> None:
         )
 
 
-def take(database: Database, step: Step, plan: Callable[[], Plan]) -> None:
+def take(session: Session, step: Step, plan: Callable[[], Plan]) -> None:
     """Take a step, unless others have by the time that a lock keeps them from it. Raises DatabaseError.
 
     That lock is a transaction's. The build of an index cannot be in one: it is started right after it, under
@@ -2366,24 +2360,24 @@ def take(database: Database, step: Step, plan: Callable[[], Plan]) -> None:
     takes two builds at once for a deadlock and ends one of them after a second; the next plan clears up
     behind it. Only behind a pooler does that happen. Raises OperatorError for a build that took too long.
     """
-    database.run(f"BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {BUILD_LOCK_TIMEOUT_MS}")
+    session.run(f"BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {BUILD_LOCK_TIMEOUT_MS}")
     if step.way is not Way.CREATE:
         # Waits for the builds of others, and blocks no insert. LOCK has no snapshot while it waits, which a
         # build of an index would wait for in turn.
-        database.run(f"LOCK TABLE {identifier(step.table)} IN SHARE UPDATE EXCLUSIVE MODE")
+        session.run(f"LOCK TABLE {identifier(step.table)} IN SHARE UPDATE EXCLUSIVE MODE")
     statements = step.statements if step in plan() else ()
     if step.way is Way.ALTER:
-        database.run(
+        session.run(
             f"SET LOCAL lock_timeout = {CHANGE_LOCK_TIMEOUT_MS};"
             f" SET LOCAL statement_timeout = {CHANGE_TIMEOUT_MS};"
             f" SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s'"
         )
     elif step.way is not Way.CREATE:
-        database.run("COMMIT")
+        session.run("COMMIT")
     try:
         for statement in statements:  # each alone: Citus hands all of an ALTER's message to its workers
             log.info("database: %s", statement)
-            database.run(statement)
+            session.run(statement)
     except DatabaseError as error:
         if step.way is not Way.BUILD or error.sqlstate not in TIMED_OUT:
             raise
@@ -2392,10 +2386,10 @@ def take(database: Database, step: Step, plan: Callable[[], Plan]) -> None:
             f" URL say ?options=-c%20statement_timeout%3D0%20-c%20lock_timeout%3D0\n{sql_lines(statements)}"
         ) from None
     if step.way in (Way.CREATE, Way.ALTER):
-        database.run("COMMIT")
+        session.run("COMMIT")
 
 
-def take_steps(database: Database, plan: Callable[[], Plan], user: str, patience_s: float) -> None:
+def take_steps(session: Session, plan: Callable[[], Plan], user: str, patience_s: float) -> None:
     """Take the first step of a plan, make a new plan, and so on: others may migrate as well."""
     deadlines: dict[Step, float] = {}
     taken = Counter[Step]()
@@ -2403,12 +2397,12 @@ def take_steps(database: Database, plan: Callable[[], Plan], user: str, patience
     while steps := Plan(step for step in plan() if step.way is not Way.HAND and step.index not in repeated):
         step = steps[0]
         try:
-            take(database, step, plan)
+            take(session, step, plan)
             taken[step] += 1
         except DatabaseError as error:
             if not error.sqlstate.startswith(TRY_AGAIN):
                 raise not_run(error, steps.statements, user) from None
-            database.run("ROLLBACK")
+            session.run("ROLLBACK")
             if step.index and step.index.unique and error.sqlstate == "23505":
                 repeated[step.index] = error.detail or str(error)  # the next plan drops what is left of it
                 continue
@@ -2436,7 +2430,7 @@ def take_steps(database: Database, plan: Callable[[], Plan], user: str, patience
 
 
 def prepare(
-    database: Database, schema: Schema, user: str, migrates: bool, patience_s: float = CHANGE_PATIENCE_S
+    session: Session, schema: Schema, user: str, migrates: bool, patience_s: float = CHANGE_PATIENCE_S
 ) -> None:
     """Create what is missing; if it `migrates` columns too, and drop NOT NULL where nothing requires it.
 
@@ -2448,23 +2442,23 @@ def prepare(
     database went away or a table stayed in use for `patience_s`: what was done until then stays, and trying
     again goes on from there, over another connection.
     """
-    database.timeout_s = PREPARE_TIMEOUT_S
-    plan = survey(database, schema, user)
+    session.timeout_s = PREPARE_TIMEOUT_S
+    plan = survey(session, schema, user)
     refuse_misfits(plan, migrates)
     if not plan:
         return
     # Keeps other instances from doing the same, and time-outs of the role or the database from ending builds.
     # That is up to the session; a pooler would give it to other clients.
-    is_direct = database.is_direct()
+    is_direct = session.is_direct()
     if is_direct:
         # Not waiting in PostgreSQL, because a build waits for everybody who does that with a snapshot.
-        while database.run(f"SELECT pg_try_advisory_lock({MIGRATION_LOCK})") != [[True]]:
+        while session.run(f"SELECT pg_try_advisory_lock({MIGRATION_LOCK})") != [[True]]:
             time.sleep(CHANGE_PAUSE_S)
-        database.run("SET statement_timeout = 0; SET lock_timeout = 0")
-    take_steps(database, partial(survey, database, schema, user), user, patience_s)
+        session.run("SET statement_timeout = 0; SET lock_timeout = 0")
+    take_steps(session, partial(survey, session, schema, user), user, patience_s)
     if is_direct:
-        database.run("RESET statement_timeout; RESET lock_timeout")
-        database.run(f"SELECT pg_advisory_unlock({MIGRATION_LOCK})")
+        session.run("RESET statement_timeout; RESET lock_timeout")
+        session.run(f"SELECT pg_advisory_unlock({MIGRATION_LOCK})")
 
 
 class Opener:
@@ -2484,22 +2478,22 @@ class Opener:
         """
         state = self._state
         schema, is_prepared = state
-        database = connect(self.target)
+        session = connect(self.target)
         try:
             if is_prepared:
-                check_tables(database, schema, self.target.user)
+                check_tables(session, schema, self.target.user)
             else:
-                prepare(database, schema, self.target.user, self._migrates)
+                prepare(session, schema, self.target.user, self._migrates)
                 if self._state is state:  # or else a reload has been quicker
                     self._state = (schema, True)
-            database.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
-            token = str(uuid.uuid4())
+            session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
             # An INSERT of no rows gets the locks that one with rows needs, and EXPLAIN does not even run it.
             touches = [f"EXPLAIN INSERT INTO {identifier(name)} SELECT WHERE false" for name in schema.tables]
-            database.run(f"{FLUSH_START}{';'.join(touches)};\nCOMMIT")
-            return Session(database, token, take_over(database, epochs, token))
+            session.run(f"{FLUSH_START}{';'.join(touches)};\nCOMMIT")
+            take_over(session, epochs)
+            return session
         except (DatabaseError, OperatorError) as error:
-            database.close()
+            session.close()
             if not isinstance(error, DatabaseError) or error.sqlstate != "42501":  # insufficient_privilege
                 raise
             grant = f"GRANT SELECT, INSERT, UPDATE ON {LEDGER} TO {identifier(self.target.user)}"
@@ -2513,8 +2507,8 @@ class Opener:
         """
         before, is_prepared = self._state
         try:
-            with contextlib.closing(connect(self.target)) as database:
-                prepare(database, relaxed(schema, before), self.target.user, self._migrates)
+            with contextlib.closing(connect(self.target)) as session:
+                prepare(session, relaxed(schema, before), self.target.user, self._migrates)
             is_prepared = True
         except DatabaseError as error:
             if error.fault is not Fault.AWAY:
@@ -2895,41 +2889,40 @@ class Spool(SpoolFile):
             self._db.execute("DELETE FROM attolytics_spool WHERE id <= ?", (flushes[-1].id,))
         self._gone += sum(flush.events for flush in flushes)
 
-    def retries(self, after: int) -> list[tuple[int, str]]:
-        """Return the next events of the quarantine: their ids, and each as the JSON of a flush by itself."""
-        retries: list[tuple[int, str]] = []
-        chars = 0
-        with self.translated(), contextlib.closing(self._db.cursor()) as cursor:
-            cursor.execute(
-                "SELECT id, batch, event FROM attolytics_quarantine WHERE id > ? ORDER BY id LIMIT ?",
-                (after, FLUSH_EVENTS_MAX),
-            )
-            for id_, batch, event in cursor:
-                # An event without a batch is a whole flush that could not be read.
-                text = f'[{batch[:-1]},"events":[{event}]}}]' if batch else event
-                chars += len(text)
-                if retries and chars > FLUSH_CHARS_MAX:
-                    break
-                retries.append((id_, text))
-        return retries
-
     def quarantine_reasons(self) -> list[tuple[str, int]]:
         """Return the commonest reasons in the quarantine, and how many events have each."""
         count = "SELECT reason, count(*) FROM attolytics_quarantine GROUP BY 1 ORDER BY 2 DESC LIMIT ?"
         with self.translated():
             return self._db.execute(count, (LISTED_MAX,)).fetchall()
 
-    def retry(self, number: int, going: Mapping[int, str], reasons: Mapping[int, str]) -> None:
-        """Move events from the quarantine into a flush of this process; note why others stay."""
-        with self.transaction():
-            if going:
-                self._insert_flush(number, len(going), f"[{','.join(text[1:-1] for text in going.values())}]")
-            delete = "DELETE FROM attolytics_quarantine WHERE id = ?"
-            self._db.executemany(delete, [(id_,) for id_ in going])
-            update = "UPDATE attolytics_quarantine SET reason = ? WHERE id = ?"
-            self._db.executemany(update, [(storable(reason), id_) for id_, reason in reasons.items()])
-        self._total += len(going)
-        self.quarantined -= len(going)
+    def retry(self, numbers: Iterator[int], why: Callable[[str], str]) -> int:
+        """Move the events in quarantine that fit into flushes of this process; return how many.
+
+        `why` is asked, for the JSON of a batch, for the reason against it, which is noted if there is one.
+        """
+        moved = last = 0
+        select = "SELECT id, batch, event FROM attolytics_quarantine WHERE id > ? ORDER BY id LIMIT 100"
+        while found := self._db.execute(select, (last,)).fetchall():
+            # An event without a batch is a whole flush that could not be read.
+            texts = {
+                id_: f'{batch[:-1]},"events":[{event}]}}' if batch else event[1:-1]
+                for id_, batch, event in found
+            }
+            reasons = {id_: why(text) for id_, text in texts.items()}
+            going = [id_ for id_ in texts if not reasons[id_]]
+            with self.transaction():
+                if going:
+                    text = f"[{','.join(texts[id_] for id_ in going)}]"
+                    self._insert_flush(next(numbers), len(going), text)
+                update = "UPDATE attolytics_quarantine SET reason = ? WHERE id = ?"
+                self._db.executemany(update, [(storable(reason), id_) for id_, reason in reasons.items()])
+                delete = "DELETE FROM attolytics_quarantine WHERE id = ?"
+                self._db.executemany(delete, [(id_,) for id_ in going])
+            self._total += len(going)
+            self.quarantined -= len(going)
+            moved += len(going)
+            last = found[-1][0]
+        return moved
 
     def create_views(self, schema: Schema) -> None:
         """Replace the views of tables that another schema has changed."""
@@ -3073,7 +3066,7 @@ def sift(
     tried after those before it, so that of two that are refused together the second one is found. Raises
     DatabaseError; its `row` is the first of those that it came up with.
     """
-    run = session.database.run
+    run = session.run
     run(f"{FLUSH_START}{SIFT_SETTINGS}{raise_sql(group.epoch, session.token, group.number)}")
     rows = group.rows()
     skipped: Counter[tuple[str, ...]] = Counter()
@@ -3086,7 +3079,7 @@ def sift(
         message = insert_message("SAVEPOINT attempt;\n", tried, f"{CHECK_CONSTRAINTS}RELEASE attempt")
         try:
             run(message)
-            skipped += skipped_rows(message, session.database.tags)
+            skipped += skipped_rows(message, session.tags)
         except DatabaseError as error:
             error.row = part.start
             if error.fault is Fault.AWAY:
@@ -3111,26 +3104,6 @@ def set_apart(spool: Spool, metrics: Metrics, group: Group, misfits: Sequence[Mi
         # The reason may quote the event.
         about = f"quarantine {item.app_id} {item.table} {item.column}"
         complain(logging.WARNING, f"a spooled event goes to the quarantine: {item.reason}", about)
-
-
-def retry_quarantine(spool: Spool, intakes: Mapping[str, Intake], numbers: Iterator[int]) -> int:
-    """Move the events in quarantine that fit the schema by now to the spool, under numbers of this process.
-
-    Returns how many; the others have the reason of today. Raises SpoolError.
-    """
-    moved = last = 0
-    while retries := spool.retries(last):
-        reasons: dict[int, str] = {}
-        for id_, text in retries:
-            group = Group([SpooledFlush(0, "", 0, 1, text)], intakes)
-            _, items = group.take_out(group.misfits)
-            if items:
-                reasons[id_] = items[0].reason
-        going = {id_: text for id_, text in retries if id_ not in reasons}
-        spool.retry(next(numbers), going, reasons)
-        moved += len(going)
-        last = retries[-1][0]
-    return moved
 
 
 def report_retried(spool: Spool, retried: int, has_database: bool) -> None:
@@ -3238,7 +3211,7 @@ class Replayer:
                     session = self._wanted.get()
             except (DatabaseError, SpoolError) as error:
                 if session:
-                    session.database.close()
+                    session.close()
                 session, self.reason = None, str(error)
                 self._obstacle = self.reason
                 is_away = isinstance(error, DatabaseError) and error.fault is Fault.AWAY
@@ -3248,7 +3221,7 @@ class Replayer:
             finally:
                 self.turns.allow(math.inf)
         if session:
-            session.database.close()
+            session.close()
 
     def _connect(self) -> Session | None:
         """Return a session, or None after stop(). Blocks as long as it takes."""
@@ -3362,7 +3335,7 @@ class Replayer:
                 raise
             # Durable before COMMIT: afterwards nobody would look at these flushes again.
             set_apart(self._spool, self._metrics, group, [misfit for misfit, _ in refused])
-            session.database.run("COMMIT")
+            session.run("COMMIT")
         self._metrics.count_all("events_duplicate_total", skipped)
         return len(refused)
 
@@ -3429,8 +3402,14 @@ class Writer:
 
     def retry_quarantine(self) -> None:
         """Try the events in quarantine again. Before start(). Raises SpoolError."""
+
+        def why(text: str) -> str:
+            group = Group([SpooledFlush(0, "", 0, 1, f"[{text}]")], self._replayer.intakes)
+            _, items = group.take_out(group.misfits)
+            return items[0].reason if items else ""
+
         retried = self._spool.quarantined
-        moved = retry_quarantine(self._spool, self._replayer.intakes, self._numbers)
+        moved = self._spool.retry(self._numbers, why)
         self._metrics.count("events_spooled_total", moved)
         if self._spool.events and self._replayer.has_database:
             self._replayer.retried = retried  # to be told when they have been replayed
@@ -3482,7 +3461,7 @@ class Writer:
                 self._replayer.turns.wait(events, batches[0].since + TURN_PATIENCE_S)
                 self._to_spool([(0, batches)])
         if self.session:
-            self.session.database.close()
+            self.session.close()
         self._spool.close()
 
     def _take(self) -> list[Batch]:
@@ -3508,10 +3487,10 @@ class Writer:
         """
         try:
             if self.session:
-                self.session.database.check_idle()
+                self.session.check_idle()
                 if self.is_watched:
                     self.is_watched = False
-                    self.session.database.run("SELECT 1", PATIENCE_MIN_S)
+                    self.session.run("SELECT 1", PATIENCE_MIN_S)
         except DatabaseError as error:
             self._to_spool([], fate=error)
 
@@ -3523,7 +3502,7 @@ class Writer:
             part = parts.pop()
             number, started = next(self._numbers), self._clock()
             try:
-                session.database.check_idle()
+                session.check_idle()
                 rows, seconds = [batch.rows for batch in part], max(deadline - started, PATIENCE_MIN_S)
                 skipped = session.store(self._spool.epoch, number, rows, seconds=seconds)
             except DatabaseError as error:
@@ -3560,21 +3539,30 @@ class Writer:
             if fate or not session:
                 self.session = None
                 errors = [self._append(*flush, text) for flush, text in zip(flushes, texts, strict=True)]
+        for (_, batches), error in zip(flushes, errors, strict=bool(errors)):
+            for batch in batches:
+                if error and batch.kept:  # the client will send them again
+                    with contextlib.suppress(SpoolError):
+                        self._spool.release(batch.kept)
+                batch.tell(cannot_store(error, batch.accepted) if error else SPOOL)
+            if batches and not error:
+                count_stored(self._metrics, batches, SPOOL, self._clock() - started)
         if session and not fate:
             for _, batches in flushes:
                 self._store(session, batches)
-            return
-        for (_, batches), error in zip(flushes, errors, strict=True):
-            self._tell_spooled(batches, error, started)
+        elif fate:
+            self._give_up(session, fate)
+
+    def _give_up(self, session: Session | None, fate: DatabaseError | Session) -> None:
         if isinstance(fate, Session):
             self._replayer.take(fate)
-        elif fate:
-            if not self._stopping:
-                level = logging.ERROR if fate.fault is Fault.OPERATOR else logging.WARNING
-                complain(level, f"the database cannot store events: {fate}; they go to {self._spool.path}")
-            if session:
-                session.database.close()
-            self._replayer.take(None, str(fate))
+            return
+        if not self._stopping:
+            level = logging.ERROR if fate.fault is Fault.OPERATOR else logging.WARNING
+            complain(level, f"the database cannot store events: {fate}; they go to {self._spool.path}")
+        if session:
+            session.close()
+        self._replayer.take(None, str(fate))
 
     def _append(self, number: int, batches: Sequence[Batch], texts: Sequence[str]) -> SpoolError | None:
         events = sum(batch.accepted for batch in batches)
@@ -3584,15 +3572,6 @@ class Writer:
         except SpoolError as error:
             return error
         return None
-
-    def _tell_spooled(self, batches: Sequence[Batch], error: SpoolError | None, started: float) -> None:
-        for batch in batches:
-            if error and batch.kept:  # the client will send them again
-                with contextlib.suppress(SpoolError):
-                    self._spool.release(batch.kept)
-            batch.tell(cannot_store(error, batch.accepted) if error else SPOOL)
-        if batches and not error:
-            count_stored(self._metrics, batches, SPOOL, self._clock() - started)
 
 
 # --- HTTP ---------------------------------------------------------------------
@@ -4975,9 +4954,9 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         write_report(*report, comment("no database URL: no database was compared"))
         return 0
     try:
-        with contextlib.closing(connect(target)) as database:
-            database.run("BEGIN READ ONLY")
-            plan = survey(database, schema, target.user)
+        with contextlib.closing(connect(target)) as session:
+            session.run("BEGIN READ ONLY")
+            plan = survey(session, schema, target.user)
     except DatabaseError as error:
         raise OperatorError(f"cannot use {target}: {error}") from None
     if not plan.reasons:
