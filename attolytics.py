@@ -16,11 +16,11 @@ The life of a batch (the events of one request):
     replayer      while the writer has no session: connects, moves the spool into PostgreSQL over its own
                   session and, when the spool is empty, hands that session to the writer
 
-While one flush is being committed the next batches pile up, and the next flush takes them all: no timer, no
-added latency when idle, and under load the cost of a commit is shared. An answer of 200 is sent only after
-COMMIT, in PostgreSQL or in the spool: an SQLite file that is replayed later. Without a database URL
-everything stays in the spool. There is one session with PostgreSQL at a time: while the writer has it, the
-spool is empty; while it has not, new events go to the spool, for they must not overtake what is in it.
+While one flush is being committed the next batches pile up, and the next flush takes them all: no timer, and
+under load the cost of a commit is shared. An answer of 200 is sent only after COMMIT, in PostgreSQL or in the
+spool: an SQLite file that is replayed later. Without a database URL everything stays in the spool. There is
+one session with PostgreSQL: while the writer has it the spool is empty; while it has not, new events go to
+the spool, for they must not overtake what is in it.
 
 Threads, and what each owns:
 
@@ -100,8 +100,8 @@ TRACE = 5  # The level of -vv, below DEBUG (-v)
 # --- Limits -------------------------------------------------------------------
 # Every bound and time-out, with its unit in the name and its reason beside it.
 
-REQUEST_LINE_BYTES_MAX = 8 << 10  # nginx's own default for one line.
-HEADER_BYTES_MAX = 32 << 10  # nginx's default for all of them.
+REQUEST_LINE_BYTES_MAX = 8 << 10  # nginx's default for one line ...
+HEADER_BYTES_MAX = 32 << 10  # ... and for all of them.
 HEADER_COUNT_MAX = 100  # A browser behind two proxies sends about 30.
 CHUNK_LINE_BYTES_MAX = 256  # A chunk's size in hex; nobody sends extensions.
 BODY_BYTES_MAX = 1 << 20  # nginx's own default, so both refuse the same request.
@@ -131,7 +131,6 @@ MAPPED_BYTES = 128 << 10  # Larger pieces of memory go back to the system at onc
 LARGE_BODY_BYTES = 32 << 10  # Larger ones are converted one at a time ...
 LARGE_BATCHES_MAX = 6  # ... and so many are between that and their answer: enough for two flushes.
 LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kernel caps it.
-ACCEPT_PAUSE_S = 0.1  # When file descriptors ran out, instead of spinning.
 
 FLUSH_EVENTS_MAX = 2_000  # About 25 ms; more at once is no faster, and others wait behind it.
 FLUSH_CHARS_MAX = 8 << 20  # Bounds memory and the time one flush takes.
@@ -139,7 +138,6 @@ PATIENCE_S = 0.8  # The oldest batch of a flush waits so long for the database, 
 PATIENCE_MIN_S = 0.4  # ... but at least so long for each flush: a backlog alone does not cost the session.
 LOCK_TIMEOUT_MS = 5_000  # Another session holds a lock on a table: the database is busy.
 STATEMENT_TIMEOUT_S = 9  # Cancels a flush that hangs in the server ...
-TIMEOUT_STEP_S = 0.02  # How exactly an answer is waited for.
 ANSWER_GRACE_S = 1  # ... and so much later a server that does not answer at all is given up.
 LONG_STATEMENT_TIMEOUT_S = 60  # For one spooled flush that slow triggers kept from getting through.
 PREPARE_TIMEOUT_S = 3_600  # An index on a table of 100 million rows takes some minutes.
@@ -157,11 +155,9 @@ COMPLAINT_S = 60  # The same complaint is logged once, and how often it came up 
 SPOOL_BYTES_MAX = 1 << 30  # Default of --spool_limit: about five million small events.
 SPOOL_BYTES_MIN = 1 << 20  # A smaller limit would refuse the largest batches for ever.
 DISK_RESERVE_BYTES = 8 << 20  # Kept free, because deleting from the spool needs room as well.
-ROOM_CHARS = 128 << 10  # What the health check wants room for.
 SPOOL_LOCK_S = 3  # Our predecessor may be writing its last events, or being ended by the kernel.
 SPOOL_BUSY_S = 2  # How long somebody with the sqlite3 program may hold the spool's lock.
 QUICK_CHECK_BYTES_MAX = 256 << 20  # A spool up to this size is checked at start; that takes a second.
-SHRINK_BYTES = 1 << 20  # Free room in the file that is worth giving back.
 SHRINK_STAYS_BYTES_MAX = 8 << 20  # What VACUUM would have to write, while nobody else can.
 REPLAY_EVENTS_MAX = 4_000  # In one transaction: about 50 ms.
 REPLAY_ALLOWANCE = 2_000  # New events for each such transaction; more wait for the next.
@@ -180,13 +176,11 @@ STALLED_S = 10  # A writer that is silent for so long is stuck, or shrinks a hug
 IDLE_LOOK_S = 0.5  # An idle writer looks so often whether its session is still there.
 MONITOR_CONNECTIONS_MAX = 8  # Prometheus, a load balancer and somebody with curl.
 DRAIN_IDLE_S = 1  # So long a client may still use a connection that it keeps; then it is idle.
-ACCEPT_POLL_S = 0.1  # How late the end may be noticed while no connections come.
 SIGNAL_CHECK_S = 0.5  # How late a signal may be noticed in the worst case.
 DRAIN_S = 9  # Requests in flight are answered; systemd and Docker kill after 90 s and 10 s.
 
 NAME_BYTES_MAX = 63  # PostgreSQL manual, 4.1.1: longer identifiers are cut silently.
-NUMERIC_DIGITS_BEFORE_POINT = 131_072  # PostgreSQL manual, table 8.2; jsonb holds numbers as numeric.
-NUMERIC_DIGITS_AFTER_POINT = 16_383
+NUMERIC_DIGITS = 131_072, 16_383  # Before and after the point (PostgreSQL manual, table 8.2).
 # --- Errors -------------------------------------------------------------------
 # Three families: what the operator must mend (one clear text, exit code 1), what a client did wrong (a status
 # and a reason), and what PostgreSQL and SQLite said. And how a complaint that comes up again is logged.
@@ -202,19 +196,16 @@ class SchemaError(OperatorError):
     def __init__(self, problems: Sequence[str]) -> None:
         count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         super().__init__("\n".join([f"the schema file has {count}:", *problems]))
-        self.problems = tuple(problems)
+        self.problems = problems
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """Why one event is refused: its place in the request's `events`, and the column if it is one's."""
 
     index: int | None
     column: str | None
     reason: str
-
-    def json(self) -> dict[str, object]:
-        return {"index": self.index, "column": self.column, "reason": self.reason}
 
 
 # Why requests are refused: a label for the metrics, and its status.
@@ -240,11 +231,8 @@ class Refusal(Exception):
 
     def __init__(self, label: str, reason: str, problems: Sequence[Problem] = (), events: int = 1) -> None:
         super().__init__(reason)
-        self.label = label
-        self.status = REFUSALS[label]
-        self.reason = reason
-        self.problems = problems
-        self.events = events  # how many are refused with the request
+        self.label, self.status, self.reason = label, REFUSALS[label], reason
+        self.problems, self.events = problems, events  # and how many are refused with the request
 
 
 class SpoolError(Exception):
@@ -264,8 +252,7 @@ class DatabaseError(Exception):
 
     def __init__(self, reason: str, fault: Fault = Fault.AWAY, sqlstate: str = "", detail: str = "") -> None:
         super().__init__(reason)
-        self.fault = fault
-        self.sqlstate = sqlstate
+        self.fault, self.sqlstate = fault, sqlstate
         self.detail = detail  # may quote rows: for the operator only
         self.column: str | None = None
         self.context = ""  # where in the statement, as the server words it
@@ -741,9 +728,9 @@ def exact_json(value: object, number: str | Callable[[re.Match[str]], str] = r"\
 
 
 def numeric(marked: re.Match[str]) -> str:
-    number = Decimal(marked[1])
-    after_point = -int(number.as_tuple().exponent)
-    if number.adjusted() >= NUMERIC_DIGITS_BEFORE_POINT or after_point > NUMERIC_DIGITS_AFTER_POINT:
+    """Return a number in JSON that jsonb can hold, which it does as numeric."""
+    number, (before_point, after_point) = Decimal(marked[1]), NUMERIC_DIGITS
+    if number.adjusted() >= before_point or -int(number.as_tuple().exponent) > after_point:
         raise ValueError(f"the number {show(number)} is out of range")
     return marked[1]
 
@@ -1119,6 +1106,7 @@ class Batch:
     events: list[Any]  # empty after drop_events()
     rows: dict[TableIntake, list[str]] = field(default_factory=dict)
     places: dict[TableIntake, list[int]] = field(default_factory=dict)  # where each of `rows` is in `events`
+    accepted: int = 0  # how many events fit
     problems: list[Problem] = field(default_factory=list)
     warnings: Sequence[str] = ()
     body: bytes = b""
@@ -1132,11 +1120,6 @@ class Batch:
     def drop_events(self) -> None:
         """Keep only the body, which takes a fifth of the memory: few batches ever go to the spool."""
         self.events = []
-
-    @property
-    def accepted(self) -> int:
-        """Return how many events fit."""
-        return sum(map(len, self.rows.values()))
 
     def kept_delivery(self) -> Delivery:
         """Return what of the delivery is kept with the events: the client's address, and some headers."""
@@ -1230,6 +1213,7 @@ class Intake:
             if good:
                 batch.rows[table] = rows or table.rows([events[index] for index in good], filled)
                 batch.places[table] = good
+                batch.accepted += len(good)
         problems.sort(key=lambda problem: problem.index or 0)
         return batch
 
@@ -1252,10 +1236,9 @@ class Intake:
 
     def _warnings(self, document: Mapping[str, object], batch: Batch) -> Sequence[str]:
         """Return what was ignored in a request: each unknown key once, with its first place."""
-        texts = {
-            ("", key): f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], REQUEST_KEYS)}"
-            for key in sorted(document.keys() - REQUEST_KEYS)[:UNKNOWN_KEYS_MAX]
-        }
+        texts = {}
+        for key in sorted(document.keys() - REQUEST_KEYS)[:UNKNOWN_KEYS_MAX]:
+            texts["", key] = f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], REQUEST_KEYS)}"
         for table, places in batch.places.items():
             if table.has_extra or all(table.known.issuperset(batch.events[index]) for index in places):
                 continue
@@ -1291,11 +1274,6 @@ class Message(NamedTuple):
     sql: str
     copies: Sequence[bytes] = ()
     inserts: Sequence[tuple[str, int]] = ()  # the table and the rows of each of its INSERT statements
-
-    @property
-    def stores(self) -> bool:
-        """Return whether it has rows to store, and so none to bring."""
-        return bool(self.copies or self.inserts)
 
 
 # The settings are the transaction's own: a pooler may share the session. Notices of triggers would fill the
@@ -2120,7 +2098,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         deadline, kind = time.monotonic() + seconds, b""
         while kind != pg8000.core.READY_FOR_QUERY:
             left = deadline - time.monotonic()
-            if left < seconds - TIMEOUT_STEP_S:  # a system call, which lets other threads run
+            if left < seconds - POLL_S:  # a system call, which lets other threads run
                 seconds = max(left, 0.001)
                 self._usock.settimeout(seconds)
             head = self._sock.read(5)
@@ -2129,7 +2107,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             if len(head) < 5 or len(data) < size:
                 raise ConnectionResetError("the server closed the connection")
             kind = head[:1]
-            if kind not in ROW_KINDS or not message.stores:
+            if kind not in ROW_KINDS or not (message.copies or message.inserts):
                 self.message_types[kind](data, context)
         return context
 
@@ -2152,11 +2130,6 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         self._last_error = context.error.args[0]
 
 
-def home_directory() -> Path:
-    """Return our user's home; a path that is not there if a container has none for its number."""
-    return Path(os.path.expanduser("~"))
-
-
 def os_user() -> str:
     """Return the name of the user we run as; a container may have none for its number."""
     try:
@@ -2172,7 +2145,7 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
     """
     if target.socket or target.sslmode == "disable":
         return [None]
-    default_root = home_directory() / ".postgresql" / "root.crt"
+    default_root = Path(os.path.expanduser("~/.postgresql/root.crt"))
     root = target.sslrootcert or str(default_root)
     # As in libpq, a root certificate that is there turns `require` into `verify-ca`.
     found = bool(target.sslrootcert) or default_root.exists()
@@ -2719,7 +2692,7 @@ class SpoolFile:
     def check(self) -> None:
         """Raise SpoolError if no events can be stored now. After a failure, find out by writing."""
         with self.switch:
-            self.check_room(ROOM_CHARS)
+            self.check_room(LARGE_BODY_BYTES)
             if self._failed:
                 with self._impatient(), self.transaction():
                     self._db.execute(f"PRAGMA user_version = {self.one('PRAGMA user_version')}")
@@ -2742,7 +2715,7 @@ class SpoolFile:
             page_bytes, free = self.one("PRAGMA page_size"), self.one("PRAGMA freelist_count")
             stays = self.one("PRAGMA page_count") - free
             # VACUUM writes what stays while nobody else can write.
-            if free * page_bytes > SHRINK_BYTES and stays * page_bytes < SHRINK_STAYS_BYTES_MAX:
+            if free * page_bytes > SPOOL_BYTES_MIN and stays * page_bytes < SHRINK_STAYS_BYTES_MAX:
                 self._db.execute("VACUUM")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -4096,7 +4069,7 @@ class Handler(BaseRequestHandler):
                     accepted=batch.accepted,
                     stored=verdict,
                     warnings=list(batch.warnings),
-                    quarantined=[problem.json() for problem in batch.problems[:PROBLEMS_MAX]],
+                    quarantined=[vars(problem) for problem in batch.problems[:PROBLEMS_MAX]],
                 )
             answer = self._answer(HTTPStatus.OK, text)
         self._service.let_go(batch)
@@ -4131,10 +4104,9 @@ class Handler(BaseRequestHandler):
     def _refusal(self, refusal: Refusal) -> bytes:
         """Return the answer that refuses a request or its events; count it."""
         self._service.metrics.refuse(refusal, self._intake.app.id if self._intake else "")
-        problems = [problem.json() for problem in refusal.problems]
-        return self._answer(
-            refusal.status, answer_text(error=refusal.reason, events=problems), refusal.reason
-        )
+        problems = [vars(problem) for problem in refusal.problems]
+        text = answer_text(error=refusal.reason, events=problems)
+        return self._answer(refusal.status, text, refusal.reason)
 
     def _answer(self, status: HTTPStatus, text: str, reason: str = "") -> bytes:
         """Return an answer; decide whether the connection stays open after it; count and log it."""
@@ -4220,8 +4192,7 @@ class Listener(ThreadingHTTPServer):
 
     def start(self) -> None:
         """Accept connections, in a thread."""
-        work = partial(self.serve_forever, ACCEPT_POLL_S)
-        threading.Thread(target=work, name="acceptor", daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(POLL_S,), name="acceptor", daemon=True).start()
 
     def _handle_request_noblock(self) -> None:
         """Accept the connections that wait, all of them: one per look at the socket takes longer."""
@@ -4231,7 +4202,7 @@ class Listener(ThreadingHTTPServer):
         except OSError as error:  # BlockingIOError when there are no more
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 complain(logging.ERROR, f"cannot accept connections: {reason_of(error)}")
-                time.sleep(ACCEPT_PAUSE_S)
+                time.sleep(POLL_S)  # instead of spinning
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in the pool; beyond its limit turn the client away."""
@@ -4530,22 +4501,6 @@ def watchdog_interval(environ: Mapping[str, str], pid: int) -> float:
     return int(usec) / 1e6 or math.inf
 
 
-class Watchdog:
-    """Pings systemd at half the interval, as long as the writer gets on. For one thread."""
-
-    def __init__(self, interval_s: float, ping: Callable[[], object], service: Service) -> None:
-        self.look_s = min(interval_s / 8, SIGNAL_CHECK_S)  # how often look() is to be called
-        self._half_s, self._ping, self._service = interval_s / 2, ping, service
-        self._pinged_at = service.clock()
-
-    def look(self) -> None:
-        """Ping if it is time and the writer got on since the last ping. Does not block."""
-        now = self._service.clock()
-        if now - self._pinged_at >= self._half_s and self._service.writer.beat_at > self._pinged_at:
-            self._ping()
-            self._pinged_at = now
-
-
 def inherited_sockets(environ: MutableMapping[str, str], pid: int) -> list[socket.socket]:
     """Return the listening sockets that systemd has opened for process `pid`, in their order.
 
@@ -4752,7 +4707,8 @@ def find_target(options: argparse.Namespace, environ: Mapping[str, str], schema:
     port = split_url(url).get("port") or environ.get("PGPORT") or "5432"
     places = ("/run/postgresql", "/var/run/postgresql", "/tmp")  # Debian's, and PostgreSQL's own
     socket_dir = next((place for place in places if Path(place, f".s.PGSQL.{port}").exists()), "")
-    target, passfile = parse_target(url, environ, os_user(), socket_dir, home_directory())
+    home = Path(os.path.expanduser("~"))  # not there if a container has none for our user
+    target, passfile = parse_target(url, environ, os_user(), socket_dir, home)
     if target.password is not None:
         return target
     try:
@@ -4845,14 +4801,23 @@ def end_for_bug(news: queue.SimpleQueue[str], args: threading.ExceptHookArgs) ->
     news.put(BUG)
 
 
-def attend(news: queue.SimpleQueue[str], repeats: Repeats, watchdog: Watchdog) -> str:
-    """Feed the watchdog and sum up complaints until there is news; return it."""
+def attend(
+    news: queue.SimpleQueue[str],
+    repeats: Repeats,
+    writer: Writer,
+    interval_s: float,
+    ping: Callable[[], None],
+) -> str:
+    """Until there is news sum up complaints, and `ping` the watchdog while the writer gets on; return it."""
+    pinged_at = time.monotonic()
     while True:
-        watchdog.look()
         repeats.summarise()
+        if time.monotonic() - pinged_at >= interval_s / 2 and writer.beat_at > pinged_at:
+            ping()
+            pinged_at = time.monotonic()
         # A signal that arrives just before the wait begins does not interrupt it.
         with contextlib.suppress(queue.Empty):
-            return news.get(timeout=watchdog.look_s)
+            return news.get(timeout=min(interval_s / 8, SIGNAL_CHECK_S))
 
 
 @dataclass(slots=True)
@@ -5023,8 +4988,8 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     reloader = Reloader(options.schema, schema, opener, service, replayer)
     work = partial(reloader.work, reloads, notify, status)
     threading.Thread(target=work, name="reloader", daemon=True).start()
-    watchdog = Watchdog(watchdog_interval(environ, os.getpid()), partial(notify, "WATCHDOG=1"), service)
-    reason = attend(news, repeats, watchdog)
+    interval_s, ping = watchdog_interval(environ, os.getpid()), partial(notify, "WATCHDOG=1")
+    reason = attend(news, repeats, writer, interval_s, ping)
     log.info("stopping: %s", reason)
     service.draining = True
     notify("STOPPING=1", "STATUS=answering the requests in flight")
