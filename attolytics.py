@@ -156,7 +156,7 @@ SPOOL_BYTES_MAX = 1 << 30  # Default of --spool_limit: about five million small 
 SPOOL_BYTES_MIN = 1 << 20  # A smaller limit would refuse the largest batches for ever.
 DISK_RESERVE_BYTES = 8 << 20  # Kept free, because deleting from the spool needs room as well.
 SPOOL_LOCK_S = 3  # Our predecessor may be writing its last events, or being ended by the kernel.
-SPOOL_BUSY_S = 2  # How long somebody with the sqlite3 program may hold the spool's lock.
+SPOOL_BUSY_S = 0.4  # How long somebody with the sqlite3 program may hold the spool's lock.
 QUICK_CHECK_BYTES_MAX = 256 << 20  # A spool up to this size is checked at start; that takes a second.
 SHRINK_STAYS_BYTES_MAX = 8 << 20  # What VACUUM would have to write, while nobody else can.
 REPLAY_EVENTS_MAX = 4_000  # In one transaction: about 50 ms.
@@ -2599,14 +2599,14 @@ def check_spool(path: str, descriptor: int) -> None:
         return
     if head != b"SQLite format 3\0":
         raise OperatorError(f"--spool {path} is not a spool but some other file; it was left as it is")
-    found = "ok"
+    check = (
+        "PRAGMA quick_check(1)" if os.fstat(descriptor).st_size <= QUICK_CHECK_BYTES_MAX else "SELECT 'ok'"
+    )
+    counting = "SELECT count(*) FROM sqlite_master"
+    queries = (check, counting, "PRAGMA application_id", "PRAGMA user_version")
     try:
         with contextlib.closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as db:
-            if os.fstat(descriptor).st_size <= QUICK_CHECK_BYTES_MAX:
-                (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-            (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            (application,) = db.execute("PRAGMA application_id").fetchone()
-            (version,) = db.execute("PRAGMA user_version").fetchone()
+            found, tables, application, version = [db.execute(sql).fetchone()[0] for sql in queries]
     except sqlite3.Error as error:
         if error.sqlite_errorname == "SQLITE_READONLY_ROLLBACK":  # we were killed while we created it
             return
@@ -2694,7 +2694,7 @@ class SpoolFile:
         with self.switch:
             self.check_room(LARGE_BODY_BYTES)
             if self._failed:
-                with self._impatient(), self.transaction():
+                with self.transaction():
                     self._db.execute(f"PRAGMA user_version = {self.one('PRAGMA user_version')}")
 
     def check_room(self, chars: int) -> None:
@@ -2711,7 +2711,7 @@ class SpoolFile:
 
     def shrink(self) -> None:
         """Give the room of deleted events back to the disk."""
-        with self.translated(), self._impatient():
+        with self.translated():
             page_bytes, free = self.one("PRAGMA page_size"), self.one("PRAGMA freelist_count")
             stays = self.one("PRAGMA page_count") - free
             # VACUUM writes what stays while nobody else can write.
@@ -2730,8 +2730,7 @@ class SpoolFile:
 
     def one(self, sql: str) -> Any:
         """Return the first value that a query brings, None for nothing."""
-        row = self._db.execute(sql).fetchone()
-        return row[0] if row else None
+        return (self._db.execute(sql).fetchone() or [None])[0]
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
@@ -2758,15 +2757,6 @@ class SpoolFile:
                     self._db.execute("ROLLBACK")
                 raise
 
-    @contextlib.contextmanager
-    def _impatient(self) -> Iterator[None]:
-        """Do not wait for whoever reads or locks the file with another program."""
-        self._db.execute("PRAGMA busy_timeout = 0")
-        try:
-            yield
-        finally:
-            self._db.execute(f"PRAGMA busy_timeout = {SPOOL_BUSY_S * 1000}")
-
 
 class Spool(SpoolFile):
     """The flushes that wait for their replay, the quarantine, and views of both. For any thread."""
@@ -2791,9 +2781,7 @@ class Spool(SpoolFile):
 
     def epochs(self) -> set[str]:
         """Return the present epoch and those that have flushes here."""
-        with self.translated():
-            epochs = self._db.execute("SELECT DISTINCT epoch FROM attolytics_spool").fetchall()
-        return {self.epoch, *(epoch for (epoch,) in epochs)}
+        return {self.epoch, *(epoch for (epoch,) in self._all("SELECT DISTINCT epoch FROM attolytics_spool"))}
 
     def oldest(self) -> float | None:
         """Return when the first event that waits was received, in seconds since the epoch."""
@@ -2825,23 +2813,20 @@ class Spool(SpoolFile):
         self.quarantined += len(ids)
         return ids
 
-    def release(self, ids: Iterable[int]) -> None:
+    def release(self, ids: Sequence[int]) -> None:
         """Forget events in the quarantine."""
         with self.transaction():
-            delete = "DELETE FROM attolytics_quarantine WHERE id = ?"
-            gone = self._db.executemany(delete, [(i,) for i in ids]).rowcount
-        self.quarantined -= gone
+            self._db.executemany("DELETE FROM attolytics_quarantine WHERE id = ?", [(i,) for i in ids])
+        self.quarantined -= len(ids)
 
     def head(self, events_max: int) -> list[SpooledFlush]:
         """Return the first flushes, all of one epoch, with about `events_max` events; at least one if any."""
         flushes: list[SpooledFlush] = []
         events = chars = 0
-        with self.translated(), contextlib.closing(self._db.cursor()) as cursor:
-            cursor.execute("SELECT id, epoch, flush, events, batches FROM attolytics_spool ORDER BY id")
-            for row in cursor:
-                flush = SpooledFlush(*row)
-                events += flush.events
-                chars += len(flush.text)
+        query = "SELECT id, epoch, flush, events, batches FROM attolytics_spool ORDER BY id"
+        with self.translated(), contextlib.closing(self._db.execute(query)) as rows:
+            for flush in itertools.starmap(SpooledFlush, rows):
+                events, chars = events + flush.events, chars + len(flush.text)
                 is_more = events > events_max or chars > FLUSH_CHARS_MAX
                 if flushes and (is_more or flush.epoch != flushes[0].epoch):
                     break
@@ -2865,8 +2850,7 @@ class Spool(SpoolFile):
     def quarantine_reasons(self) -> list[tuple[str, int]]:
         """Return the commonest reasons in the quarantine, and how many events have each."""
         count = "SELECT reason, count(*) FROM attolytics_quarantine GROUP BY 1 ORDER BY 2 DESC LIMIT ?"
-        with self.translated():
-            return self._db.execute(count, (LISTED_MAX,)).fetchall()
+        return self._all(count, LISTED_MAX)
 
     def retry(self, numbers: Iterator[int], why: Callable[[str], str]) -> int:
         """Move the events in quarantine that fit into flushes of this process; return how many.
@@ -2875,7 +2859,7 @@ class Spool(SpoolFile):
         """
         moved = last = 0
         select = "SELECT id, batch, event FROM attolytics_quarantine WHERE id > ? ORDER BY id LIMIT 100"
-        while found := self._db.execute(select, (last,)).fetchall():
+        while found := self._all(select, last):
             # An event without a batch is a whole flush that could not be read.
             texts = {
                 id_: f'{batch[:-1]},"events":[{event}]}}' if batch else event[1:-1]
@@ -2906,14 +2890,16 @@ class Spool(SpoolFile):
             views.setdefault(table.name.lower(), view_sql(table))
         with self.transaction():
             there = dict(self._db.execute("SELECT lower(name), sql FROM sqlite_master WHERE type = 'view'"))
-            for name, sql in views.items():
-                if there.get(name) == sql:
-                    continue
+            for name in views.keys() - {name for name, sql in views.items() if there.get(name) == sql}:
                 try:
                     self._db.execute(f"DROP VIEW IF EXISTS {identifier(name)}")
-                    self._db.execute(sql)
+                    self._db.execute(views[name])
                 except sqlite3.OperationalError as error:  # a name that SQLite keeps for itself, say
                     log.warning('the spool cannot have a view for the table "%s": %s', name, one_line(error))
+
+    def _all(self, sql: str, *values: int) -> list[Any]:
+        with self.translated():
+            return self._db.execute(sql, values).fetchall()
 
     def _insert_flush(self, number: int, events: int, text: str) -> None:
         assert number > self._last_number  # the replay relies on their order
@@ -2928,11 +2914,10 @@ class Spool(SpoolFile):
         insert = f"INSERT INTO attolytics_quarantine ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
         now = time.time()
         ids = []
-        for item in items:
-            about = about_text(item.app_id, item.delivery) if item.app_id else None
-            texts = [text and storable(text) for text in (item.table, item.column, item.reason)]
-            added = self._db.execute(insert, (now, item.app_id, *texts, about, item.event))
-            ids.append(added.lastrowid or 0)
+        for app_id, delivery, event, *texts in items:
+            about = about_text(app_id, delivery) if app_id else None
+            values = (now, app_id, *(text and storable(text) for text in texts), about, event)
+            ids.append(self._db.execute(insert, values).lastrowid or 0)
         return ids
 
 
