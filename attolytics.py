@@ -858,7 +858,6 @@ MARKING_DECODER = make_decoder(
 
 
 def find_flaw(value: object) -> Flaw | None:
-    """Return a flaw somewhere in a value."""
     unseen = [value]  # no recursion: the decoder goes deeper than Python code may
     while unseen:
         match unseen.pop():
@@ -872,7 +871,6 @@ def find_flaw(value: object) -> Flaw | None:
 
 
 def refused_events(problems: Sequence[Problem], count: int) -> Refusal:
-    """Return the refusal of a batch of `count` events because of `problems`."""
     bad = len({problem.index for problem in problems})
     reason = f"{bad} of {count} events do not fit, none was stored" if count > 1 else "the event does not fit"
     if len(problems) > PROBLEMS_MAX:
@@ -980,7 +978,6 @@ def quote(text: str) -> str:
 
 
 def copy_text(text: str) -> str:
-    """Return a text as a field of a line for COPY."""
     # Printable text has no control characters; nearly all text is.
     return text if text.isprintable() and "\\" not in text else text.translate(COPY_ESCAPES)
 
@@ -1062,7 +1059,6 @@ class TableIntake:
                 yield name, str(error)
 
     def describe(self, key: str) -> str:
-        """Return why a key is not stored."""
         for column, _ in self._filled:
             if column.name == key:
                 header, server = f"the request header {column.header}", f"the server ({column.source})"
@@ -1071,7 +1067,6 @@ class TableIntake:
         return f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], self.known - {TABLE_KEY})}"
 
     def _rest(self, event: dict[str, object]) -> dict[str, object]:
-        """Return what the catch-all column holds."""
         return {key: event[key] for key in event if key not in self.known}
 
     def _field(self, kind: Type) -> Callable[[object], str]:
@@ -1090,7 +1085,6 @@ def storable(text: str) -> str:
 
 
 def about_text(app_id: str, delivery: Delivery) -> str:
-    """Return as JSON what is kept of a request beside its events."""
     headers, client_ip, received_at = delivery
     about = {"app": app_id, "received_at": received_at, "client_ip": client_ip, "headers": headers}
     return JSON_ENCODER.encode(about)
@@ -1253,7 +1247,6 @@ class Intake:
 
 
 def intakes(schema: Schema) -> dict[str, Intake]:
-    """Return the intake of each app, by its id."""
     tables = {name: TableIntake(table) for name, table in schema.tables.items()}
     return {app.id: Intake(app, tables) for app in schema.apps.values()}
 
@@ -1314,11 +1307,8 @@ def raise_sql(epoch: str, token: str, number: int) -> str:
 
 
 def take_over_sql(epochs: Iterable[str], token: str) -> str:
-    """Return the statement by which a session takes the ledger's rows of epochs over, making those it lacks.
-
-    It waits for messages that still run, makes those of older sessions fail from now on, and returns how
-    far each epoch is stored.
-    """
+    """Return the statement by which a session takes the ledger's rows of epochs over, or makes them."""
+    # It waits for messages that still run, and makes those of older sessions fail from now on.
     rows = ",".join(f"('{epoch}', 0, '{token}', {NOW_DURABLY})" for epoch in sorted(epochs))
     return (
         f"INSERT INTO {LEDGER} (epoch, flush, session, updated_at) VALUES {rows} ON CONFLICT (epoch)"
@@ -1351,10 +1341,8 @@ def insert_sql(table: TableIntake) -> tuple[str, str]:
 
 
 def insert_message(start: str, parts: Iterable[Mapping[TableIntake, Sequence[str]]], end: str) -> Message:
-    """Return the message that stores rows between two statements.
-
-    Each table says itself which columns its rows have: while a schema is replaced, rows of both may meet.
-    """
+    """Return the message that stores rows between two statements."""
+    # By what makes them, not by names: while a schema is replaced, rows of both may meet.
     by_table: dict[TableIntake, list[str]] = {}
     for part in parts:
         for table, rows in part.items():
@@ -1430,7 +1418,6 @@ class Index(NamedTuple):
 
 
 def wanted_indexes(table: Table) -> list[Index]:
-    """Return the indexes that a table should have."""
     # A b-tree on jsonb only helps to compare whole values; GIN finds keys and values in them.
     return [
         Index(table.name, c.name, c.unique, "gin" if c.type is Type.JSON and not c.unique else "btree")
@@ -1526,7 +1513,6 @@ class Plan(tuple[Step, ...]):
 
     @property
     def reasons(self) -> list[str]:
-        """Return everything that does not fit, a line each."""
         return [reason for step in self for reason in step.reasons]
 
     @property
@@ -1624,7 +1610,6 @@ def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
 
 
 def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
-    """Return the steps that make the ledger fit."""
     place = f'table "{LEDGER}"'
     if not existing:
         yield Step(Way.CREATE, LEDGER, (f"there is no {place}",), (CREATE_LEDGER,))
@@ -1655,12 +1640,10 @@ def make_plan(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -
 
 
 def sql_lines(statements: Iterable[str]) -> str:
-    """Return statements as they stand in a message."""
     return "\n".join(f"  {statement};" for statement in statements)
 
 
 def misfits_text(plan: Plan, what: str, ways: str) -> str:
-    """Return a message that lists what does not fit and the SQL that mends it."""
     count = "a difference" if len(plan.reasons) == 1 else f"{len(plan.reasons)} differences"
     reasons = "".join(f"  {reason}\n" for reason in plan.reasons)
     head = f"the database does not fit the schema file, {count}{what}:"
@@ -1668,15 +1651,11 @@ def misfits_text(plan: Plan, what: str, ways: str) -> str:
 
 
 def comment(text: str) -> str:
-    """Return a text as comments of SQL."""
     return "\n".join(f"-- {line}".rstrip() for line in text.splitlines())
 
 
 def script(plan: Plan) -> str:
-    """Return what a plan says, for people and for psql alike.
-
-    What --migrate would not run by itself psql does not run either: it stands in comments.
-    """
+    """Return what a plan says, for people and for psql alike, which runs what --migrate would."""
     lines = [comment(f"  {reason}") for reason in plan.reasons]
     by_hand = plan.by(Way.HAND).statements
     if quick := [statement for statement in plan.statements if statement not in by_hand]:
@@ -1802,7 +1781,6 @@ unescape = partial(re.sub, r"\\(.)", r"\1")
 
 
 def find_password(passfile: str, target: Target, socket_dir: str) -> str | None:
-    """Return the password that the text of a .pgpass file has for a target."""
     directory = target.socket.rpartition("/")[0] if target.socket else ""
     # The file says `localhost` for a socket in the default directory (PostgreSQL manual, 34.16).
     host = target.host or ("localhost" if directory in (socket_dir, "") else directory)
@@ -1861,7 +1839,6 @@ LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def sample(name: str, labels: Mapping[str, str], value: float) -> str:
-    """Return a line of the text format."""
     pairs = ",".join(f'{label}="{text.translate(LABEL_ESCAPES)}"' for label, text in labels.items())
     return f"{name}{f'{{{pairs}}}' if pairs else ''} {value}"
 
@@ -1904,12 +1881,10 @@ class Metrics:
             self._numbers[name][labels][0] += n
 
     def count_all(self, name: str, counts: Mapping[tuple[str, ...], int]) -> None:
-        """Add to counters of one name."""
         for labels, count in counts.items():
             self.count(name, count, *labels)
 
     def observe(self, name: str, value: float, *labels: str) -> None:
-        """Count a value in a histogram."""
         with self._lock:
             numbers = self._numbers[name][labels]
             numbers[bisect_left(BOUNDS[name], value)] += 1
@@ -2064,10 +2039,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         return skipped_rows(message, self.tags)
 
     def is_direct(self) -> bool:
-        """Return whether no pooler is between us and PostgreSQL: it greets with a number of its own making.
-
-        Raises what run() does.
-        """
+        """Return whether no pooler, which greets with a number of its own, is between us and PostgreSQL."""
         key = self._backend_key_data
         return key is not None and self.run("SELECT pg_backend_pid()") == [[int.from_bytes(key[:4])]]
 
@@ -2082,7 +2054,6 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             raise DatabaseError("the server closed the connection")
 
     def close(self) -> None:
-        """Close the connection, which may be dead already."""
         with contextlib.suppress(*BROKEN):
             self._usock.settimeout(POLL_S)  # PostgreSQL would notice anyway
             super().close()
@@ -2139,10 +2110,7 @@ def os_user() -> str:
 
 
 def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
-    """Return the ways to connect, None without TLS, in the order to try (PostgreSQL manual, 34.19).
-
-    Raises OperatorError for a certificate file that cannot be read.
-    """
+    """Return the ways to connect (PostgreSQL manual, 34.19), None without TLS. Raises OperatorError."""
     if target.socket or target.sslmode == "disable":
         return [None]
     default_root = Path(os.path.expanduser("~/.postgresql/root.crt"))
@@ -2271,7 +2239,6 @@ def take_over(session: Session, epochs: Iterable[str]) -> None:
     session.stored = {epoch: int(flush) for epoch, flush in rows}
 
 
-MIGRATION_LOCK = 7_039_262_163_318  # Any number; held by the session that changes tables.
 TIMED_OUT = ("55P03", "57014")  # for a lock that was not to be had in time, say
 # Also a deadlock, or somebody who was a bit quicker: two sessions that create one table at once can fail with
 # 23505, IF NOT EXISTS or not.
@@ -2311,10 +2278,8 @@ def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> Datab
 
 
 def check_tables(session: Session, schema: Schema, user: str) -> None:
-    """Raise OperatorError if tables that we had prepared are gone or have changed, DatabaseError.
-
-    They are not created anew: whoever renamed a table may be about to rename it back.
-    """
+    """Raise OperatorError if tables that we had prepared are gone or have changed, DatabaseError."""
+    # They are not created anew: whoever renamed a table may be about to rename it back.
     plan = survey(session, schema, user)
     refuse_misfits(plan, migrates=False)
     # (ON CONFLICT needs its unique index.)
@@ -2331,7 +2296,7 @@ def take(session: Session, step: Step, plan: Callable[[], Plan]) -> None:
     That lock is a transaction's. The build of an index cannot be in one: it is started right after it, under
     a name that another instance would choose as well, so that the second of two does nothing. PostgreSQL
     takes two builds at once for a deadlock and ends one of them after a second; the next plan clears up
-    behind it. Only behind a pooler does that happen. Raises OperatorError for a build that took too long.
+    behind it. Raises OperatorError for a build that took too long.
     """
     session.run(f"BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {BUILD_LOCK_TIMEOUT_MS}")
     if step.way is not Way.CREATE:
@@ -2407,31 +2372,23 @@ def prepare(
 ) -> None:
     """Create what is missing; if it `migrates` columns too, and drop NOT NULL where nothing requires it.
 
-    Logs what it runs. Blocks as long as PostgreSQL needs to build indexes. Inserts of others go on: no lock
-    that stops them is held or waited for longer than half a second. Does nothing if there is something that
-    it must not do.
-
-    Raises OperatorError with everything that does not fit then and the SQL for it; DatabaseError when the
-    database went away or a table stayed in use for `patience_s`: what was done until then stays, and trying
-    again goes on from there, over another connection.
+    Blocks as long as PostgreSQL needs to build indexes. Inserts of others go on: no lock that stops them is
+    held or waited for longer than half a second. Raises OperatorError with everything that does not fit and
+    the SQL for it, before anything is done; DatabaseError when the database went away or a table stayed in
+    use for `patience_s`: what was done until then stays, and trying again goes on from there.
     """
     session.timeout_s = PREPARE_TIMEOUT_S
     plan = survey(session, schema, user)
     refuse_misfits(plan, migrates)
     if not plan:
         return
-    # Keeps other instances from doing the same, and time-outs of the role or the database from ending builds.
-    # That is up to the session; a pooler would give it to other clients.
+    # Keeps time-outs of the role or the database from ending builds. A pooler would give that to others.
     is_direct = session.is_direct()
     if is_direct:
-        # Not waiting in PostgreSQL, because a build waits for everybody who does that with a snapshot.
-        while session.run(f"SELECT pg_try_advisory_lock({MIGRATION_LOCK})") != [[True]]:
-            time.sleep(CHANGE_PAUSE_S)
         session.run("SET statement_timeout = 0; SET lock_timeout = 0")
     take_steps(session, partial(survey, session, schema, user), user, patience_s)
     if is_direct:
         session.run("RESET statement_timeout; RESET lock_timeout")
-        session.run(f"SELECT pg_advisory_unlock({MIGRATION_LOCK})")
 
 
 class Opener:
@@ -2504,7 +2461,6 @@ def json_path(name: str) -> str | None:
 
 
 def sqlite_key(json_sql: str, name: str) -> tuple[str, str]:
-    """Return SQL for the value of a key in a JSON object, and for its JSON type."""
     if path := json_path(name):
         return f"json_extract({json_sql}, {path})", f"json_type({json_sql}, {path})"
     # Keys may be written with escapes, which only json_each reads as what they mean.
@@ -2543,7 +2499,6 @@ def view_column(table: Table, column: Column) -> str:
 
 
 def view_sql(table: Table) -> str:
-    """Return the statement that creates a table's view in the spool."""
     columns = ",\n  ".join(view_column(table, column) for column in table.columns)
     # Former versions let JSON in that is nested deeper than SQLite reads.
     batches = "CASE WHEN json_valid(f.batches) THEN f.batches END"
@@ -2776,7 +2731,6 @@ class Spool(SpoolFile):
 
     @property
     def events(self) -> int:
-        """Return how many events wait for their replay."""
         return self._total - self._gone
 
     def epochs(self) -> set[str]:
@@ -2814,7 +2768,6 @@ class Spool(SpoolFile):
         return ids
 
     def release(self, ids: Sequence[int]) -> None:
-        """Forget events in the quarantine."""
         with self.transaction():
             self._db.executemany("DELETE FROM attolytics_quarantine WHERE id = ?", [(i,) for i in ids])
         self.quarantined -= len(ids)
@@ -2842,7 +2795,6 @@ class Spool(SpoolFile):
         self.quarantined += len(items)
 
     def delete(self, flushes: Sequence[SpooledFlush]) -> None:
-        """Delete the first flushes, which are stored."""
         with self.transaction():
             self._db.execute("DELETE FROM attolytics_spool WHERE id <= ?", (flushes[-1].id,))
         self._gone += sum(flush.events for flush in flushes)
@@ -2983,7 +2935,6 @@ class Group:
         return found
 
     def misfit(self, row: int, reason: str, column: str | None = None) -> Misfit:
-        """Return one of rows() that cannot be stored."""
         _, _, batch, place = self.rows()[row]
         return batch, Problem(place, column, reason)
 
@@ -3082,7 +3033,6 @@ class Turns:
         self._allowance = math.inf
 
     def allow(self, events: float) -> None:
-        """Allow so many events from now on."""
         with self._changed:
             self._allowance = events
             self._changed.notify_all()
@@ -3202,10 +3152,7 @@ class Replayer:
         return None
 
     def _replay(self, session: Session) -> bool:
-        """Store what is in the spool until it is empty and the session is the writer's.
-
-        Returns False after stop(). Raises DatabaseError and SpoolError.
-        """
+        """Store what is in the spool until the session is the writer's; return False after stop()."""
         started = logged = self._clock()
         replayed, slow_until = 0, 0.0
         if left := self._spool.events:
@@ -3600,7 +3547,6 @@ def check_partial_head(head: bytes) -> None:
 
 
 def parse_fields(lines: Sequence[str]) -> dict[str, str]:
-    """Return header fields by lower-case name."""
     if len(lines) > HEADER_COUNT_MAX:
         reason = f"{len(lines)} header fields; a request may have {HEADER_COUNT_MAX}"
         raise Refusal("headers_too_large", reason)
@@ -3716,7 +3662,6 @@ def answer_text(**values: object) -> str:
 
 
 def answer_bytes(status: HTTPStatus, headers: str, text: str) -> bytes:
-    """Return a whole answer, to be sent at once."""
     kind = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n" if text else ""
     headers = f"Date: {http_date(int(time.time()))}\r\n{kind}{headers}{STATUS_HEADERS.get(status, '')}"
     return f"HTTP/1.1 {status} {status.phrase}\r\n{headers}\r\n{text}".encode("latin-1")
@@ -3732,11 +3677,7 @@ def limit_wait(sock: socket.socket, option: int, seconds: int) -> None:
 
 
 class Incoming:
-    """What a client sends, read under deadlines rather than per-read time-outs.
-
-    Its methods raise Refusal at the deadline and when the client stops early, and OSError when the
-    connection breaks.
-    """
+    """What a client sends, read under deadlines. Raises Refusal past them and when the client stops early."""
 
     def __init__(self, sock: socket.socket, clock: Callable[[], float]) -> None:
         self._sock = sock
@@ -3762,7 +3703,6 @@ class Incoming:
         return head
 
     def exactly(self, size: int, deadline: float) -> bytes:
-        """Return `size` bytes of the body."""
         parts = [self._buffer[self._at : self._at + size]]
         self._at += len(parts[0])
         if self._at == len(self._buffer):  # do not keep a large body while its events are stored
@@ -3827,18 +3767,14 @@ class Incoming:
         return taken
 
     def _receive(self, deadline: float, size: int = 0) -> bytes:
-        """Return what comes, b"" at the end of input.
-
-        With a `size` waits until that much is there or RECEIVE_BYTES, the input ends or the time is over:
-        not each piece of a large body wakes us.
-        """
+        """Return what comes, b"" at the end; with a `size` all of that, but at most RECEIVE_BYTES."""
         seconds = math.ceil(deadline - self._clock())  # mostly what was set the last time
         try:
             if seconds > 0 and seconds != self._waits_s:
                 self._waits_s = seconds
                 limit_wait(self._sock, socket.SO_RCVTIMEO, seconds)
             if seconds > 0:
-                flags = socket.MSG_WAITALL if size else 0
+                flags = socket.MSG_WAITALL if size else 0  # not each piece of a large body wakes us
                 return self._sock.recv(min(size or RECEIVE_BYTES, RECEIVE_BYTES), flags)
         except BlockingIOError:
             pass
@@ -3882,11 +3818,9 @@ class Pool:
         return True
 
     def go_on(self, job: Callable[[], object]) -> None:
-        """Run another job of a connection that has kept its place."""
         self._jobs.put(job)
 
     def release(self) -> None:
-        """Give a place that was kept to another."""
         with self._released:
             self.busy -= 1
             self._released.notify_all()
@@ -3947,7 +3881,6 @@ class Service:
             raise
 
     def let_go(self, batch: Batch) -> None:
-        """Let another large batch come."""
         if len(batch.body) > LARGE_BODY_BYTES:
             self._large.release()
 
@@ -4176,7 +4109,6 @@ class Listener(ThreadingHTTPServer):
         sock.setblocking(False)
 
     def start(self) -> None:
-        """Accept connections, in a thread."""
         threading.Thread(target=self.serve_forever, args=(POLL_S,), name="acceptor", daemon=True).start()
 
     def _handle_request_noblock(self) -> None:
@@ -4195,7 +4127,6 @@ class Listener(ThreadingHTTPServer):
             self.turn_away(request)
 
     def turn_away(self, request: socket.socket) -> None:
-        """Close a connection that there is no place for."""
         self.shutdown_request(request)
 
     def _serve(self, request: Any, client_address: Any) -> bool:
@@ -4221,10 +4152,7 @@ class Server(Listener):
         self.service, self._turning_away, self._is_inherited = service, turning_away, is_inherited
 
     def stop_accepting(self) -> None:
-        """Accept what has connected already, and close the listening socket.
-
-        What waits at an inherited socket is for the next process.
-        """
+        """Accept what has connected, or leave that to the next process; close the listening socket."""
         self.shutdown()
         if not self._is_inherited:
             # Closing would reset connections that the kernel has accepted for us.
@@ -4266,7 +4194,6 @@ def addresses(host: str, port: int) -> list[tuple[int, str]]:
 
 
 def shown_address(host: object, port: object) -> str:
-    """Return host:port as in a URL."""
     return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 
 
@@ -4303,7 +4230,6 @@ def listening_sockets(host: str, port: int, option: str = "--port") -> list[sock
 
 
 def addresses_text(servers: Iterable[Listener]) -> str:
-    """Return the URLs of servers, as in a sentence."""
     return " and ".join(f"http://{shown_address(*server.server_address[:2])}" for server in servers)
 
 
@@ -4464,11 +4390,8 @@ class Monitor(Listener):
 
 
 def send_notice(path: str | None, *lines: str) -> None:
-    """Send one datagram to systemd, for example ("READY=1", "STATUS=listening"). Never raises or blocks.
-
-    Without the path of its socket systemd did not start us, and is not told.
-    """
-    if not path:
+    """Send one datagram to systemd, for example ("READY=1", "STATUS=listening"). Never raises or blocks."""
+    if not path:  # systemd did not start us
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
         try:
@@ -4487,10 +4410,9 @@ def watchdog_interval(environ: Mapping[str, str], pid: int) -> float:
 
 
 def inherited_sockets(environ: MutableMapping[str, str], pid: int) -> list[socket.socket]:
-    """Return the listening sockets that systemd has opened for process `pid`, in their order.
+    """Return the listening sockets that systemd has opened for process `pid`. Raises OperatorError.
 
-    Takes the variables that tell of them out of `environ`: they are not for our children. Raises
-    OperatorError.
+    Takes the variables that tell of them out of `environ`: they are not for our children.
     """
     for_pid, count, _names = [environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     if not count:
@@ -4567,7 +4489,6 @@ def parse_size(text: str, low: int = 1) -> int:
 
 
 def parse_count(low: int, high: int, text: str) -> int:
-    """Return a whole number from low to high."""
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {show(text)}")
     return int(text)
@@ -4601,7 +4522,6 @@ SWITCHES = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of our options."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "attolytics", None, DESCRIPTION, EPILOG, formatter_class=layout, allow_abbrev=False
@@ -4883,15 +4803,11 @@ def write_report(*lines: str) -> None:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number and a noun, in the plural where it needs one."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """Report what is wrong with the schema file and the database; return the exit code.
-
-    The report is a script for psql. Raises OperatorError when something cannot be checked.
-    """
+    """Report what is wrong with the schema file and the database; return the exit code."""
     try:
         schema = read_schema(options.schema)
     except SchemaError as error:
@@ -4984,7 +4900,6 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
     options = build_parser().parse_args(arguments)
     journal = under_systemd(os.environ.get("JOURNAL_STREAM"))
     handler, repeats = logging.StreamHandler(), Repeats(time.monotonic)
