@@ -1890,12 +1890,6 @@ class Metrics:
             numbers[bisect_left(BOUNDS[name], value)] += 1
             numbers[-1] += value
 
-    def answer(self, status: int, seconds: float | None) -> None:
-        """Count an answer; `seconds` is None for a client that was turned away unheard."""
-        self.count("http_requests_total", 1, str(int(status)))
-        if seconds is not None:
-            self.observe("http_request_duration_seconds", seconds)
-
     def refuse(self, refusal: Refusal, app_id: str = "") -> None:
         """Count events that are refused; `app_id` is an app of the schema or "", never a client's text."""
         self.count("events_refused_total", refusal.events, app_id, refusal.label)
@@ -3546,6 +3540,11 @@ def check_partial_head(head: bytes) -> None:
         raise Refusal("headers_too_large", f"the header fields have more than {HEADER_BYTES_MAX} bytes")
 
 
+def check_partial_line(limit: int, line: bytes) -> None:
+    if len(line) > limit:
+        raise Refusal("malformed_request", f"a line of more than {limit} bytes in a chunked body")
+
+
 def parse_fields(lines: Sequence[str]) -> dict[str, str]:
     if len(lines) > HEADER_COUNT_MAX:
         reason = f"{len(lines)} header fields; a request may have {HEADER_COUNT_MAX}"
@@ -3745,11 +3744,7 @@ class Incoming:
 
     def _line(self, limit: int, deadline: float) -> bytes:
         """Return a line of a chunked body without its CRLF."""
-
-        def check(line: bytes) -> None:
-            if len(line) > limit:
-                raise Refusal("malformed_request", f"a line of more than {limit} bytes in a chunked body")
-
+        check = partial(check_partial_line, limit)
         line = self._until(b"\r\n", check, deadline)
         check(line)
         return line
@@ -3785,9 +3780,8 @@ class Pool:
     """Runs jobs in at most `limit` threads, which are reused. A job that returns true keeps its place."""
 
     def __init__(self, limit: int, name: str) -> None:
-        self._limit = limit
-        self._name = name
-        self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._limit, self._name = limit, name
+        self.jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # of those who have a place
         # Guards all below. Notified when busy shrinks.
         self._released = threading.Condition()
         self.busy = 0  # places that are taken; never more than there are threads
@@ -3814,22 +3808,16 @@ class Pool:
             self.busy += 1
             if self.is_full():
                 self._full_since = time.monotonic()
-        self._jobs.put(job)
+        self.jobs.put(job)
         return True
-
-    def go_on(self, job: Callable[[], object]) -> None:
-        self._jobs.put(job)
 
     def release(self) -> None:
         with self._released:
             self.busy -= 1
             self._released.notify_all()
 
-    def is_full(self) -> bool:
-        return self.busy >= self._limit
-
-    def is_crowded(self) -> bool:
-        return self.busy * 4 > self._limit * 3
+    def is_full(self, share: float = 1) -> bool:
+        return self.busy >= self._limit * share
 
     def wait_until_quiet(self, seconds: float) -> bool:
         """Return whether all jobs have ended. Blocks at most `seconds`."""
@@ -3838,7 +3826,7 @@ class Pool:
 
     def _work(self) -> NoReturn:
         while True:
-            job = self._jobs.get()
+            job = self.jobs.get()
             if not job():
                 self.release()
             del job  # it holds the connection
@@ -3945,7 +3933,7 @@ class Handler(BaseRequestHandler):
         since = self._service.clock()
         while (has_begun := self._incoming.wait()) is None:
             self._finish_answer()
-            limit_s = IDLE_CROWDED_S if self.server.pool.is_crowded() else IDLE_S
+            limit_s = IDLE_CROWDED_S if self.server.pool.is_full(0.75) else IDLE_S
             limit_s = limit_s if self._head else HEAD_DEADLINE_S  # the first one
             if self._service.ended or self._service.clock() - since > limit_s:
                 return False
@@ -4001,7 +3989,7 @@ class Handler(BaseRequestHandler):
         self._rest, has_parted = answer[sent:], self.has_parted
         self._answered.release()  # unless we have parted, the next request may be served from here on
         if has_parted and self._rest:
-            self.server.pool.go_on(self._part)
+            self.server.pool.jobs.put(self._part)
         elif has_parted:
             self.server.shutdown_request(self.request)
             self.server.pool.release()
@@ -4030,7 +4018,8 @@ class Handler(BaseRequestHandler):
         """Return an answer; decide whether the connection stays open after it; count and log it."""
         head, service = self._head, self._service
         seconds = service.clock() - self._started
-        service.metrics.answer(status, seconds)
+        service.metrics.count("http_requests_total", 1, f"{status}")
+        service.metrics.observe("http_request_duration_seconds", seconds)
         self._keeps = bool(head and head.keep_alive) and not self._body_unread and not service.draining
         connection = f"Connection: {'keep-alive' if self._keeps else 'close'}\r\n"
         answer = answer_bytes(status, cors_headers(self._intake, head) + connection, text)
@@ -4171,7 +4160,7 @@ class Server(Listener):
     def _turn_away(self, sock: socket.socket, flags: int = 0) -> None:
         refusal = Refusal("too_many_connections", "too many connections, try again later")
         self.service.metrics.refuse(refusal)
-        self.service.metrics.answer(refusal.status, None)
+        self.service.metrics.count("http_requests_total", 1, f"{refusal.status}")
         headers = f"{ANY_ORIGIN}Connection: close\r\n"
         with contextlib.suppress(OSError):  # the client is gone
             sock.send(answer_bytes(refusal.status, headers, answer_text(error=refusal.reason)), flags)
@@ -4555,22 +4544,21 @@ class Repeats(logging.Filter):
         about = getattr(record, "about", None)  # see complain()
         if about is None:
             return True
-        self.summarise()
         with self._lock:
             _, since, more = self._open.get(about, (record, self._clock(), -1))
             self._open[about] = record, since, more + 1
-            return more < 0
+        return more < 0
 
     def summarise(self) -> None:
         """Log how often the older complaints came up again. To be called now and then."""
         now = self._clock()
         with self._lock:
-            due = [(about, *known) for about, known in self._open.items() if now - known[1] >= COMPLAINT_S]
-            for about, record, _, more in due:
+            due = {about: known for about, known in self._open.items() if now - known[1] >= COMPLAINT_S}
+            for about, (record, _, more) in due.items():
                 del self._open[about]
                 if more:
                     self._open[about] = record, now, 0
-        for _, record, since, more in due:
+        for record, since, more in due.values():
             if more:
                 text = record.getMessage()
                 log.log(record.levelno, "%s (and %s more in the last %.0f s)", text, f"{more:,}", now - since)
@@ -4612,8 +4600,7 @@ def find_target(options: argparse.Namespace, environ: Mapping[str, str], schema:
     port = split_url(url).get("port") or environ.get("PGPORT") or "5432"
     places = ("/run/postgresql", "/var/run/postgresql", "/tmp")  # Debian's, and PostgreSQL's own
     socket_dir = next((place for place in places if Path(place, f".s.PGSQL.{port}").exists()), "")
-    home = Path(os.path.expanduser("~"))  # not there if a container has none for our user
-    target, passfile = parse_target(url, environ, os_user(), socket_dir, home)
+    target, passfile = parse_target(url, environ, os_user(), socket_dir, Path(os.path.expanduser("~")))
     if target.password is not None:
         return target
     try:
@@ -4639,16 +4626,6 @@ def raise_file_limit(connections: int) -> None:
             raise OperatorError(f"{problem}: lower it, or raise LimitNOFILE (systemd) or ulimit -n") from None
 
 
-def device_interrupts(table: str) -> Counter[int]:
-    """Return how many interrupts of devices each CPU has served, from the text of /proc/interrupts."""
-    header, *rows = [line.split() for line in table.splitlines()] or [[]]
-    counts: Counter[int] = Counter()
-    for name, *numbers in filter(None, rows):
-        if name.rstrip(":").isdigit():
-            counts.update({int(cpu[3:]): int(n) for cpu, n in zip(header, numbers, strict=False)})
-    return counts
-
-
 def stay_on_one_cpu() -> socket.socket:
     """Run all our threads on one CPU, as only one can run Python at a time. Returns what claims it.
 
@@ -4657,7 +4634,10 @@ def stay_on_one_cpu() -> socket.socket:
     """
     interrupts: Counter[int] = Counter()
     with contextlib.suppress(OSError, ValueError):
-        interrupts = device_interrupts(Path("/proc/interrupts").read_text())
+        header, *rows = map(str.split, Path("/proc/interrupts").read_text().splitlines())
+        for name, *numbers in rows:
+            if name.rstrip(":").isdigit():  # it is a device's
+                interrupts.update({int(cpu[3:]): int(n) for cpu, n in zip(header, numbers, strict=False)})
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         cpus = sorted(os.sched_getaffinity(0), key=lambda cpu: (interrupts[cpu], cpu))
@@ -4676,13 +4656,11 @@ def stay_on_one_cpu() -> socket.socket:
 
 def use_memory_sparingly() -> None:
     """Let glibc keep little memory for itself (mallopt(3))."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # another library
         libc = ctypes.CDLL(None)
         libc.mallopt(-8, 1)  # M_ARENA_MAX: in each arena rows and bodies leave holes
         libc.mallopt(-3, MAPPED_BYTES)  # M_MMAP_THRESHOLD
         libc.malloc_trim(0)  # what compiling this file took
-    except (OSError, AttributeError) as error:
-        log.debug("cannot choose how memory is managed: %s", one_line(error))
 
 
 def first_session(opener: Opener, epochs: Iterable[str]) -> Session | None:
