@@ -103,7 +103,6 @@ TRACE = 5  # The level of -vv, below DEBUG (-v)
 REQUEST_LINE_BYTES_MAX = 8 << 10  # nginx's default for one line ...
 HEADER_BYTES_MAX = 32 << 10  # ... and for all of them.
 HEADER_COUNT_MAX = 100  # A browser behind two proxies sends about 30.
-CHUNK_LINE_BYTES_MAX = 256  # A chunk's size in hex; nobody sends extensions.
 BODY_BYTES_MAX = 1 << 20  # nginx's own default, so both refuse the same request.
 EVENTS_MAX = 10_000  # Per request; keeps one transaction well below a second.
 JSON_DEPTH_MAX = 100  # In a json value; PostgreSQL and every client cope with that.
@@ -120,14 +119,11 @@ IDLE_SLICE_S = 1  # How late a connection that waits for a request notices that 
 SEND_TIMEOUT_S = 10  # Answers are small; only a client that stopped reading needs longer.
 LINGER_S = 2  # Time for a refused client to read its answer before the connection is cut.
 RETRY_AFTER_S = 5  # Sent with 503: clients come back about when the connector has tried again.
-PREFLIGHT_AGE_S = 86_400  # Browsers cap it themselves (Chromium at 2 h).
 
 CONNECTIONS_MAX = 512  # Default of --max_connections; a thread each, about 50 kB resident.
 PLACE_PATIENCE_S = 0.2  # For a place, when all have just been taken: threads may be about to notice an end.
 TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
-SPARE_FILES = 64  # File descriptors beside the client connections: database, log, libraries.
 RECEIVE_BYTES = 64 << 10  # Read at once: the head and the body of nearly every request.
-MAPPED_BYTES = 128 << 10  # Larger pieces of memory go back to the system at once; RECEIVE_BYTES is less.
 LARGE_BODY_BYTES = 32 << 10  # Larger ones are converted one at a time ...
 LARGE_BATCHES_MAX = 6  # ... and so many are between that and their answer: enough for two flushes.
 LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kernel caps it.
@@ -141,14 +137,9 @@ STATEMENT_TIMEOUT_S = 9  # Cancels a flush that hangs in the server ...
 ANSWER_GRACE_S = 1  # ... and so much later a server that does not answer at all is given up.
 LONG_STATEMENT_TIMEOUT_S = 60  # For one spooled flush that slow triggers kept from getting through.
 PREPARE_TIMEOUT_S = 3_600  # An index on a table of 100 million rows takes some minutes.
-CHANGE_LOCK_TIMEOUT_MS = 200  # Inserts queue up behind a change that waits for its lock ...
-CHANGE_TIMEOUT_MS = 400  # ... and while it runs: together less than half a second.
-CHANGE_PAUSE_S = 1  # Between two tries, so that inserts get through.
+CHANGE_PAUSE_S = 1  # Between two tries to change a table, so that inserts get through.
 CHANGE_PATIENCE_S = 60  # So long tries go on; a report that reads the table may take that.
-BUILD_LOCK_TIMEOUT_MS = 10_000  # Nobody queues up behind it; PostgreSQL stops autovacuum for it after 1 s.
 CONNECT_TIMEOUT_S = 5  # Default of connect_timeout in the URL.
-CONFLICT_TRIES = 5  # For a step of a migration that PostgreSQL takes and that has no effect.
-BACKOFF_FIRST_S = 0.1  # Between attempts to connect, doubled each time ...
 BACKOFF_MAX_S = 5  # ... up to this; half of it is jitter.
 COMPLAINT_S = 60  # The same complaint is logged once, and how often it came up after so long.
 
@@ -158,13 +149,11 @@ DISK_RESERVE_BYTES = 8 << 20  # Kept free, because deleting from the spool needs
 SPOOL_LOCK_S = 3  # Our predecessor may be writing its last events, or being ended by the kernel.
 SPOOL_BUSY_S = 0.4  # How long somebody with the sqlite3 program may hold the spool's lock.
 QUICK_CHECK_BYTES_MAX = 256 << 20  # A spool up to this size is checked at start; that takes a second.
-SHRINK_STAYS_BYTES_MAX = 8 << 20  # What VACUUM would have to write, while nobody else can.
 REPLAY_EVENTS_MAX = 4_000  # In one transaction: about 50 ms.
 REPLAY_ALLOWANCE = 2_000  # New events for each such transaction; more wait for the next.
 TURN_PATIENCE_S = 0.4  # So long at most new events wait for their turn, or for the end of a replay.
 REPLAY_TURN_S = 0.3  # A transaction that takes longer has had its turn: the database is slow, or away.
 SLOW_S = 1  # So long after one the writer does not get the session.
-PROGRESS_LOG_S = 5  # Between two lines about a replay.
 HELD_UP_S = 10  # A replay that has not got on for so long is said to be held up.
 HELD_S_MAX = 50  # An event that is refused for a reason that is not the data's holds others up for so long.
 LOSSES_MAX = 3  # Sessions that an event may cost before it is looked for.
@@ -180,7 +169,6 @@ SIGNAL_CHECK_S = 0.5  # How late a signal may be noticed in the worst case.
 DRAIN_S = 9  # Requests in flight are answered; systemd and Docker kill after 90 s and 10 s.
 
 NAME_BYTES_MAX = 63  # PostgreSQL manual, 4.1.1: longer identifiers are cut silently.
-NUMERIC_DIGITS = 131_072, 16_383  # Before and after the point (PostgreSQL manual, table 8.2).
 # --- Errors -------------------------------------------------------------------
 # Three families: what the operator must mend (one clear text, exit code 1), what a client did wrong (a status
 # and a reason), and what PostgreSQL and SQLite said. And how a complaint that comes up again is logged.
@@ -406,7 +394,6 @@ class Part:
         self.problems.append(f"{self.line}: {place}{reason}")
 
     def at(self, key: str, node: yaml.Node, position: yaml.Node) -> Part:
-        """Return the part under a key that stands at the position of another node."""
         return Part(self.problems, node, position.start_mark.line + 1, self.place + key)
 
     def value(self) -> Any:
@@ -728,9 +715,9 @@ def exact_json(value: object, number: str | Callable[[re.Match[str]], str] = r"\
 
 
 def numeric(marked: re.Match[str]) -> str:
-    """Return a number in JSON that jsonb can hold, which it does as numeric."""
-    number, (before_point, after_point) = Decimal(marked[1]), NUMERIC_DIGITS
-    if number.adjusted() >= before_point or -int(number.as_tuple().exponent) > after_point:
+    """Return a number in JSON that jsonb holds, which is as numeric (PostgreSQL manual, table 8.2)."""
+    number = Decimal(marked[1])
+    if number.adjusted() >= 131_072 or -int(number.as_tuple().exponent) > 16_383:  # digits beside the point
         raise ValueError(f"the number {show(number)} is out of range")
     return marked[1]
 
@@ -773,7 +760,6 @@ CONVERTERS: Mapping[Type, Callable[[object], str]] = {
 
 
 def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return an address without a zone, and IPv4 that came over an IPv6 socket as IPv4."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0].strip())
     except ValueError:
@@ -1070,7 +1056,6 @@ class TableIntake:
         return {key: event[key] for key in event if key not in self.known}
 
     def _field(self, kind: Type) -> Callable[[object], str]:
-        """Return the function that turns a JSON value into a field of a row. It raises ValueError."""
         convert = CONVERTERS[kind]
         if not self.is_copied:
             return lambda value: quote(convert(value))
@@ -1212,7 +1197,6 @@ class Intake:
         return batch
 
     def _by_table(self, events: Sequence[Any], problems: list[Problem]) -> dict[TableIntake, list[int]]:
-        """Return the indexes of the events for each table, and note a problem for those that name none."""
         places: dict[TableIntake, list[int]] = {}
         for index, event in enumerate(events):
             name = event.get(TABLE_KEY) if type(event) is dict else None
@@ -1524,7 +1508,6 @@ class Plan(tuple[Step, ...]):
 
 
 def column_misfits(table: Table, existing: ExistingTable) -> Iterator[tuple[Way, str, str]]:
-    """Return where columns do not fit: who mends it, the reason, and what ALTER TABLE is to do."""
     quick = Way.ALTER if existing.kind == "table" else Way.HAND
     for column in table.columns:
         name, (wanted, accepted) = identifier(column.name), SQL_TYPES[column.type]
@@ -1554,7 +1537,6 @@ def column_misfits(table: Table, existing: ExistingTable) -> Iterator[tuple[Way,
 
 
 def table_steps(table: Table, existing: ExistingTable, user: str) -> Iterator[Step]:
-    """Return the steps that make an existing table fit, but for its indexes; ALTER is one of them."""
     name, kind, place = identifier(table.name), existing.kind, f'table "{table.name}"'
     by_hand = partial(Step, Way.HAND, table.name)
     if kind.startswith("view without"):  # INSERT may work, but COPY does not
@@ -1586,7 +1568,6 @@ def table_steps(table: Table, existing: ExistingTable, user: str) -> Iterator[St
 
 
 def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
-    """Return the steps that build missing indexes, and drop what interrupted builds left behind."""
     for index in wanted_indexes(table) if existing.kind == "table" else ():
         found = [item for item in existing.indexes if item.column == index.column]
         plain, coded = index.names()
@@ -1960,7 +1941,6 @@ ROW_KINDS = (b"T", b"D")  # RowDescription, DataRow: nobody looks at those of a 
 
 
 def skipped_rows(message: Message, tags: Iterable[str]) -> Counter[tuple[str, ...]]:
-    """Return how many rows of a message were there already, by table."""
     inserted = [int(tag.rpartition(" ")[2]) for tag in tags if tag.startswith("INSERT ")]
     skipped: Counter[tuple[str, ...]] = Counter()
     for (table, rows), stored in zip(message.inserts, inserted, strict=True):
@@ -2162,7 +2142,6 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
 
 
 def check_session(session: Session) -> None:
-    """Raise DatabaseError unless quoting is safe and rows can be written."""
     status = session.parameter_statuses
     if status.get("standard_conforming_strings") != "on":
         raise DatabaseError("standard_conforming_strings must be on", Fault.OPERATOR)
@@ -2233,6 +2212,11 @@ def take_over(session: Session, epochs: Iterable[str]) -> None:
     session.stored = {epoch: int(flush) for epoch, flush in rows}
 
 
+# Inserts queue up behind a change that waits for its lock, and while it runs: less than half a second in all.
+ALTER_SETTINGS = (
+    "SET LOCAL lock_timeout = 200; SET LOCAL statement_timeout = 400;"
+    f" SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s'"
+)
 TIMED_OUT = ("55P03", "57014")  # for a lock that was not to be had in time, say
 # Also a deadlock, or somebody who was a bit quicker: two sessions that create one table at once can fail with
 # 23505, IF NOT EXISTS or not.
@@ -2262,7 +2246,6 @@ def refuse_misfits(plan: Plan, migrates: bool) -> None:
 
 
 def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> DatabaseError | OperatorError:
-    """Return the error for statements that PostgreSQL did not run."""
     text = f"cannot create what the schema needs: {error}"
     if error.fault is Fault.AWAY:
         return DatabaseError(text, error.fault, error.sqlstate)
@@ -2292,18 +2275,14 @@ def take(session: Session, step: Step, plan: Callable[[], Plan]) -> None:
     takes two builds at once for a deadlock and ends one of them after a second; the next plan clears up
     behind it. Raises OperatorError for a build that took too long.
     """
-    session.run(f"BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {BUILD_LOCK_TIMEOUT_MS}")
+    session.run("BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '10s'")
     if step.way is not Way.CREATE:
         # Waits for the builds of others, and blocks no insert. LOCK has no snapshot while it waits, which a
         # build of an index would wait for in turn.
         session.run(f"LOCK TABLE {identifier(step.table)} IN SHARE UPDATE EXCLUSIVE MODE")
     statements = step.statements if step in plan() else ()
     if step.way is Way.ALTER:
-        session.run(
-            f"SET LOCAL lock_timeout = {CHANGE_LOCK_TIMEOUT_MS};"
-            f" SET LOCAL statement_timeout = {CHANGE_TIMEOUT_MS};"
-            f" SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s'"
-        )
+        session.run(ALTER_SETTINGS)
     elif step.way is not Way.CREATE:
         session.run("COMMIT")
     try:
@@ -2321,12 +2300,22 @@ def take(session: Session, step: Step, plan: Callable[[], Plan]) -> None:
         session.run("COMMIT")
 
 
+def repeated_values(index: Index, error: DatabaseError) -> OperatorError:
+    table, column = identifier(index.table), identifier(index.column)
+    find = f"SELECT {column}, count(*) FROM {table} GROUP BY {column} HAVING count(*) > 1"
+    return OperatorError(
+        f'table "{index.table}", column "{index.column}" cannot become unique, because values are repeated in'
+        f" it: {error.detail or error}\nFind them with the SELECT, remove them, and start again or run the"
+        f" rest:\n{sql_lines([find, index.sql('CONCURRENTLY ')])}"
+    )
+
+
 def take_steps(session: Session, plan: Callable[[], Plan], user: str, patience_s: float) -> None:
-    """Take the first step of a plan, make a new plan, and so on: others may migrate as well."""
+    """Take the first step of a plan, make a new plan, and so on: others may do the same."""
     deadlines: dict[Step, float] = {}
     taken = Counter[Step]()
-    repeated: dict[Index, str] = {}  # unique indexes that the data does not allow
-    while steps := Plan(step for step in plan() if step.way is not Way.HAND and step.index not in repeated):
+    refusal: OperatorError | None = None
+    while steps := Plan(s for s in plan() if s.way is Way.DROP or (s.way is not Way.HAND and not refusal)):
         step = steps[0]
         try:
             take(session, step, plan)
@@ -2336,29 +2325,21 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, patience_s
                 raise not_run(error, steps.statements, user) from None
             session.run("ROLLBACK")
             if step.index and step.index.unique and error.sqlstate == "23505":
-                repeated[step.index] = error.detail or str(error)  # the next plan drops what is left of it
+                refusal = repeated_values(step.index, error)  # the next plan drops what is left of the index
                 continue
-            # Behind a DROP or a BUILD nobody has to wait, and somebody's build may take long.
-            patience = patience_s if step.way is Way.ALTER else PREPARE_TIMEOUT_S
             if step not in deadlines:
                 log.info('database: table "%s" is in use, waiting for it: %s', step.table, error)
-            if time.monotonic() > deadlines.setdefault(step, time.monotonic() + patience):
-                reason = f'table "{step.table}" is still in use after {patience} s ({error}); not run: '
-                raise DatabaseError(reason + "; ".join(step.statements), Fault.AWAY, error.sqlstate) from None
+                # Behind a DROP or a BUILD nobody has to wait, and somebody's build may take long.
+                patience = patience_s if step.way is Way.ALTER else PREPARE_TIMEOUT_S
+                deadlines[step] = time.monotonic() + patience
+            if time.monotonic() > deadlines[step]:
+                reason = f'table "{step.table}" is still in use ({error}); not run: {step.statements[0]}'
+                raise DatabaseError(reason, Fault.AWAY, error.sqlstate) from None
             time.sleep(random.uniform(0.5, 1) * CHANGE_PAUSE_S)  # so that two do not meet again
-        if taken[step] > CONFLICT_TRIES:
+        if taken[step] > 5:  # PostgreSQL takes it, and it has no effect
             raise OperatorError(f"run {taken[step]} times without effect:\n{sql_lines(step.statements)}")
-    if repeated:
-        reasons, mending = "", []
-        for index, detail in repeated.items():
-            table, column = identifier(index.table), identifier(index.column)
-            reasons += f'  table "{index.table}", column "{index.column}": {detail}\n'
-            mending += [f"SELECT {column}, count(*) FROM {table} GROUP BY {column} HAVING count(*) > 1"]
-            mending += [index.sql("CONCURRENTLY ")]
-        raise OperatorError(
-            f"columns cannot become unique, because values are repeated in them:\n{reasons}Find them all with"
-            f" the SELECT, remove them, and start again or run the rest:\n{sql_lines(mending)}"
-        )
+    if refusal:
+        raise refusal
 
 
 def prepare(
@@ -2613,7 +2594,6 @@ class SpoolFile:
     """
 
     def __init__(self, path: str, bytes_max: int) -> None:
-        """Open or create the file. Raises OperatorError."""
         self.path = path
         self.bytes_max = bytes_max
         # Guards the one SQLite connection (two can damage the file) and all that is known of what is in
@@ -2663,8 +2643,8 @@ class SpoolFile:
         with self.translated():
             page_bytes, free = self.one("PRAGMA page_size"), self.one("PRAGMA freelist_count")
             stays = self.one("PRAGMA page_count") - free
-            # VACUUM writes what stays while nobody else can write.
-            if free * page_bytes > SPOOL_BYTES_MIN and stays * page_bytes < SHRINK_STAYS_BYTES_MAX:
+            # VACUUM writes what stays, while nobody else can write.
+            if free * page_bytes > SPOOL_BYTES_MIN and stays * page_bytes < 8 << 20:
                 self._db.execute("VACUUM")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -2754,7 +2734,6 @@ class Spool(SpoolFile):
         self._total += events
 
     def quarantine(self, items: Sequence[Quarantined]) -> list[int]:
-        """Keep events in the quarantine; return their ids."""
         with self.transaction():
             self.check_room(sum(len(item.event) for item in items))
             ids = self._insert_quarantined(items)
@@ -2781,7 +2760,6 @@ class Spool(SpoolFile):
         return flushes
 
     def amend(self, texts: Mapping[int, str], items: Sequence[Quarantined]) -> None:
-        """Replace the texts of flushes, by their ids, by ones without events that go to the quarantine."""
         with self.transaction():
             update = "UPDATE attolytics_spool SET batches = ? WHERE id = ?"
             self._db.executemany(update, [(text, id_) for id_, text in texts.items()])
@@ -2794,7 +2772,6 @@ class Spool(SpoolFile):
         self._gone += sum(flush.events for flush in flushes)
 
     def quarantine_reasons(self) -> list[tuple[str, int]]:
-        """Return the commonest reasons in the quarantine, and how many events have each."""
         count = "SELECT reason, count(*) FROM attolytics_quarantine GROUP BY 1 ORDER BY 2 DESC LIMIT ?"
         return self._all(count, LISTED_MAX)
 
@@ -3010,7 +2987,6 @@ def set_apart(spool: Spool, metrics: Metrics, group: Group, misfits: Sequence[Mi
 
 
 def report_retried(spool: Spool, retried: int, has_database: bool) -> None:
-    """Say what became of the events of --retry_quarantine."""
     stay, where = spool.quarantined, "went through" if has_database else "fit by now"
     log.info("quarantine: %d of %d events %s, %d stay", max(retried - stay, 0), retried, where, stay)
     for reason, count in spool.quarantine_reasons():
@@ -3093,7 +3069,6 @@ class Replayer:
 
     @property
     def is_up(self) -> bool:
-        """Return whether there is a session, here or with the writer."""
         return self.has_database and not self.reason
 
     def held_up(self) -> str:
@@ -3130,7 +3105,7 @@ class Replayer:
         assert self._open is not None
         since = self._clock()
         while not self._stop.wait(self._backoff_s * random.uniform(0.5, 1)):
-            self._backoff_s = min(max(self._backoff_s * 2, BACKOFF_FIRST_S), BACKOFF_MAX_S)
+            self._backoff_s = min(max(self._backoff_s * 2, 0.1), BACKOFF_MAX_S)
             try:
                 session = self._open(self._spool.epochs())
             except (DatabaseError, OperatorError, SpoolError) as error:
@@ -3161,7 +3136,7 @@ class Replayer:
                 slow_until = now + SLOW_S if now - began > REPLAY_TURN_S else 0.0
                 # When little is left, new events wait a little for the end.
                 self.turns.allow(REPLAY_ALLOWANCE if left > REPLAY_ALLOWANCE else 0)
-                if now - logged > PROGRESS_LOG_S:
+                if now - logged > 5:
                     logged, rate = now, replayed / (now - started)
                     text = "replayed %d events, %d left, %.0f per second, about %.0f s left"
                     log.info(text, replayed, left, rate, left / max(rate, 1))
@@ -3599,7 +3574,6 @@ def parse_head(head: bytes) -> Head:
 
 
 def find_app(head: Head, apps: Mapping[str, Intake]) -> Intake:
-    """Return the app that a request is for. Raises Refusal."""
     if head.method not in KNOWN_METHODS:
         raise Refusal("not_implemented", f"the method {show(head.method)} is not known")
     match = TARGET.fullmatch(head.target)
@@ -3648,7 +3622,7 @@ def cors_headers(intake: Intake | None, head: Head | None) -> str:
     if head.method == "OPTIONS":
         names = ", ".join(("Content-Type", "Content-Encoding", *intake.headers))
         lines += f"Access-Control-Allow-Methods: POST\r\nAccess-Control-Allow-Headers: {names}\r\n"
-        lines += f"Access-Control-Max-Age: {PREFLIGHT_AGE_S}\r\n"
+        lines += "Access-Control-Max-Age: 86400\r\n"  # browsers cap it themselves (Chromium at 2 h)
     return lines
 
 
@@ -3720,7 +3694,7 @@ class Incoming:
         body = bytearray()
         size = -1
         while size:
-            match = CHUNK_LINE.fullmatch(self._line(CHUNK_LINE_BYTES_MAX, deadline))
+            match = CHUNK_LINE.fullmatch(self._line(256, deadline))
             if not match:
                 raise Refusal("malformed_request", "malformed chunk size")
             size = int(match[1], 16)
@@ -3941,7 +3915,6 @@ class Handler(BaseRequestHandler):
         return has_begun and self._keeps
 
     def _exchange(self) -> bool:
-        """Serve one request; return whether there may be another."""
         self._started = self._service.clock()
         self._head, self._intake, self._body_unread = None, None, True
         try:
@@ -4008,7 +3981,6 @@ class Handler(BaseRequestHandler):
                 self._rest = b""
 
     def _refusal(self, refusal: Refusal) -> bytes:
-        """Return the answer that refuses a request or its events; count it."""
         self._service.metrics.refuse(refusal, self._intake.app.id if self._intake else "")
         problems = [vars(problem) for problem in refusal.problems]
         text = answer_text(error=refusal.reason, events=problems)
@@ -4149,7 +4121,6 @@ class Server(Listener):
         self.server_close()
 
     def turn_away(self, request: socket.socket) -> None:
-        """Give the client a quick 503."""
         if self.pool.is_full():
             text = "clients get 503: there are more connections than --max_connections allows"
             complain(logging.WARNING, text)
@@ -4171,7 +4142,6 @@ class Server(Listener):
 
 
 def addresses(host: str, port: int) -> list[tuple[int, str]]:
-    """Return the (address family, address) pairs that a host to listen on stands for."""
     if host == "localhost":
         return [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
     try:
@@ -4615,8 +4585,7 @@ def find_target(options: argparse.Namespace, environ: Mapping[str, str], schema:
 
 
 def raise_file_limit(connections: int) -> None:
-    """Let the process have a file descriptor per connection. Raises OperatorError."""
-    needed = connections + TURN_AWAY_THREADS + SPARE_FILES
+    needed = connections + TURN_AWAY_THREADS + 64  # and for the database, the log, libraries
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         try:
@@ -4659,7 +4628,7 @@ def use_memory_sparingly() -> None:
     with contextlib.suppress(OSError, AttributeError):  # another library
         libc = ctypes.CDLL(None)
         libc.mallopt(-8, 1)  # M_ARENA_MAX: in each arena rows and bodies leave holes
-        libc.mallopt(-3, MAPPED_BYTES)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD: larger pieces go back to the system at once
         libc.malloc_trim(0)  # what compiling this file took
 
 
@@ -4811,7 +4780,6 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def open_monitors(port: int | None, service: Service, replayer: Replayer, clients: Pool) -> list[Monitor]:
-    """Return what listens on the monitor port, if there is one. Raises OperatorError."""
     if port is None:
         return []
     pool = Pool(MONITOR_CONNECTIONS_MAX, "monitor")
