@@ -1832,14 +1832,12 @@ class Metrics:
         self._lock = threading.Lock()
         # By name and the values of the labels: a number, or a histogram's buckets and their sum.
         self._numbers: dict[str, dict[tuple[str, ...], list[float]]] = {}
-        for name, *_ in map(str.split, FAMILIES):
+        for name, *label_names in map(str.split, FAMILIES):
             zeros: list[float] = [0] * (len(BOUNDS.get(name, ())) + 2)
             self._numbers[name] = defaultdict(zeros.copy)
-        # Prometheus sees no increase from nothing to 1.
-        for kind in ("spooled", "replayed", "quarantined"):
-            self.count(f"events_{kind}_total", 0)
-        for name in ("database_reconnects_total", "http_request_duration_seconds", "flush_events"):
-            self.count(name, 0)
+            # Prometheus sees no increase from nothing to 1.
+            if not label_names and (name in BOUNDS or name.endswith("_total")):
+                self.count(name, 0)
         for status in ("200", "400", "403", "404", "503"):
             self.count("http_requests_total", 0, status)
         for store in ("database", "spool"):
@@ -2637,6 +2635,10 @@ class SpoolFile:
         # Events are written twice: into the journal, and from there into the file.
         if disk.f_bavail * disk.f_frsize < DISK_RESERVE_BYTES + 2 * chars:
             raise SpoolError(f"the disk of the spool {self.path} is full")
+
+    def size(self) -> int:
+        """Return how many bytes the file and its journal have. Does not lock."""
+        return sum(os.stat(name).st_size for name in (self.path, f"{self.path}-wal") if os.path.exists(name))
 
     def shrink(self) -> None:
         """Give the room of deleted events back to the disk."""
@@ -4167,6 +4169,7 @@ def listening_sockets(host: str, port: int, option: str = "--port") -> list[sock
         errno.EACCES: f"permission denied; ports below 1024 need root, choose another with {option}",
         errno.EADDRNOTAVAIL: "this machine does not have the address",
     }
+    make = partial(socket.create_server, backlog=LISTEN_BACKLOG)
     sockets: list[socket.socket] = []
     places = addresses(host, port)
     for family, address in places:
@@ -4174,11 +4177,7 @@ def listening_sockets(host: str, port: int, option: str = "--port") -> list[sock
         # `::` alone is for IPv4 as well; beside `0.0.0.0` it would collide with it.
         both = family == socket.AF_INET6 and len(places) == 1 and socket.has_dualstack_ipv6()
         try:
-            sockets.append(
-                socket.create_server(
-                    (address, port), family=family, backlog=LISTEN_BACKLOG, dualstack_ipv6=both
-                )
-            )
+            sockets.append(make((address, port), family=family, dualstack_ipv6=both))
         except OSError as error:
             # A machine without IPv6 still has its localhost.
             if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and host == "localhost" and sockets:
@@ -4271,7 +4270,7 @@ class Monitor(Listener):
         replayer, spool = self._replayer, self._spool
         failure, spool_reason = self._failure()
         held_up = replayer.held_up()
-        files = {"path": spool.path, "events": spool.events, "bytes": self._spool_bytes()}
+        files = {"path": spool.path, "events": spool.events, "bytes": spool.size()}
         health = {
             "status": "failing" if failure else "degraded" if held_up else "ok",
             "reason": failure or held_up or None,
@@ -4290,7 +4289,7 @@ class Monitor(Listener):
         """Return all metrics in Prometheus' text format; what only Linux tells is left out elsewhere."""
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         gauges = {
-            "spool_bytes": self._spool_bytes(),
+            "spool_bytes": self._spool.size(),
             "spool_events": self._spool.events,
             "spool_limit_bytes": self._spool.bytes_max,
             "quarantine_events": self._spool.quarantined,
@@ -4311,13 +4310,6 @@ class Monitor(Listener):
             gauges["spool_oldest_event_age_seconds"] = max(time.time() - oldest, 0) if oldest else 0
         text = self._service.metrics.exposition(gauges)
         return HTTPStatus.OK, text, "text/plain; version=0.0.4; charset=utf-8"
-
-    def _spool_bytes(self) -> int:
-        size = 0
-        for name in (self._spool.path, f"{self._spool.path}-wal"):
-            with contextlib.suppress(OSError):  # SQLite removes its journal when it likes
-                size += os.stat(name).st_size
-        return size
 
     def _stuck_s(self) -> float:
         """Return for how long the writer has been stuck. It may have the spool's lock: do not ask that."""
@@ -4390,10 +4382,8 @@ def inherited_sockets(environ: MutableMapping[str, str], pid: int) -> list[socke
             raise OperatorError(f"descriptor {descriptor} from systemd: {reason_of(error)}") from None
         listens = sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or not listens:
-            need = (
-                "a socket that listens for TCP connections: the socket unit needs ListenStream=ADDRESS:PORT"
-            )
-            raise OperatorError(f"descriptor {descriptor} from systemd is not {need} and Accept=no")
+            need = "the socket unit needs ListenStream=ADDRESS:PORT and Accept=no"
+            raise OperatorError(f"descriptor {descriptor} from systemd does not listen for TCP: {need}")
         sockets.append(sock)
     return sockets
 
