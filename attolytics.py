@@ -457,8 +457,7 @@ class Part:
         return next((choice for choice in right if choice == name), None)
 
 
-FLAGS = ("extra", "indexed", "unique", "required")
-COLUMN_KEYS = ("name", "type", "header", "source", *FLAGS)
+COLUMN_KEYS = ("name", "type", "header", "source", "extra", "indexed", "unique", "required")
 APP_KEYS = ("secret_key", "access_control_allow_origin", "tables", "invalid_events")
 SYSTEM_COLUMNS = ("tableoid", "xmin", "cmin", "xmax", "cmax", "ctid")  # PostgreSQL manual, 5.6
 RESERVED: Mapping[tuple[str, str], str] = {
@@ -491,7 +490,7 @@ def parse_column(part: Part, others: Sequence[Column]) -> Column:
         parts["type"].choice("type", tuple(Type), TYPE_SYNONYMS) or Type.STRING,
         (parts["header"].scalar(str, "the name of a request header", HEADER_NAME) or "").lower() or None,
         parts["source"].choice("source", tuple(Source), {}),
-        *(parts[flag].scalar(bool, "true or false") is True for flag in FLAGS),
+        *(parts[flag].scalar(bool, "true or false") is True for flag in COLUMN_KEYS[4:]),
     )
     source_type = Type.TIMESTAMP if column.source is Source.RECEIVED_AT else Type.STRING
     fillings = {
@@ -856,12 +855,12 @@ def find_flaw(value: object) -> Flaw | None:
     return None
 
 
-def refused_events(problems: Sequence[Problem], count: int) -> Refusal:
+def refused_events(problems: Sequence[Problem], count: int, label: str = "invalid_events") -> Refusal:
     bad = len({problem.index for problem in problems})
     reason = f"{bad} of {count} events do not fit, none was stored" if count > 1 else "the event does not fit"
     if len(problems) > PROBLEMS_MAX:
         reason = f"at least {reason}; the first {PROBLEMS_MAX} reasons are listed"
-    return Refusal("invalid_events", reason, problems[:PROBLEMS_MAX], count)
+    return Refusal(label, reason, problems[:PROBLEMS_MAX], count)
 
 
 def decode_json(decoder: json.JSONDecoder, text: str) -> object:
@@ -890,8 +889,8 @@ def flaws(text: str) -> Refusal:
         for key, value in (event.items() if isinstance(event, dict) else ())
         if (flaw := find_flaw(value)) is not None
     ]
-    refusal = Refusal("invalid_body", str(find_flaw(document)))
-    return refused_events(problems, len(events)) if problems else refusal
+    body_flaw = Refusal("invalid_body", f"{find_flaw(document)}")
+    return refused_events(problems, len(events)) if problems else body_flaw
 
 
 def decode_body(body: bytes) -> dict[str, object]:
@@ -899,15 +898,13 @@ def decode_body(body: bytes) -> dict[str, object]:
     try:
         text = body.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        reason = f"the body is not UTF-8: {error.reason} at byte {error.start}"
-        raise Refusal("invalid_body", reason) from None
+        raise Refusal("invalid_body", f"the body is not UTF-8: {error.reason} at {error.start}") from None
     try:
         document = decode_json(DECODER, text)
     except Flawed:
         raise flaws(text) from None
     if type(document) is not dict:
-        reason = f'expected an object with "secret_key" and "events", got {show(document)}'
-        raise Refusal("invalid_body", reason)
+        raise Refusal("invalid_body", f'expected an object with a "secret_key", got {show(document)}')
     return document
 
 
@@ -1047,8 +1044,7 @@ class TableIntake:
     def describe(self, key: str) -> str:
         for column, _ in self._filled:
             if column.name == key:
-                header, server = f"the request header {column.header}", f"the server ({column.source})"
-                source = header if column.header else server
+                source = f"the header {column.header}" if column.header else f"the server ({column.source})"
                 return f'the key "{key}" is ignored: its column is filled from {source}'
         return f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], self.known - {TABLE_KEY})}"
 
@@ -1161,13 +1157,9 @@ class Intake:
                 raise Refusal("invalid_body", f"the body's JSON is {error}") from None
         batch = self.convert(events, delivery, None if self.app.quarantines else PROBLEMS_MAX)
         if batch.problems and not self.app.quarantines:
-            refusal = refused_events(batch.problems, len(events))
-            misplaced = [
-                p.column == TABLE_KEY and events[p.index or 0].get(TABLE_KEY) for p in batch.problems
-            ]
-            if all(type(name) is str for name in misplaced):
-                refusal = Refusal("unknown_table", refusal.reason, refusal.problems, refusal.events)
-            raise refusal
+            names = [p.column == TABLE_KEY and events[p.index or 0].get(TABLE_KEY) for p in batch.problems]
+            label = "unknown_table" if all(type(name) is str for name in names) else "invalid_events"
+            raise refused_events(batch.problems, len(events), label)
         batch.body = body
         batch.warnings = self._warnings(document, batch)
         return batch
@@ -1768,8 +1760,7 @@ def find_password(passfile: str, target: Target, socket_dir: str) -> str | None:
     wanted = (host, str(target.port), target.dbname, target.user)
     for match in filter(None, map(PASSFILE_LINE.fullmatch, passfile.splitlines())):
         *patterns, password = match.groups()
-        pairs = zip(patterns, wanted, strict=True)
-        if all(pattern == "*" or unescape(pattern) == value for pattern, value in pairs):
+        if all(p == "*" or unescape(p) == value for p, value in zip(patterns, wanted, strict=True)):
             return unescape(password)
     return None
 
@@ -1922,8 +1913,7 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
     if sqlstate == MISSING_PARTITION and "t" in fields and "n" not in fields:
         fault = Fault.OPERATOR  # for whom it is to mend: the event is good
     text = " ".join(fields.get("M", "unknown error").split())
-    if sqlstate == LEDGER_REFUSAL:
-        text = f"the ledger says that this session is over ({text})"
+    text = f"the ledger says that this session is over ({text})" if sqlstate == LEDGER_REFUSAL else text
     error = DatabaseError(text, fault, sqlstate, fields.get("D", ""))
     error.column, error.context = fields.get("c"), fields.get("W", "")
     return error
@@ -2228,9 +2218,8 @@ def survey(session: Session, schema: Schema, user: str) -> Plan:
     for name, columns, indexes, *rest in session.run(catalog_sql(schema)):
         existing_columns = {column: ExistingColumn(*found) for column, found in columns.items()}
         table = ExistingTable(existing_columns, [ExistingIndex(*found) for found in indexes], *rest)
-        if table.kind == "table" and table.can_select:
-            table = table._replace(is_empty=partial(is_empty, name))
-        catalog[name] = table
+        is_asked = table.kind == "table" and table.can_select
+        catalog[name] = table._replace(is_empty=partial(is_empty, name)) if is_asked else table
     return make_plan(schema, catalog, user)
 
 
@@ -2890,8 +2879,7 @@ class Group:
                 # Cannot be taken apart, so all of it is kept as one.
                 self._by_flush[flush.id] = []
                 reason = f"cannot be read back: {type(error).__name__}: {one_line(error)}"
-                nobody = Delivery({}, "", 0)
-                self.unreadable.append(Quarantined("", nobody, flush.text, None, None, reason))
+                self.unreadable.append(Quarantined("", Delivery({}, "", 0), flush.text, None, None, reason))
         self.batches = list(itertools.chain.from_iterable(self._by_flush.values()))
         self.misfits = [(batch, problem) for batch in self.batches for problem in batch.problems]
 
@@ -3161,8 +3149,7 @@ class Replayer:
 
     def _store(self, session: Session, flushes: Sequence[SpooledFlush]) -> None:
         """Move flushes into the database, and what it does not take into the quarantine; delete them."""
-        stored = session.stored.get(flushes[0].epoch, 0)
-        there = [flush for flush in flushes if flush.number <= stored]
+        there = [flush for flush in flushes if flush.number <= session.stored.get(flush.epoch, 0)]
         group = Group(there or flushes, self.intakes)
         stuck = self._stuck if self._stuck.id == flushes[0].id else Stuck(flushes[0].id, self._clock())
         refused = 0
@@ -3224,8 +3211,7 @@ def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> li
     culprit, index = part[0], None
     if named := refused_line(error.context, {table for batch in part for table in batch.rows}):
         table, line = named
-        places = [(batch, place) for batch in part for place in batch.places.get(table, ())]
-        culprit, index = places[line]
+        culprit, index = [(batch, place) for batch in part for place in batch.places.get(table, ())][line]
     elif len(part) > 1:
         middle = len(part) // 2
         return [part[middle:], part[:middle]]
@@ -3250,8 +3236,7 @@ def count_stored(metrics: Metrics, batches: Sequence[Batch], place: str, seconds
         metrics.count("events_spooled_total", events)
     metrics.observe("flush_events", events)
     metrics.observe("flush_duration_seconds", seconds, place)
-    text = "flush: %d batches, %d events, %s, %.1f ms"
-    log.log(TRACE, text, len(batches), events, place, seconds * 1e3)
+    log.log(TRACE, "flush: %d batches, %d events, %s, %.1f ms", len(batches), events, place, seconds * 1e3)
 
 
 def cannot_store(error: SpoolError, events: int) -> Refusal:
@@ -3285,8 +3270,7 @@ class Writer:
             return items[0].reason if items else ""
 
         retried = self._spool.quarantined
-        moved = self._spool.retry(self._numbers, why)
-        self._metrics.count("events_spooled_total", moved)
+        self._metrics.count("events_spooled_total", self._spool.retry(self._numbers, why))
         if self._spool.events and self._replayer.has_database:
             self._replayer.retried = retried  # to be told when they have been replayed
         else:
@@ -3524,8 +3508,7 @@ def check_partial_line(limit: int, line: bytes) -> None:
 
 def parse_fields(lines: Sequence[str]) -> dict[str, str]:
     if len(lines) > HEADER_COUNT_MAX:
-        reason = f"{len(lines)} header fields; a request may have {HEADER_COUNT_MAX}"
-        raise Refusal("headers_too_large", reason)
+        raise Refusal("headers_too_large", f"{len(lines)} header fields; the limit is {HEADER_COUNT_MAX}")
     if sum(map(len, lines)) > HEADER_BYTES_MAX:
         raise Refusal("headers_too_large", f"the header fields have more than {HEADER_BYTES_MAX} bytes")
     headers: dict[str, str] = {}
@@ -3602,11 +3585,11 @@ def check_request(head: Head, intake: Intake, body_bytes_max: int) -> None:
         charsets = {p.partition("=")[2].strip('"') for p in parameters if p.startswith("charset=")}
         # Text is what navigator.sendBeacon() sends.
         if kind not in ("application/json", "text/plain", "") or charsets - {"utf-8", "utf8", "us-ascii"}:
-            reason = f"the content type {show(full)} is not supported, send application/json in UTF-8"
-            raise Refusal("media", reason)
+            raise Refusal(
+                "media", f"content type {show(full)} is not supported, send application/json in UTF-8"
+            )
         if coding.lower() not in CODINGS:
-            reason = f"the content encoding {show(coding)} is not supported, only gzip and deflate"
-            raise Refusal("media", reason)
+            raise Refusal("media", f"content encoding {show(coding)} is not supported, only gzip and deflate")
     if head.length is not None and head.length > body_bytes_max:
         raise Refusal("too_large", f"the body has {head.length} bytes; a request may have {body_bytes_max}")
 
@@ -3984,8 +3967,7 @@ class Handler(BaseRequestHandler):
 
     def _refusal(self, refusal: Refusal) -> bytes:
         self._service.metrics.refuse(refusal, self._intake.app.id if self._intake else "")
-        problems = [vars(problem) for problem in refusal.problems]
-        text = answer_text(error=refusal.reason, events=problems)
+        text = answer_text(error=refusal.reason, events=[vars(problem) for problem in refusal.problems])
         return self._answer(refusal.status, text, refusal.reason)
 
     def _answer(self, status: HTTPStatus, text: str, reason: str = "") -> bytes:
@@ -4124,8 +4106,7 @@ class Server(Listener):
 
     def turn_away(self, request: socket.socket) -> None:
         if self.pool.is_full():
-            text = "clients get 503: there are more connections than --max_connections allows"
-            complain(logging.WARNING, text)
+            complain(logging.WARNING, "clients get 503: more connections than --max_connections allows")
         if not self._turning_away.run(partial(self._turn_away, request)):
             # So many that not even this can be done with patience.
             self._turn_away(request, socket.MSG_DONTWAIT)
@@ -4638,8 +4619,7 @@ BUG = "a thread ended that must not"
 
 def end_for_bug(news: queue.SimpleQueue[str], args: threading.ExceptHookArgs) -> None:
     """Let the process end after a bug has ended a thread: better restarted by systemd than half alive."""
-    name = args.thread.name if args.thread else "?"
-    log.critical("the thread %s ended: %s", name, describe_bug(args.exc_value))
+    log.critical("the thread %s ended: %s", args.thread and args.thread.name, describe_bug(args.exc_value))
     news.put(BUG)
 
 
