@@ -123,7 +123,7 @@ RETRY_AFTER_S = 5  # Sent with 503: clients come back about when the connector h
 CONNECTIONS_MAX = 512  # Default of --max_connections; a thread each, about 50 kB resident.
 PLACE_PATIENCE_S = 0.2  # For a place, when all have just been taken: threads may be about to notice an end.
 TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
-RECEIVE_BYTES = 64 << 10  # Read at once: the head and the body of nearly every request.
+RECEIVE_BYTES = 16 << 10  # Read at once: the head and the body of nearly every request.
 LARGE_BODY_BYTES = 32 << 10  # Larger ones are converted one at a time ...
 LARGE_BATCHES_MAX = 6  # ... and so many are between that and their answer: enough for two flushes.
 LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kernel caps it.
@@ -1170,9 +1170,10 @@ class Intake:
         problems = batch.problems
         for table, places in self._by_table(events, problems).items():
             filled, lacking = table.filled(self.app.id, delivery)
-            rows: list[str] = []
-            with contextlib.suppress(ValueError):  # of which explain() then gives the reasons
+            try:
                 rows = [] if lacking else table.rows([events[index] for index in places], filled)
+            except ValueError:  # explain() gives the reasons
+                rows = []
             good = places if rows else []
             for index in places if not rows else ():
                 if limit is not None and len(problems) > limit:
@@ -1207,7 +1208,7 @@ class Intake:
     def _warnings(self, document: Mapping[str, object], batch: Batch) -> Sequence[str]:
         """Return what was ignored in a request: each unknown key once, with its first place."""
         texts = {}
-        for key in sorted(document.keys() - REQUEST_KEYS)[:UNKNOWN_KEYS_MAX]:
+        for key in [key for key in document if key not in REQUEST_KEYS][:UNKNOWN_KEYS_MAX]:
             texts["", key] = f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], REQUEST_KEYS)}"
         for table, places in batch.places.items():
             if table.has_extra or all(table.known.issuperset(batch.events[index]) for index in places):
@@ -3987,16 +3988,14 @@ class Handler(BaseRequestHandler):
             log.debug("%s %s -> %d, %.1f ms %s", self.client_address[0], line, status, seconds * 1e3, reason)
         return answer
 
-    def _let_in(self) -> tuple[Head, Intake]:
-        """Read a request's head; return it and its app. Raises Refusal if the request may not go on."""
+    def _let_in(self) -> tuple[Head, Intake, int | None]:
+        """Read a request's head; return it, its app and the body's length. Raises Refusal."""
         raw, apps, limit = self._incoming.head(), self._service.apps, self._service.body_bytes_max
         field = CONTENT_LENGTH.search(raw)
-        shape = raw[: field.start()] + raw[field.end() :] if field else b""
-        is_known = field and self._known and self._known[:2] == (shape, apps)
-        if field and self._known and is_known and len(field[1]) <= 18 and int(field[1]) <= limit:
-            _, _, head, self._intake = self._known
-            self._head = head._replace(length=int(field[1]))
-            return self._head, self._intake
+        shape, length = (raw[: field.start()] + raw[field.end() :], int(field[1])) if field else (b"", 0)
+        if field and self._known and self._known[:2] == (shape, apps) and length <= limit:
+            _, _, self._head, self._intake = self._known
+            return self._head, self._intake, length
         head = self._head = parse_head(raw)
         try:
             intake = self._intake = find_app(head, apps)
@@ -4009,14 +4008,14 @@ class Handler(BaseRequestHandler):
             raise
         if field and "content-length" not in intake.headers:
             self._known = shape, apps, head, intake
-        return head, intake
+        return head, intake, head.length
 
     def _read_request(self) -> Batch | None:
         """Return the batch of a request, or None for a preflight that is allowed. Raises Refusal."""
-        service, (head, intake) = self._service, self._let_in()
-        if head.expects_continue and head.length != 0:
+        service, (head, intake, length) = self._service, self._let_in()
+        if head.expects_continue and length != 0:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_body(head.length)
+        body = self._read_body(length)
         if head.method == "OPTIONS":
             return None
         if coding := CODINGS[head.headers.get("content-encoding", "").lower()]:
