@@ -2183,22 +2183,21 @@ def connect(target: Target) -> Session:
     return start_session(target, *others)
 
 
-def take_over(session: Session, epochs: Iterable[str]) -> None:
-    """Take the ledger's rows of epochs over; the session knows then how far each is stored.
+def take_over(session: Session, epochs: Iterable[str], token: str) -> None:
+    """Take the ledger's rows of epochs over; the session knows then its token, and how far each is stored.
 
     Waits for a message of a lost connection that still runs; what runs for LOCK_TIMEOUT_MS is ended if we
     may. Raises DatabaseError, after which trying again is right.
     """
-    session.token = str(uuid.uuid4())
     try:
-        rows = session.run(f"{FLUSH_START}{take_over_sql(epochs, session.token)};\nCOMMIT")
+        rows = session.run(f"{FLUSH_START}{take_over_sql(epochs, token)};\nCOMMIT")
     except DatabaseError as error:
         if error.sqlstate == "55P03":  # lock_not_available
             session.run("ROLLBACK")
             ended = session.run(terminate_holders_sql(epochs))
             log.warning("sessions that held the ledger for %d ms were ended: %d", LOCK_TIMEOUT_MS, len(ended))
         raise
-    session.stored = {epoch: int(flush) for epoch, flush in rows}
+    session.token, session.stored = token, {epoch: int(flush) for epoch, flush in rows}
 
 
 # Inserts queue up behind a change that waits for its lock, and while it runs: less than half a second in all.
@@ -2383,7 +2382,7 @@ class Opener:
             # An INSERT of no rows gets the locks that one with rows needs, and EXPLAIN does not even run it.
             touches = [f"EXPLAIN INSERT INTO {identifier(name)} SELECT WHERE false" for name in schema.tables]
             session.run(f"{FLUSH_START}{';'.join(touches)};\nCOMMIT")
-            take_over(session, epochs)
+            take_over(session, epochs, str(uuid.uuid4()))
             return session
         except (DatabaseError, OperatorError) as error:
             session.close()
@@ -3436,10 +3435,9 @@ class Writer:
 
 
 # --- HTTP ---------------------------------------------------------------------
-# Strict parsing, one handler per connection, a bounded pool of threads. The
-# parsing is our own because http.server's is neither fast nor safe behind a proxy:
-# it takes `Content-Length: +5`, lets Content-Length and Transfer-Encoding disagree
-# and drops headers after a malformed line, all of which smuggle requests.
+# Strict parsing, one handler per connection, a bounded pool of threads. The parsing is our own because
+# http.server's is neither fast nor safe behind a proxy: it takes `Content-Length: +5`, lets Content-Length
+# and Transfer-Encoding disagree and drops headers after a malformed line, all of which smuggle requests.
 
 # What a status brings with it (RFC 9110, sections 15.5.6, 15.5.16 and 15.6.4).
 STATUS_HEADERS: Mapping[HTTPStatus, str] = {
@@ -4315,9 +4313,8 @@ class Monitor(Listener):
 
 
 # --- systemd ------------------------------------------------------------------
-# What systemd and a service say to each other: notifications (sd_notify(3): datagrams
-# to a Unix socket), the watchdog (sd_watchdog_enabled(3)) and sockets that are handed
-# over (sd_listen_fds(3)).
+# What systemd and a service say to each other: notifications (sd_notify(3): datagrams to a Unix socket), the
+# watchdog (sd_watchdog_enabled(3)) and sockets that are handed over (sd_listen_fds(3)).
 
 
 def send_notice(path: str | None, *lines: str) -> None:

@@ -879,6 +879,14 @@ def not_pooled(reason: str) -> Callable[[_Test], _Test]:
     return unittest.skipIf(POOLED, f"not through PgBouncer: {reason}")
 
 
+def is_stale(session: attolytics.Session) -> bool:
+    try:
+        session.check_idle()
+    except attolytics.DatabaseError:
+        return True
+    return False
+
+
 class PgBouncer:
     """A PgBouncer in transaction mode, with the defaults but for what short tests need."""
 
@@ -1079,8 +1087,8 @@ class DatabaseCase(unittest.TestCase):
         """Return a prepared connection, closed when the test ends."""
         target = self.postgres.target(self.database, **changes)
         session = attolytics.Opener(target, schema or self.schema).open([str(uuid.uuid4())])
-        self.addCleanup(session.database.close)
-        return session.database
+        self.addCleanup(session.close)
+        return session
 
     def store(self, *events: object) -> None:
         """Store events as a server that has just started does."""
