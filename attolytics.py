@@ -3652,9 +3652,9 @@ class Incoming:
                 return None
         return bool(self._buffer)
 
-    def head(self) -> bytes:
+    def head(self, seconds: float = HEAD_DEADLINE_S) -> bytes:
         """Return a request's head without its final empty line. Call it after wait()."""
-        deadline, head = self._clock() + HEAD_DEADLINE_S, b""
+        deadline, head = self._clock() + seconds, b""
         while not head:  # an empty line before the request line is ignored (RFC 9112, section 2.2)
             head = self._until(b"\r\n\r\n", check_partial_head, deadline).removeprefix(b"\r\n")
         return head
@@ -4110,14 +4110,24 @@ class Server(Listener):
 
     def _turn_away(self, sock: socket.socket, flags: int = 0) -> None:
         refusal = Refusal("too_many_connections", "too many connections, try again later")
-        self.service.metrics.refuse(refusal)
-        self.service.metrics.count("http_requests_total", 1, f"{refusal.status}")
-        headers = f"{ANY_ORIGIN}Connection: close\r\n"
+        status, headers, text = refusal.status, ANY_ORIGIN, answer_text(error=refusal.reason)
+        incoming = Incoming(sock, self.service.clock)
+        with contextlib.suppress(Refusal, OSError):
+            # Without an answer to its preflight a page cannot read the 503 that its request gets.
+            if not flags and incoming.wait():
+                head = parse_head(incoming.head(IDLE_SLICE_S))
+                intake = find_app(head, self.service.apps)
+                check_request(head, intake, 0)
+                if head.method == "OPTIONS":
+                    status, headers, text = HTTPStatus.NO_CONTENT, cors_headers(intake, head), ""
+        if text:
+            self.service.metrics.refuse(refusal)
+        self.service.metrics.count("http_requests_total", 1, f"{status}")
         with contextlib.suppress(OSError):  # the client is gone
-            sock.send(answer_bytes(refusal.status, headers, answer_text(error=refusal.reason)), flags)
+            sock.send(answer_bytes(status, f"{headers}Connection: close\r\n", text), flags)
             if not flags:
                 sock.shutdown(socket.SHUT_WR)
-                Incoming(sock, self.service.clock).drain()
+                incoming.drain()
         self.shutdown_request(sock)
 
 
