@@ -2607,11 +2607,15 @@ class SpoolFile:
 
     def check(self) -> None:
         """Raise SpoolError if no events can be stored now. After a failure, find out by writing."""
-        with self.switch:
+        if not self.switch.acquire(timeout=SPOOL_BUSY_S):
+            raise SpoolError(f"the spool {self.path} is busy")
+        try:
             self.check_room(LARGE_BODY_BYTES)
             if self._failed:
                 with self.transaction():
                     self._db.execute(f"PRAGMA user_version = {self.one('PRAGMA user_version')}")
+        finally:
+            self.switch.release()
 
     def check_room(self, chars: int) -> None:
         """Raise SpoolError if so many characters more are too much for the limit or for the disk."""
@@ -3641,7 +3645,7 @@ class Incoming:
         self._clock = clock
         self._buffer = b""
         self._at = 0  # what is before it has been taken
-        self._waits_s = IDLE_SLICE_S  # what limit_wait() was told last, first by the listening socket
+        self._waits_s = IDLE_SLICE_S  # what limit_wait() was told last, first by the listener
 
     def wait(self) -> bool | None:
         """Return whether the next request has begun; False at the end of input, None after IDLE_SLICE_S."""
@@ -4043,11 +4047,6 @@ class Listener(ThreadingHTTPServer):
         super().__init__(sock.getsockname()[:2], handler, bind_and_activate=False)
         self.socket.close()
         self.socket, self.pool = sock, pool
-        # What accepted connections inherit (on Linux, all but O_NONBLOCK). Without the first an answer can
-        # wait 40 ms for the client's delayed acknowledgement.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        limit_wait(sock, socket.SO_RCVTIMEO, IDLE_SLICE_S)
-        limit_wait(sock, socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
         sock.setblocking(False)
 
     def start(self) -> None:
@@ -4065,6 +4064,10 @@ class Listener(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in the pool; beyond its limit turn the client away."""
+        # Without it an answer can wait 40 ms for the client's delayed acknowledgement.
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        limit_wait(request, socket.SO_RCVTIMEO, IDLE_SLICE_S)
+        limit_wait(request, socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
         if not self.pool.run(partial(self._serve, request, client_address)):
             self.turn_away(request)
 
@@ -4850,6 +4853,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         log.info("stopped before it was up")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # or else it might ring when nobody listens any more
     return 0
 
 
