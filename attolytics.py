@@ -2314,14 +2314,13 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, patience_s
             if step.index and step.index.unique and error.sqlstate == "23505":
                 refusal = repeated_values(step.index, error)  # the next plan drops what is left of the index
                 continue
+            # Behind a DROP or a BUILD nobody has to wait, and somebody's build may take long.
+            patience = patience_s if step.way is Way.ALTER else PREPARE_TIMEOUT_S
             if step not in deadlines:
                 log.info('database: table "%s" is in use, waiting for it: %s', step.table, error)
-                # Behind a DROP or a BUILD nobody has to wait, and somebody's build may take long.
-                patience = patience_s if step.way is Way.ALTER else PREPARE_TIMEOUT_S
-                deadlines[step] = time.monotonic() + patience
-            if time.monotonic() > deadlines[step]:
-                reason = f'table "{step.table}" is still in use ({error}); not run: {step.statements[0]}'
-                raise DatabaseError(reason, Fault.AWAY, error.sqlstate) from None
+            if time.monotonic() > deadlines.setdefault(step, time.monotonic() + patience):
+                reason = f'table "{step.table}" is still in use after {patience} s ({error}); not run: '
+                raise DatabaseError(reason + step.statements[0], Fault.AWAY, error.sqlstate) from None
             time.sleep(random.uniform(0.5, 1) * CHANGE_PAUSE_S)  # so that two do not meet again
         if taken[step] > 5:  # PostgreSQL takes it, and it has no effect
             raise OperatorError(f"run {taken[step]} times without effect:\n{sql_lines(step.statements)}")

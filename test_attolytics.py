@@ -17,7 +17,6 @@ import importlib.util
 import itertools
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -65,7 +64,6 @@ import attolytics
 from attolytics import (
     Batch,
     Column,
-    Database,
     DatabaseError,
     Delivery,
     Fault,
@@ -74,12 +72,11 @@ from attolytics import (
     Refusal,
     Schema,
     SchemaError,
+    Session,
     Source,
-    Spool,
     Table,
     Target,
     Type,
-    Writer,
 )
 
 _Test = TypeVar("_Test", bound=Callable[..., None] | type)
@@ -1083,7 +1080,7 @@ class DatabaseCase(unittest.TestCase):
         self.query(f"CREATE ROLE {name} LOGIN {attributes}")
         self.addCleanup(self.query, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
-    def open(self, schema: Schema | None = None, **changes: Any) -> Database:
+    def open(self, schema: Schema | None = None, **changes: Any) -> Session:
         """Return a prepared connection, closed when the test ends."""
         target = self.postgres.target(self.database, **changes)
         session = attolytics.Opener(target, schema or self.schema).open([str(uuid.uuid4())])
@@ -1342,8 +1339,7 @@ class TablesCase(SharedCase):
     def impatient(self) -> contextlib.AbstractContextManager[object]:
         """Wait for locks not as long as usual."""
         flush = attolytics.FLUSH_START.replace(str(attolytics.LOCK_TIMEOUT_MS), "200")
-        prepare = attolytics.BEGIN_PREPARING.replace(str(attolytics.PREPARE_LOCK_TIMEOUT_MS), "200")
-        return unittest.mock.patch.multiple(attolytics, FLUSH_START=flush, BEGIN_PREPARING=prepare)
+        return unittest.mock.patch.object(attolytics, "FLUSH_START", flush)
 
 
 class PrepareTest(TablesCase):
@@ -1352,7 +1348,7 @@ class PrepareTest(TablesCase):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             openers = [attolytics.Opener(target, self.schema) for _ in range(8)]
             for session in list(pool.map(lambda opener: opener.open([str(uuid.uuid4())]), openers)):
-                session.database.close()
+                session.close()
         [[columns]] = self.query(
             "SELECT string_agg(attname || ' ' || atttypid::regtype, ', ' ORDER BY attnum) FROM pg_attribute"
             " WHERE attrelid = 'everything'::regclass AND attnum > 0 AND NOT attnotnull"
@@ -1502,7 +1498,7 @@ class MigrateTest(TablesCase):
     def migrate(self, **changes: Any) -> None:
         target = dataclasses.replace(self.target, **changes)
         with contextlib.closing(attolytics.connect(target)) as database:
-            attolytics.migrate(database, self.schema, target.user)
+            attolytics.prepare(database, self.schema, target.user, migrates=True)
 
     def migrating(self, count: int = 1) -> list[concurrent.futures.Future[None]]:
         """Migrate in threads."""
@@ -1513,7 +1509,7 @@ class MigrateTest(TablesCase):
     def report(self) -> str:
         """Return what --check says."""
         with contextlib.closing(attolytics.connect(self.target)) as database:
-            return attolytics.script(attolytics.check_database(database, self.schema, self.target.user))
+            return attolytics.script(attolytics.survey(database, self.schema, self.target.user))
 
     def check_all_is_there(self) -> None:
         self.assertEqual(self.report(), "")
@@ -1671,7 +1667,7 @@ class MigrateTest(TablesCase):
             self.assertRaisesRegex(DatabaseError, reason) as caught,
             unittest.mock.patch.object(attolytics, "CHANGE_PAUSE_S", 0.1),
         ):
-            attolytics.migrate(database, self.schema, "postgres", patience_s=0.1)
+            attolytics.prepare(database, self.schema, "postgres", migrates=True, patience_s=0.1)
         self.assertIs(caught.exception.fault, Fault.AWAY)
 
     def test_several_may_migrate_at_once_also_behind_pgbouncer(self) -> None:
@@ -1747,7 +1743,7 @@ class MigrateTest(TablesCase):
         inserting.run("BEGIN; INSERT INTO t (a) VALUES (1)")
         threading.Timer(0.8, inserting.run, ["COMMIT"]).start()  # which a build waits for
         with contextlib.closing(attolytics.connect(self.target)) as database:
-            attolytics.migrate(database, self.schema, "postgres")
+            attolytics.prepare(database, self.schema, "postgres", migrates=True)
             self.assertEqual(database.run("SHOW statement_timeout"), [["300ms"]])
         self.check_all_is_there()
 
@@ -1855,7 +1851,7 @@ class ConnectTest(DatabaseCase):
             target = self.postgres.target(self.database, sslmode=sslmode, **changes)
             with self.subTest(target=target), contextlib.closing(attolytics.connect(target)) as database:
                 in_use = database.run("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
-                self.assertEqual((in_use, database.is_stale()), ([[expected]], False))
+                self.assertEqual((in_use, is_stale(database)), ([[expected]], False))
         with self.assertRaisesRegex(OperatorError, r"cannot read the certificates .*No such file"):
             self.open(sslmode="verify-full", sslrootcert="/nowhere/ca.pem")
 
