@@ -898,13 +898,15 @@ def decode_body(body: bytes) -> dict[str, object]:
     try:
         text = body.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise Refusal("invalid_body", f"the body is not UTF-8: {error.reason} at {error.start}") from None
+        reason = f"the body is not UTF-8: {error.reason} at byte {error.start}"
+        raise Refusal("invalid_body", reason) from None
     try:
         document = decode_json(DECODER, text)
     except Flawed:
         raise flaws(text) from None
     if type(document) is not dict:
-        raise Refusal("invalid_body", f'expected an object with a "secret_key", got {show(document)}')
+        reason = f'expected an object with "secret_key" and "events", got {show(document)}'
+        raise Refusal("invalid_body", reason)
     return document
 
 
@@ -1044,7 +1046,8 @@ class TableIntake:
     def describe(self, key: str) -> str:
         for column, _ in self._filled:
             if column.name == key:
-                source = f"the header {column.header}" if column.header else f"the server ({column.source})"
+                header, server = f"the request header {column.header}", f"the server ({column.source})"
+                source = header if column.header else server
                 return f'the key "{key}" is ignored: its column is filled from {source}'
         return f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], self.known - {TABLE_KEY})}"
 
@@ -3510,7 +3513,8 @@ def check_partial_line(limit: int, line: bytes) -> None:
 
 def parse_fields(lines: Sequence[str]) -> dict[str, str]:
     if len(lines) > HEADER_COUNT_MAX:
-        raise Refusal("headers_too_large", f"{len(lines)} header fields; the limit is {HEADER_COUNT_MAX}")
+        reason = f"{len(lines)} header fields; a request may have {HEADER_COUNT_MAX}"
+        raise Refusal("headers_too_large", reason)
     if sum(map(len, lines)) > HEADER_BYTES_MAX:
         raise Refusal("headers_too_large", f"the header fields have more than {HEADER_BYTES_MAX} bytes")
     headers: dict[str, str] = {}
@@ -3591,7 +3595,8 @@ def check_request(head: Head, intake: Intake, body_bytes_max: int) -> None:
                 "media", f"content type {show(full)} is not supported, send application/json in UTF-8"
             )
         if coding.lower() not in CODINGS:
-            raise Refusal("media", f"content encoding {show(coding)} is not supported, only gzip and deflate")
+            reason = f"the content encoding {show(coding)} is not supported, only gzip and deflate"
+            raise Refusal("media", reason)
     if head.length is not None and head.length > body_bytes_max:
         raise Refusal("too_large", f"the body has {head.length} bytes; a request may have {body_bytes_max}")
 

@@ -1091,7 +1091,7 @@ class DatabaseCase(unittest.TestCase):
         """Store events as a server that has just started does."""
         epoch = str(uuid.uuid4())
         session = attolytics.Opener(self.postgres.target(self.database), self.schema).open([epoch])
-        with contextlib.closing(session.database):
+        with contextlib.closing(session):
             batch = attolytics.intakes(self.schema)["app"].batch(body_of(*events, key="key"), delivery())
             session.store(epoch, 1, [batch.rows])
 
@@ -1472,7 +1472,7 @@ class PrepareTest(TablesCase):
         epoch = str(uuid.uuid4())
 
         def attempt() -> None:
-            opener.open([epoch]).database.close()
+            opener.open([epoch]).close()
 
         attempt()
         token = self.query("SELECT session FROM attolytics_ledger")
@@ -1750,7 +1750,7 @@ class MigrateTest(TablesCase):
     def test_the_first_session_migrates_and_later_ones_only_check(self) -> None:
         self.query("CREATE TABLE t (a int8)")
         opener = attolytics.Opener(self.target, self.schema, migrates=True)
-        opener.open([str(uuid.uuid4())]).database.close()
+        opener.open([str(uuid.uuid4())]).close()
         self.check_all_is_there()
         self.query("ALTER TABLE t DROP COLUMN b")
         with self.assertRaisesRegex(OperatorError, 'has no column "b"'):
