@@ -138,7 +138,8 @@ ANSWER_GRACE_S = 1  # ... and so much later a server that does not answer at all
 LONG_STATEMENT_TIMEOUT_S = 60  # For one spooled flush that slow triggers kept from getting through.
 PREPARE_TIMEOUT_S = 3_600  # An index on a table of 100 million rows takes some minutes.
 CHANGE_PAUSE_S = 1  # Between two tries to change a table, so that inserts get through.
-CHANGE_PATIENCE_S = 60  # So long tries go on; a report that reads the table may take that.
+CHANGE_PATIENCE_S = 60  # So long tries go on; a report that reads the table may take that ...
+START_PATIENCE_S = 10  # ... but without --migrate a server rather starts and spools.
 CONNECT_TIMEOUT_S = 5  # Default of connect_timeout in the URL.
 BACKOFF_MAX_S = 5  # ... up to this; half of it is jitter.
 COMPLAINT_S = 60  # The same complaint is logged once, and how often it came up after so long.
@@ -1420,6 +1421,7 @@ class ExistingIndex(NamedTuple):
     plain: bool = True  # of one column, for all rows
     method: str = "btree"
     valid: bool = True  # if not, it is being built, or its build was interrupted
+    busy: bool = False  # not valid, and somebody holds the lock of a build on the table
     name: str = ""
     sql_name: str = ""  # quoted, and with its schema where it needs that
 
@@ -1451,6 +1453,9 @@ SELECT w.name,
         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
     (SELECT coalesce(json_agg(json_build_array(a.attname, i.indisunique,
             i.indnkeyatts = 1 AND i.indpred IS NULL AND i.indimmediate, m.amname, i.indisvalid,
+            NOT i.indisvalid AND EXISTS (SELECT FROM pg_locks l WHERE l.relation = c.oid AND l.granted
+                AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+                AND l.mode = 'ShareUpdateExclusiveLock' AND l.pid <> pg_backend_pid()),
             x.relname, x.oid::regclass)), '[]')
         FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0] WHERE i.indrelid = c.oid),
@@ -1482,7 +1487,7 @@ class Step:
     way: Way
     table: str
     reasons: tuple[str, ...]
-    statements: tuple[str, ...]  # none if only another schema mends it
+    statements: tuple[str, ...]  # none if only another schema mends it, or somebody else may be at it
     index: Index | None = None  # that it builds; if ALTER is the way then, any start takes it
 
 
@@ -1569,10 +1574,11 @@ def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
         plain, coded = index.names()
         is_taken = plain in existing.names and plain not in [item.name for item in found if not item.valid]
         name = coded if is_taken or len(plain.encode()) > NAME_BYTES_MAX else plain
+        ours = (index.unique, True, index.method, False, False)  # neither valid nor being built
         for item in found:
-            # One of another name is not ours to drop. What is left of ours only slows down inserts.
-            if item.name in (plain, coded) and not item.valid:
-                reason = f'table "{table.name}", index "{item.name}": its build has not ended, or not well'
+            # One of another kind or name is not ours to drop. What is left of ours only slows down inserts.
+            if item[1:6] == ours and item.name in (plain, coded):
+                reason = f'table "{table.name}", index "{item.name}" was left behind by an interrupted build'
                 drop = f"DROP INDEX CONCURRENTLY IF EXISTS {item.sql_name}"
                 yield Step(Way.DROP, table.name, (reason,), (drop,))
         if any(item.valid and ((item.unique and item.plain) or not index.unique) for item in found):
@@ -1583,7 +1589,9 @@ def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
             way, statement = Way.ALTER, index.sql()
             if not existing.is_empty():
                 way, reason = Way.HAND, f"{reason}; building it on a partitioned table blocks inserts"
-        yield Step(way, table.name, (reason,), (statement,), index)
+        is_busy = any(item.busy for item in found)
+        reason = f"{reason} yet, and somebody builds one or vacuums the table" if is_busy else reason
+        yield Step(way, table.name, (reason,), () if is_busy else (statement,), index)
 
 
 def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
@@ -1953,12 +1961,6 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
     stored: Mapping[str, int] = {}  # how far each epoch was stored when it took the ledger over
     _last_error: Mapping[str, str] = {}
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        if self._usock.family != socket.AF_UNIX:
-            # Without this every flush waits 40 ms for a delayed acknowledgement; pg8000 does not set it.
-            self._usock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
     def run(self, message: str | Message, seconds: float | None = None) -> list[list[Any]]:
         """Send one message, or the SQL of one without COPY, and return the rows it brings.
 
@@ -2108,10 +2110,8 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
             hint = " (no password was given: put it in the URL, PGPASSWORD or .pgpass)" if missing else ""
             fault = Fault.AWAY if refusal.fault is Fault.AWAY else Fault.OPERATOR
             return DatabaseError(f"{refusal}{hint}", fault, refusal.sqlstate)
-        case pg8000.exceptions.InterfaceError(__cause__=OSError() as cause):
-            fault = Fault.OPERATOR if isinstance(cause, PermissionError) else Fault.AWAY
-            place = target.socket or f"{target.host}:{target.port}"
-            return DatabaseError(f"cannot connect to {place}: {reason_of(cause)}", fault)
+        case DatabaseError():
+            return error
         case TimeoutError():
             return DatabaseError(NO_ANSWER)
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
@@ -2124,8 +2124,6 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
             reason = f"TLS with {target.host} failed: {words}"
         case pg8000.core.scramp.ScramException():
             reason = f"the password cannot be used with SCRAM: {one_line(error)}"
-        case pg8000.exceptions.InterfaceError(args=["Server refuses SSL"]):
-            reason = f"sslmode={target.sslmode}, but the server does not offer TLS"
         case pg8000.exceptions.InterfaceError() if "Authentication method" in str(error):
             reason = one_line(error)
         case _:
@@ -2143,6 +2141,30 @@ def check_session(session: Session) -> None:
         raise DatabaseError("the database is read-only", Fault.AWAY, "25006")
 
 
+def open_socket(target: Target, context: ssl.SSLContext | None) -> socket.socket:
+    """Return a connected socket, encrypted if there is a context. Raises DatabaseError, OSError."""
+    try:
+        if target.socket:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(target.connect_timeout)
+            sock.connect(target.socket)
+            return sock
+        sock = socket.create_connection((target.host, target.port), target.connect_timeout)
+    except OSError as error:
+        fault = Fault.OPERATOR if isinstance(error, PermissionError) else Fault.AWAY
+        place = target.socket or f"{target.host}:{target.port}"
+        raise DatabaseError(f"cannot connect to {place}: {reason_of(error)}", fault) from None
+    # Without this every flush waits 40 ms for a delayed acknowledgement; pg8000 does not set it.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if context:  # pg8000's own negotiation takes an end of input for a server without TLS
+        sock.sendall(struct.pack("!ii", 8, 80877103))  # SSLRequest (PostgreSQL manual, 55.7)
+        if answer := sock.recv(1).replace(b"S", b""):
+            reason = f"sslmode={target.sslmode}, but the server does not offer TLS ({answer!r})"
+            raise DatabaseError(reason, Fault.OPERATOR)
+        sock = context.wrap_socket(sock, server_hostname=target.host)
+    return sock
+
+
 def start_session(target: Target, context: ssl.SSLContext | None) -> Session:
     """Return a session, encrypted if there is a context. Raises DatabaseError."""
     # Settings that a server or a role may have changed, and that quoting relies on.
@@ -2152,18 +2174,15 @@ def start_session(target: Target, context: ssl.SSLContext | None) -> Session:
     try:
         session = Session(
             target.user,
-            target.host,
-            target.dbname,
-            target.port,
+            sock=open_socket(target, context),
+            database=target.dbname,
             # Without any password pg8000 fails where the server asks for one; an empty one is refused.
-            target.password or "",
-            unix_sock=target.socket,
-            ssl_context=context or False,
-            timeout=target.connect_timeout,
+            password=target.password or "",
             application_name=target.application_name,
+            ssl_context=False,  # done already
             startup_params=settings,
         )
-    except (pg8000.exceptions.Error, pg8000.core.scramp.ScramException, *BROKEN) as error:
+    except (DatabaseError, pg8000.exceptions.Error, pg8000.core.scramp.ScramException, *BROKEN) as error:
         raise session_error(target, error) from None
     session.timeout_s = target.connect_timeout
     try:
@@ -2208,10 +2227,9 @@ ALTER_SETTINGS = (
     "SET LOCAL lock_timeout = 200; SET LOCAL statement_timeout = 400;"
     f" SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s'"
 )
-TIMED_OUT = ("55P03", "57014")  # for a lock that was not to be had in time, say
-# Also a deadlock, or somebody who was a bit quicker: two sessions that create one table at once can fail with
-# 23505, IF NOT EXISTS or not.
-TRY_AGAIN = (*TIMED_OUT, "40", "23502", "23505", "42P07")
+# A lock that was not to be had in time, a deadlock, or somebody who was a bit quicker: two sessions that
+# create one table at once can fail with 23505, IF NOT EXISTS or not.
+TRY_AGAIN = ("55P03", "57014", "40", "23502", "23505", "42P07")
 
 
 def survey(session: Session, schema: Schema, user: str) -> Plan:
@@ -2280,7 +2298,9 @@ def take(session: Session, step: Step, plan: Callable[[], Plan]) -> None:
             log.info("database: %s", statement)
             session.run(statement)
     except DatabaseError as error:
-        if step.way is not Way.BUILD or error.sqlstate not in TIMED_OUT:
+        if (
+            step.way is not Way.BUILD or error.sqlstate != "57014"
+        ):  # query_canceled: by a time-out of the role's
             raise
         raise OperatorError(
             f"PostgreSQL gave up building an index: {error}; run this without a time-out, or let the"
@@ -2300,12 +2320,12 @@ def repeated_values(index: Index, error: DatabaseError) -> OperatorError:
     )
 
 
-def take_steps(session: Session, plan: Callable[[], Plan], user: str, patience_s: float) -> None:
+def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: bool) -> None:
     """Take the first step of a plan, make a new plan, and so on: others may do the same."""
     deadlines: dict[Step, float] = {}
     taken = Counter[Step]()
-    refusal: OperatorError | None = None
-    while steps := Plan(s for s in plan() if s.way is Way.DROP or (s.way is not Way.HAND and not refusal)):
+    repeated: dict[Index, OperatorError] = {}
+    while steps := Plan(s for s in plan() if s.way is not Way.HAND and s.index not in repeated):
         step = steps[0]
         try:
             take(session, step, plan)
@@ -2315,42 +2335,42 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, patience_s
                 raise not_run(error, steps.statements, user) from None
             session.run("ROLLBACK")
             if step.index and step.index.unique and error.sqlstate == "23505":
-                refusal = repeated_values(step.index, error)  # the next plan drops what is left of the index
+                repeated[step.index] = repeated_values(step.index, error)  # the next plan drops what is left
                 continue
             # Behind a DROP or a BUILD nobody has to wait, and somebody's build may take long.
-            patience = patience_s if step.way is Way.ALTER else PREPARE_TIMEOUT_S
+            patience = PREPARE_TIMEOUT_S if step.way in (Way.DROP, Way.BUILD) else CHANGE_PATIENCE_S
+            patience = patience if migrates else START_PATIENCE_S
             if step not in deadlines:
                 log.info('database: table "%s" is in use, waiting for it: %s', step.table, error)
             if time.monotonic() > deadlines.setdefault(step, time.monotonic() + patience):
                 reason = f'table "{step.table}" is still in use after {patience} s ({error}); not run: '
-                raise DatabaseError(reason + step.statements[0], Fault.AWAY, error.sqlstate) from None
+                raise DatabaseError(reason + "; ".join(step.statements), Fault.AWAY, error.sqlstate) from None
             time.sleep(random.uniform(0.5, 1) * CHANGE_PAUSE_S)  # so that two do not meet again
         if taken[step] > 5:  # PostgreSQL takes it, and it has no effect
             raise OperatorError(f"run {taken[step]} times without effect:\n{sql_lines(step.statements)}")
-    if refusal:
-        raise refusal
+    if repeated:
+        raise OperatorError("\n".join(map(str, repeated.values())))
 
 
-def prepare(
-    session: Session, schema: Schema, user: str, migrates: bool, patience_s: float = CHANGE_PATIENCE_S
-) -> None:
+def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None:
     """Create what is missing; if it `migrates` columns too, and drop NOT NULL where nothing requires it.
 
     Blocks as long as PostgreSQL needs to build indexes. Inserts of others go on: no lock that stops them is
     held or waited for longer than half a second. Raises OperatorError with everything that does not fit and
     the SQL for it, before anything is done; DatabaseError when the database went away or a table stayed in
-    use for `patience_s`: what was done until then stays, and trying again goes on from there.
+    use for long: what was done until then stays, and trying again goes on from there.
     """
     session.timeout_s = PREPARE_TIMEOUT_S
     plan = survey(session, schema, user)
     refuse_misfits(plan, migrates)
     if not plan:
         return
-    # Keeps time-outs of the role or the database from ending builds. A pooler would give that to others.
+    # Keeps time-outs of the role or the database from ending builds; a pooler would give that to others. Who
+    # did not ask for a migration rather starts without the database than wait for somebody's transaction.
     is_direct = session.is_direct()
     if is_direct:
-        session.run("SET statement_timeout = 0; SET lock_timeout = 0")
-    take_steps(session, partial(survey, session, schema, user), user, patience_s)
+        session.run(f"SET statement_timeout = 0; SET lock_timeout = {0 if migrates else 2000}")
+    take_steps(session, partial(survey, session, schema, user), user, migrates)
     if is_direct:
         session.run("RESET statement_timeout; RESET lock_timeout")
 
