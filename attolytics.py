@@ -165,6 +165,7 @@ POLL_S = 0.05  # How often something is looked at that can only be asked.
 STALLED_S = 10  # A writer that is silent for so long is stuck, or shrinks a huge spool.
 IDLE_LOOK_S = 0.5  # An idle writer looks so often whether its session is still there.
 MONITOR_CONNECTIONS_MAX = 8  # Prometheus, a load balancer and somebody with curl.
+DRAIN_OPEN_S = 5  # So long clients are still served if systemd keeps the port: nobody waits for it.
 DRAIN_IDLE_S = 1  # So long a client may still use a connection that it keeps; then it is idle.
 SIGNAL_CHECK_S = 0.5  # How late a signal may be noticed in the worst case.
 DRAIN_S = 9  # Requests in flight are answered; systemd and Docker kill after 90 s and 10 s.
@@ -2101,6 +2102,11 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
     return {"allow": [None, context], "prefer": [context, None]}.get(target.sslmode, [context])
 
 
+PEER_HINT = """\
+ (over a socket the role must be named like the system user; the dynamic user of a systemd unit is unknown to\
+ PostgreSQL without the Debian package libnss-systemd)"""
+
+
 def session_error(target: Target, error: Exception) -> DatabaseError:
     """Return our error for a session that did not come about; only what can pass by itself is AWAY."""
     match error:
@@ -2108,6 +2114,7 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
             refusal = server_error(error.args[0])
             missing = refusal.sqlstate == "28P01" and not target.password
             hint = " (no password was given: put it in the URL, PGPASSWORD or .pgpass)" if missing else ""
+            hint = PEER_HINT if refusal.sqlstate == "28000" and target.socket else hint
             fault = Fault.AWAY if refusal.fault is Fault.AWAY else Fault.OPERATOR
             return DatabaseError(f"{refusal}{hint}", fault, refusal.sqlstate)
         case DatabaseError():
@@ -4118,12 +4125,12 @@ class Server(Listener):
         self, sock: socket.socket, service: Service, pool: Pool, turning_away: Pool, is_inherited: bool
     ) -> None:
         super().__init__(sock, Handler, pool)
-        self.service, self._turning_away, self._is_inherited = service, turning_away, is_inherited
+        self.service, self._turning_away, self.is_inherited = service, turning_away, is_inherited
 
     def stop_accepting(self) -> None:
         """Accept what has connected, or leave that to the next process; close the listening socket."""
         self.shutdown()
-        if not self._is_inherited:
+        if not self.is_inherited:
             # Closing would reset connections that the kernel has accepted for us.
             self._handle_request_noblock()
         self.server_close()
@@ -4358,10 +4365,11 @@ def send_notice(path: str | None, *lines: str) -> None:
     """Send one datagram to systemd, for example ("READY=1", "STATUS=listening"). Never raises or blocks."""
     if not path:  # systemd did not start us
         return
+    text = "\n".join(" ".join(line.split())[:900] for line in lines)  # systemd drops what is over 4 KiB
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
         try:
             # A leading @ stands for a NUL byte: Linux' abstract namespace.
-            sock.sendto("\n".join(lines).encode(), re.sub("^@", "\0", path))
+            sock.sendto(text.encode(errors="replace"), re.sub("^@", "\0", path))
         except OSError as error:
             log.debug("cannot notify systemd: %s", reason_of(error))
 
@@ -4705,7 +4713,7 @@ class Reloader:
                 log.error("%s", problem)
             else:
                 self._replace(schema)
-            notify("READY=1", status)
+            notify("READY=1", f"STATUS={problem}" if problem else status)
 
     def _replace(self, schema: Schema) -> None:
         self.service.metrics.declare(schema)
@@ -4723,12 +4731,14 @@ class Reloader:
 
 
 def drain(
-    servers: Iterable[Server], service: Service, pool: Pool, writer: Writer, writing: threading.Thread
+    servers: Sequence[Server], service: Service, pool: Pool, writer: Writer, writing: threading.Thread
 ) -> None:
     """Accept nothing new, answer what is in flight, store it. Blocks at most DRAIN_S."""
     deadline = time.monotonic() + DRAIN_S
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, signal.SIG_DFL)  # a second one ends us at once
+    if any(server.is_inherited for server in servers):
+        pool.wait_until_quiet(DRAIN_OPEN_S)
     for server in servers:
         server.stop_accepting()
     # A client that keeps its connection learns from its next answer that it ends. Closing the connection
@@ -4870,6 +4880,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise_file_limit(options.max_connections)
         serve(options, os.environ, repeats)
     except (OperatorError, SpoolError) as error:
+        send_notice(os.environ.get("NOTIFY_SOCKET"), f"STATUS={error}")  # for systemctl status
         if journal:
             log.error("%s", error)
         elif sys.stderr:  # None when it was closed before we started

@@ -5444,3 +5444,64 @@ class RepositoryTest(ProgramCase):
 
 if __name__ == "__main__":
     unittest.main()
+
+
+class UnitTest(ProgramCase):
+    """What the systemd units rely on; bench/systemd boots the real one."""
+
+    @contextlib.contextmanager
+    def notices(self) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind(str(self.directory / "notify"))
+            sock.settimeout(20)
+            yield sock
+
+    def test_the_status_says_why_a_start_failed_or_a_reload_was_refused(self) -> None:
+        env = {"NOTIFY_SOCKET": str(self.directory / "notify")}
+        with self.notices() as sock:
+            self.schema_file.write_text("tables: {t: {columns: [{name: é, typ: x}]}}\napps: {}\n")
+            self.fail_to_start(env=env)
+            status = sock.recv(10_000).decode()
+            self.assertRegex(status, r"^STATUS=the schema file has .*typ")
+            self.assertNotIn("\n", status)
+            bad = self.schema_file.read_text()
+            self.schema_file.write_text(ALL_TYPES)
+            server = self.serve(env=env)
+            self.assertIn("READY=1", sock.recv(10_000).decode())
+            for text, expected in ((bad, "the schema .* not taken over, .*typ"), (ALL_TYPES, "listening")):
+                self.schema_file.write_text(text)
+                server.process.send_signal(signal.SIGHUP)
+                self.assertIn("RELOADING=1", sock.recv(10_000).decode())
+                self.assertRegex(sock.recv(10_000).decode(), rf"^READY=1\nSTATUS={expected}[^\n]+$")
+
+    def test_a_long_status_fits_into_what_systemd_reads(self) -> None:
+        with self.notices() as sock:
+            attolytics.send_notice(sock.getsockname(), "READY=1", "STATUS=" + "\U0001f600\udcff" * 5000)
+            self.assertLess(len(sock.recv(100_000)), 4096)
+
+    def test_with_a_socket_of_systemd_a_drain_serves_what_was_idle_for_seconds(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            server = self.serve(sockets=[sock])
+            kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+            self.addCleanup(kept.close)
+            path, body = "/apps/app/events", body_of(mark(1, table="plain"))
+            kept.request("POST", path, body)
+            self.assertFalse(Answer(kept.getresponse()).will_close)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(3)
+            self.assertEqual(server.post(path, body).status, 200)
+            kept.request("POST", path, body)
+            answer = Answer(kept.getresponse())
+            self.assertEqual((answer.status, answer.will_close), (200, True))
+            kept.close()
+            started = time.monotonic()
+            self.assertEqual(server.end(), 0)  # there is nobody left to wait for
+            self.assertLess(time.monotonic() - started, 1.5)
+        self.assertEqual(self.stored(), [1, 1, 1])
+
+    def test_a_login_that_is_refused_over_a_socket_names_both_causes(self) -> None:
+        refusal = pg8000.exceptions.DatabaseError({"C": "28000", "M": "Peer authentication failed"})
+        for url, expected in (("postgres://%2Frun", True), ("postgres://localhost", False)):
+            target, _ = attolytics.parse_target(url, {}, "me", "", Path("/"))
+            text = str(attolytics.session_error(target, refusal))
+            self.assertEqual("the role" in text and "libnss-systemd" in text, expected, text)
