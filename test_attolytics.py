@@ -5484,7 +5484,7 @@ class UnitTest(ProgramCase):
             server = self.serve(sockets=[sock])
             kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
             self.addCleanup(kept.close)
-            path, body = "/apps/app/events", body_of(mark(1, table="plain"))
+            path, body = "/apps/app/events", body_of(mark(1, table="plain"), key="key")
             kept.request("POST", path, body)
             self.assertFalse(Answer(kept.getresponse()).will_close)
             server.process.send_signal(signal.SIGTERM)
