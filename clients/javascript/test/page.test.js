@@ -69,6 +69,7 @@ describe("a page", () => {
   test("does not hand over an event that is too large for that", async (t) => {
     const server = await serve(t);
     const events = client(t, server, NEVER);
+    replace(t, "CompressionStream", undefined);
     numbered(events, 1, 0, "x".repeat(70_000));
     page.show("hidden");
     assert.equal(page.made.length, 0);
