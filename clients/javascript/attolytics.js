@@ -90,7 +90,8 @@ export class Attolytics {
     this.#prefix = `attolytics ${this.#endpoint} `;
     this.#limit = this.#options.batchEvents;
     // Where storage is forbidden, even its name throws.
-    this.#storage = options.storage === undefined ? attempt(() => globalThis.document && localStorage) : options.storage;
+    this.#storage = options.storage;
+    if (options.storage === undefined) this.#storage = attempt(() => globalThis.document && localStorage);
     this.#locks = attempt(() => navigator.locks);
     this.enabled = this.#options.enabled;
   }
@@ -120,7 +121,7 @@ export class Attolytics {
    */
   async flush() {
     await this.#adopted;
-    const last = this.#queue.at(-1);
+    const last = this.#queue[this.#queue.length - 1];
     if (!last || !this.#active) return;
     await new Promise((resolve) => {
       this.#waiters.push({ until: last.stamp, resolve });
@@ -153,8 +154,8 @@ export class Attolytics {
     this.#enabled = enabled;
     if (enabled) this.#start();
     else this.#end();
-    for (const [target, type, listener] of this.#listeners) {
-      target?.[enabled ? "addEventListener" : "removeEventListener"]?.(type, listener);
+    for (const [type, listener] of Object.entries(this.#listeners)) {
+      globalThis[enabled ? "addEventListener" : "removeEventListener"]?.(type, listener);
     }
     this.#wake();
   }
@@ -171,12 +172,22 @@ export class Attolytics {
 
   // --- Owners -----------------------------------------------------------------------------------------------------
 
-  #listeners = [
-    [globalThis, "online", () => this.#resume((this.#failures = 0))],
-    [globalThis.document, "visibilitychange", () => document.visibilityState === "hidden" && this.#leave()],
-    [globalThis, "pagehide", () => (this.#leave(), this.#end())], // A page with a lock cannot be kept for "back".
-    [globalThis, "pageshow", (event) => event.persisted && this.#start()],
-  ];
+  #listeners = {
+    online: () => {
+      this.#failures = 0;
+      this.#resume();
+    },
+    visibilitychange: () => {
+      if (document.visibilityState === "hidden") this.#leave();
+    },
+    pagehide: () => {
+      this.#leave();
+      this.#end(); // A browser does not keep a page with a lock for the way back.
+    },
+    pageshow: (event) => {
+      if (event.persisted) this.#start();
+    },
+  };
 
   #start() {
     this.#active = true;
@@ -184,17 +195,23 @@ export class Attolytics {
     this.#setQueue(this.#queue.filter((event) => !event.stored && !event.handed));
     this.#owner = uuid().slice(-12);
     const gone = new Promise((resolve) => (this.#release = resolve));
+    this.#beat();
     this.#owned = new Promise((resolve) => {
-      this.#beat();
       if (!this.#storage || !this.#locks) return resolve();
-      const live = () => (resolve(), gone);
+      const live = () => {
+        resolve();
+        return gone;
+      };
       this.#locks.request(this.#prefix + this.#owner, live).catch(() => {
         this.#locks = null; // forbidden here
         this.#beat();
         resolve();
       });
     });
-    this.#ticker = setInterval(() => (this.#beat(), this.#adopt()), TICK_MS);
+    this.#ticker = setInterval(() => {
+      this.#beat();
+      this.#adopt();
+    }, TICK_MS);
     this.#ticker.unref?.();
     this.#adopted = this.#adopt();
     this.#pump();
@@ -250,14 +267,11 @@ export class Attolytics {
     for (const { key, name, stamp } of this.#stored().filter((stored) => stored.owner === owner)) {
       const text = this.#read(key);
       if (text == null) continue;
-      if (attempt(() => JSON.parse(text)?._t) === undefined || !Number.isSafeInteger(stamp)) {
-        this.#warn("something in the storage is not an event, and was removed");
-      } else {
-        const event = this.#add(stamp, text, name);
-        this.#erase(key);
-        if (!event.stored) this.#keep(event); // There is room now.
-      }
+      const isEvent = attempt(() => JSON.parse(text)?._t) !== undefined && Number.isSafeInteger(stamp);
+      const event = isEvent && this.#add(stamp, text, name);
       this.#erase(key);
+      if (!event) this.#warn("something in the storage is not an event, and was removed");
+      else if (!event.stored) this.#keep(event); // There is room now.
     }
     this.#queue.sort((a, b) => a.stamp - b.stamp);
     this.#trim();
@@ -318,8 +332,12 @@ export class Attolytics {
   #trim() {
     let excess = this.#bytes - this.#options.queueBytes;
     if (excess <= 0) return;
-    const old = this.#queue.slice(0, -1);
-    const dropped = old.filter((event) => !event.flying && excess > 0 && (excess -= event.bytes, true));
+    const dropped = [];
+    for (const event of this.#queue.slice(0, -1)) {
+      if (event.flying || excess <= 0) continue;
+      dropped.push(event);
+      excess -= event.bytes;
+    }
     this.#dropped += dropped.length;
     this.#remove(dropped);
     this.#warn("the queue is full, the oldest events are dropped");
@@ -343,7 +361,7 @@ export class Attolytics {
   }
 
   #write(key, text) {
-    return attempt(() => (this.#storage.setItem(key, text), true)) ?? false;
+    return attempt(() => this.#storage.setItem(key, text) ?? true) ?? false;
   }
 
   #erase(key) {
@@ -392,11 +410,13 @@ export class Attolytics {
     const { id } = this.#options;
     // Without an id nothing may be sent twice, so what is handed over counts as sent, unless an answer comes all
     // the same. While nobody answers it had better wait for the next visit.
-    const hand = (events) => id || events.forEach((event) => {
-      this.#erase(event.key);
-      event.stored = false;
-      event.handed = true;
-    });
+    const hand = (events) =>
+      id ||
+      events.forEach((event) => {
+        this.#erase(event.key);
+        event.stored = false;
+        event.handed = true;
+      });
     if (!this.#active || (!id && this.#failures)) return;
     hand(this.#queue.filter((event) => event.flying && event.keepalive));
     const room = KEEPALIVE_BYTES_MAX - Attolytics.#aloft - length(this.#body([]));
@@ -476,14 +496,14 @@ export class Attolytics {
     const batch = sent.filter((event) => this.#queue.includes(event)); // The others are forgotten.
     const later = !status || status >= 500 || status === 408 || status === 429;
     const own = body && typeof body === "object"; // Attolytics explains itself in JSON; a proxy may say 413, too.
-    if (!batch.length) {
-      // nothing to decide
-    } else if (own && status === 200) {
+    if (own && status === 200) {
       this.#failures = 0;
       this.#limit = Math.min(this.#limit * 2, this.#options.batchEvents);
-      this.#remove(batch);
+      this.#remove(sent);
       for (const warning of list(body.warnings)) this.#warn(String(warning).replace(/^events\[\d+\]: /, ""));
       for (const problem of list(body.quarantined)) this.#warn("quarantined:", describe(problem));
+    } else if (!batch.length) {
+      // There is nothing left to decide.
     } else if (!later && (status === 413 || (own && status >= 400))) {
       this.#failures = 0;
       this.#refuse(sent, batch, status, body ?? {});
@@ -510,7 +530,10 @@ export class Attolytics {
     this.#remove(refused);
     this.#warn("events were refused:", reason);
     try {
-      this.#options.onRefused?.(refused.map(({ text }) => JSON.parse(text)), reason);
+      this.#options.onRefused?.(
+        refused.map(({ text }) => JSON.parse(text)),
+        reason,
+      );
     } catch (error) {
       this.#warn("onRefused failed:", error);
     }

@@ -86,7 +86,9 @@ export class MemoryStorage {
     return [...this.map].filter(([key]) => !key.includes(" ~")).map(([, value]) => JSON.parse(value));
   }
   get numbers() {
-    return this.events().map((event) => event.n).sort((a, b) => a - b);
+    return this.events()
+      .map((event) => event.n)
+      .sort((a, b) => a - b);
   }
 }
 

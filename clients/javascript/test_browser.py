@@ -350,7 +350,7 @@ class LeaveTest(BrowserCase):
         self.take(page, 1, 10)
         page.evaluate(
             "Object.defineProperty(document, 'visibilityState', {value: 'hidden'});"
-            "document.dispatchEvent(new Event('visibilitychange'))"
+            "document.dispatchEvent(new Event('visibilitychange', {bubbles: true}))"
         )
         page.wait_for_function("events.pending === 0")
         self.assertEqual(self.check(page, 1), 10)

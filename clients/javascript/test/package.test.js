@@ -17,7 +17,9 @@ test("the client is smaller than 4 kB, minified and compressed", async (t) => {
 });
 
 test("the types name what the class has, and the options those that it knows", async () => {
-  const [types, source] = await Promise.all(["attolytics.d.ts", "attolytics.js"].map((name) => readFile(file(name), "utf8")));
+  const [types, source] = await Promise.all(
+    ["attolytics.d.ts", "attolytics.js"].map((name) => readFile(file(name), "utf8")),
+  );
   for (const name of Object.getOwnPropertyNames(Attolytics.prototype)) {
     assert.match(types, new RegExp(`^  (get )?${name}\\b`, "m"));
   }
@@ -25,7 +27,10 @@ test("the types name what the class has, and the options those that it knows", a
   const [, options] = /interface Options \{(.*?)\n\}/s.exec(types);
   const known = [...options.matchAll(/^  (\w+)\??[:(]/gm)].map(([, name]) => name);
   const used = [...defaults.matchAll(/^  (\w+):/gm)].map(([, name]) => name);
-  assert.deepEqual(used.filter((name) => !known.includes(name)), []);
+  assert.deepEqual(
+    used.filter((name) => !known.includes(name)),
+    [],
+  );
   for (const name of known) assert.ok(source.includes(name), name);
 });
 

@@ -10,7 +10,7 @@ const real = fetch;
 /** A page that can be hidden and left, and the options of each fetch it makes. */
 function open(t) {
   const page = { made: [], window: new EventTarget() };
-  const document = Object.assign(new EventTarget(), { visibilityState: "visible" });
+  const document = { visibilityState: "visible" };
   for (const name of ["addEventListener", "removeEventListener"]) {
     replace(t, name, page.window[name].bind(page.window));
   }
@@ -23,7 +23,7 @@ function open(t) {
   });
   page.show = (state) => {
     document.visibilityState = state;
-    document.dispatchEvent(new Event("visibilitychange"));
+    page.window.dispatchEvent(new Event("visibilitychange"));
   };
   page.leave = () => page.window.dispatchEvent(new Event("pagehide"));
   page.comeBack = () => page.window.dispatchEvent(Object.assign(new Event("pageshow"), { persisted: true }));
@@ -43,7 +43,10 @@ describe("a page", () => {
     const events = client(t, server, NEVER);
     numbered(events, 100, 0, "x".repeat(100));
     page.show("hidden");
-    assert.deepEqual(page.made.map(({ numbers, keepalive, headers }) => [numbers, keepalive, headers]), [[range(100), true, {}]]);
+    assert.deepEqual(
+      page.made.map(({ numbers, keepalive, headers }) => [numbers, keepalive, headers]),
+      [[range(100), true, {}]],
+    );
     assert.equal(page.storage.numbers.length, 100); // There is no verdict yet.
     numbered(events, 2, 100);
     page.leave();
@@ -74,7 +77,10 @@ describe("a page", () => {
     page.show("hidden");
     assert.equal(page.made.length, 0);
     await events.flush();
-    assert.deepEqual(page.made.map(({ keepalive }) => keepalive), [false]);
+    assert.deepEqual(
+      page.made.map(({ keepalive }) => keepalive),
+      [false],
+    );
   });
 
   test("sends ordinary requests so that they outlive it, but not after a failure", async (t) => {
@@ -83,7 +89,10 @@ describe("a page", () => {
     const events = client(t, server);
     numbered(events, 1);
     await events.flush();
-    assert.deepEqual(page.made.map(({ keepalive }) => keepalive), [true, false]);
+    assert.deepEqual(
+      page.made.map(({ keepalive }) => keepalive),
+      [true, false],
+    );
   });
 
   test("that stays takes the verdict of what it sent when it was hidden", async (t) => {
@@ -95,7 +104,14 @@ describe("a page", () => {
     numbered(events, 3);
     page.show("hidden");
     await until(() => events.pending === 0);
-    assert.deepEqual(server.requests.map((request) => request.numbers), [[0, 1, 2], [0, 2], [0, 2]]);
+    assert.deepEqual(
+      server.requests.map((request) => request.numbers),
+      [
+        [0, 1, 2],
+        [0, 2],
+        [0, 2],
+      ],
+    );
   });
 
   test("does not send again what is under way when it is left", async (t) => {
@@ -187,7 +203,11 @@ describe("a page", () => {
   });
 
   test("has a queue in memory where localStorage is forbidden", async (t) => {
-    Object.defineProperty(globalThis, "localStorage", { get() { throw new DOMException("no", "SecurityError"); } });
+    Object.defineProperty(globalThis, "localStorage", {
+      get() {
+        throw new DOMException("no", "SecurityError");
+      },
+    });
     const server = await serve(t);
     const events = client(t, server);
     numbered(events, 2);
@@ -202,8 +222,13 @@ describe("a page", () => {
     Object.defineProperty(Request.prototype, "keepalive", keepalive);
     const beacons = [];
     let room = true;
-    replace(t, "navigator", { sendBeacon: (url, body) => room && beacons.push([url, JSON.parse(body).events.map((event) => event.n)]) > 0 });
-    for (const [id, left] of [["id", [0, 1]], [false, []]]) {
+    replace(t, "navigator", {
+      sendBeacon: (url, body) => room && beacons.push([url, JSON.parse(body).events.map((event) => event.n)]) > 0,
+    });
+    for (const [id, left] of [
+      ["id", [0, 1]],
+      [false, []],
+    ]) {
       const events = new Attolytics({ url: "http://a.b", app: "c", key: "k", table: "t", id, ...NEVER });
       numbered(events, 2);
       room = false;

@@ -2,7 +2,20 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 
 import { Attolytics } from "../attolytics.js";
-import { client, cut, hurry, listen, Locks, MemoryStorage, ok, refusal, replace, serve, sleep, until } from "../support.js";
+import {
+  client,
+  cut,
+  hurry,
+  listen,
+  Locks,
+  MemoryStorage,
+  ok,
+  refusal,
+  replace,
+  serve,
+  sleep,
+  until,
+} from "../support.js";
 
 function numbered(client, count, from = 0) {
   for (let n = from; n < from + count; n++) client.send({ n });
@@ -11,9 +24,11 @@ function numbered(client, count, from = 0) {
 const range = (count, from = 0) => Array.from({ length: count }, (_, n) => from + n);
 /** For a client that has a queue, but is dead: it sends only when it is told. */
 const NEVER = { waitMs: 100_000, batchEvents: 1_000 };
-const sorted = (numbers) => numbers.toSorted((a, b) => a - b);
+const sorted = (numbers) => [...numbers].sort((a, b) => a - b);
 
+/** Open a tab of a browser with these Web Locks, or with none. */
 function tab(t, locks) {
+  if (!locks) return replace(t, "navigator", {});
   const tab = locks.tab();
   replace(t, "navigator", { locks: tab });
   return tab;
@@ -27,10 +42,33 @@ describe("send", () => {
     const cyclic = {};
     cyclic.self = cyclic;
     const bad = [
-      cyclic, { n: 1n }, null, 5, "text", [1], Symbol("x"), () => {},
-      { get n() { throw new Error("getter"); } },
-      { n: { toJSON() { throw Symbol("odd"); } } },
-      { n: { toJSON() { throw Object.create(null); } } },
+      cyclic,
+      { n: 1n },
+      null,
+      5,
+      "text",
+      [1],
+      Symbol("x"),
+      () => {},
+      {
+        get n() {
+          throw new Error("getter");
+        },
+      },
+      {
+        n: {
+          toJSON() {
+            throw Symbol("odd");
+          },
+        },
+      },
+      {
+        n: {
+          toJSON() {
+            throw Object.create(null);
+          },
+        },
+      },
       { n: "x".repeat(2_000_000) },
     ];
     for (const event of bad) assert.equal(events.send(event), false);
@@ -66,9 +104,12 @@ describe("send", () => {
     const cwd = new URL("..", import.meta.url);
     await new Promise((resolve) => execFile(process.execPath, ["--input-type=module", "-e", script], { cwd }, resolve));
     assert.deepEqual(server.numbers(), [1]);
-    const flushed = script.replace("new ", "const events = new ").replace(".send(", "; events.send(") + "await events.flush();";
+    const flushed =
+      script.replace("new ", "const events = new ").replace(".send(", "; events.send(") + "await events.flush();";
     server.answers = [cut];
-    await new Promise((resolve) => execFile(process.execPath, ["--input-type=module", "-e", flushed], { cwd }, resolve));
+    await new Promise((resolve) =>
+      execFile(process.execPath, ["--input-type=module", "-e", flushed], { cwd }, resolve),
+    );
     assert.deepEqual(server.numbers(), [1, 1, 1]);
     assert.ok(performance.now() - start < 8_000);
   });
@@ -106,10 +147,14 @@ describe("the queue", () => {
 
   test("is in the storage until there is a verdict", async (t) => {
     const storage = new MemoryStorage();
-    const server = await serve(t, () => {
-      assert.deepEqual(storage.numbers, [0, 1]);
-      return ok;
-    }, refusal(403, "no"));
+    const server = await serve(
+      t,
+      () => {
+        assert.deepEqual(storage.numbers, [0, 1]);
+        return ok;
+      },
+      refusal(403, "no"),
+    );
     listen(t);
     const events = client(t, server, { storage, ...NEVER });
     numbered(events, 2);
@@ -134,7 +179,10 @@ describe("the queue", () => {
     const second = client(t, server, { storage, waitMs: 10_000 });
     second.send({ n: 120 });
     await second.flush();
-    assert.deepEqual(server.requests.map((request) => request.numbers.length), [50, 50, 21]);
+    assert.deepEqual(
+      server.requests.map((request) => request.numbers.length),
+      [50, 50, 21],
+    );
     assert.deepEqual(server.numbers(), range(121));
     const sent = server.requests.flatMap((request) => request.events);
     assert.deepEqual(sorted(sent.slice(0, 120).map(({ id }) => id)), sorted(kept.map(({ id }) => id)));
@@ -235,10 +283,10 @@ describe("two tabs", () => {
     const how = locked ? "with Web Locks" : "with time stamps";
 
     test(`${how} send nothing twice, at the same moment`, async (t) => {
-      const [storage, locks, server] = [new MemoryStorage(), new Locks(), await serve(t)];
+      const [storage, locks, server] = [new MemoryStorage(), locked && new Locks(), await serve(t)];
       t.mock.method(Date, "now", () => 1_700_000_000_000); // Their stamps are equal.
       const tabs = [0, 1].map(() => {
-        if (locked) tab(t, locks);
+        tab(t, locks);
         return client(t, server, { storage, batchEvents: 10 });
       });
       for (let n = 0; n < 100; n++) {
@@ -251,10 +299,10 @@ describe("two tabs", () => {
     });
 
     test(`${how} adopt the queue of a tab that is gone, once`, async (t) => {
-      const [storage, locks, server] = [new MemoryStorage(), new Locks(), await serve(t)];
+      const [storage, locks, server] = [new MemoryStorage(), locked && new Locks(), await serve(t)];
       t.mock.method(Date, "now", () => 1_700_000_000_000); // All stamps are equal.
       const dying = [0, 10].map((from) => {
-        const its = locked && tab(t, locks);
+        const its = tab(t, locks);
         numbered(client(t, server, { storage, ...NEVER }), 10, from);
         return its;
       });
@@ -264,7 +312,7 @@ describe("two tabs", () => {
         if (key.includes(" ~")) storage.map.set(key, "1699999800000");
       }
       const living = [0, 1, 2].map(() => {
-        if (locked) tab(t, locks);
+        tab(t, locks);
         return client(t, server, { storage });
       });
       living[0].send({ n: 20 });
@@ -274,11 +322,11 @@ describe("two tabs", () => {
     });
 
     test(`${how} leave the queue of a living tab alone`, async (t) => {
-      const [storage, locks, server] = [new MemoryStorage(), new Locks(), await serve(t)];
-      if (locked) tab(t, locks);
+      const [storage, locks, server] = [new MemoryStorage(), locked && new Locks(), await serve(t)];
+      tab(t, locks);
       const first = client(t, server, { storage, ...NEVER });
       numbered(first, 3);
-      if (locked) tab(t, locks);
+      tab(t, locks);
       const second = client(t, server, { storage });
       numbered(second, 1, 3);
       await second.flush();
@@ -289,13 +337,13 @@ describe("two tabs", () => {
     });
 
     test(`${how} adopt also what is left while they live`, async (t) => {
-      const [storage, locks, server] = [new MemoryStorage(), new Locks(), await serve(t)];
+      const [storage, locks, server] = [new MemoryStorage(), locked && new Locks(), await serve(t)];
       hurry(t, 20);
       const real = globalThis.setInterval;
       replace(t, "setInterval", (action, ms) => real(action, ms / 200));
-      const dying = locked && tab(t, locks);
+      const dying = tab(t, locks);
       const first = client(t, server, { storage, ...NEVER, waitMs: 10_000_000 });
-      if (locked) tab(t, locks);
+      tab(t, locks);
       client(t, server, { storage });
       numbered(first, 3);
       await sleep(250);
@@ -308,6 +356,7 @@ describe("two tabs", () => {
   }
 
   test("that slept and lost its queue does not send it again, but what is new", async (t) => {
+    tab(t, null);
     const [storage, server] = [new MemoryStorage(), await serve(t)];
     const slept = client(t, server, { storage, ...NEVER });
     numbered(slept, 3);
@@ -325,7 +374,13 @@ describe("two tabs", () => {
 
   test("do without Web Locks that are forbidden", async (t) => {
     const [storage, server] = [new MemoryStorage(), await serve(t)];
-    replace(t, "navigator", { locks: { request: async () => { throw new DOMException("no", "SecurityError"); } } });
+    replace(t, "navigator", {
+      locks: {
+        request: async () => {
+          throw new DOMException("no", "SecurityError");
+        },
+      },
+    });
     const events = client(t, server, { storage });
     numbered(events, 1);
     await events.flush();

@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { webcrypto } from "node:crypto";
 import { describe, test } from "node:test";
 
 import { client, cut, hurry, listen, ok, refusal, replace, serve, sleep, until } from "../support.js";
@@ -51,8 +52,7 @@ describe("a request", () => {
   test("has a UUID where there is no crypto.randomUUID, and no crypto at all", async (t) => {
     const server = await serve(t);
     const events = client(t, server);
-    const real = crypto;
-    for (const poor of [{ getRandomValues: (bytes) => real.getRandomValues(bytes) }, undefined]) {
+    for (const poor of [{ getRandomValues: (bytes) => webcrypto.getRandomValues(bytes) }, undefined]) {
       replace(t, "crypto", poor);
       events.send({});
     }
@@ -66,7 +66,10 @@ describe("a request", () => {
     const start = performance.now();
     numbered(events, 3);
     await until(() => events.pending === 0);
-    assert.deepEqual(server.requests.map((request) => request.numbers), [[0, 1, 2]]);
+    assert.deepEqual(
+      server.requests.map((request) => request.numbers),
+      [[0, 1, 2]],
+    );
     assert.ok(server.requests[0].at - start >= 140);
   });
 
@@ -78,13 +81,19 @@ describe("a request", () => {
     assert.equal(server.requests.length, 0);
     numbered(events, 1, 49);
     await until(() => events.pending === 0);
-    assert.deepEqual(server.requests.map((request) => request.numbers), [range(50)]);
+    assert.deepEqual(
+      server.requests.map((request) => request.numbers),
+      [range(50)],
+    );
     events.send({ n: 50, text: "x".repeat(20_000) });
     await sleep(50);
     assert.equal(server.requests.length, 1);
     events.send({ n: 51, text: "x".repeat(20_000) });
     await until(() => events.pending === 0);
-    assert.deepEqual(server.requests.slice(1).map((request) => request.numbers), [[50], [51]]);
+    assert.deepEqual(
+      server.requests.slice(1).map((request) => request.numbers),
+      [[50], [51]],
+    );
   });
 
   test("counts bytes of UTF-8", async (t) => {
@@ -176,55 +185,96 @@ describe("a verdict", () => {
   test("200 tells each warning once", async (t) => {
     const lines = listen(t);
     const warned = (...warnings) => ({ status: 200, body: { accepted: 1, warnings } });
-    const server = await serve(t, warned('events[0]: unknown key "a"', 'events[1]: unknown key "a"'),
+    const server = await serve(
+      t,
+      warned('events[0]: unknown key "a"', 'events[1]: unknown key "a"'),
       warned('events[7]: unknown key "a"', 'events[7]: unknown key "b"'),
       { status: 200, body: { accepted: 0, quarantined: [{ index: 0, column: "score", reason: "too high" }] } },
-      { status: 200, body: { warnings: 5, quarantined: [null] } });
+      { status: 200, body: { warnings: 5, quarantined: [null] } },
+    );
     const events = client(t, server);
     for (let n = 0; n < 4; n++) {
       numbered(events, 1);
       await events.flush();
     }
-    assert.deepEqual(lines, ['Attolytics: unknown key "a"', 'Attolytics: unknown key "b"',
-      "Attolytics: quarantined: score: too high"]);
+    assert.deepEqual(lines, [
+      'Attolytics: unknown key "a"',
+      'Attolytics: unknown key "b"',
+      "Attolytics: quarantined: score: too high",
+    ]);
   });
 
   test("400 drops the events it names, and sends the others again", async (t) => {
     const lines = listen(t);
-    const problems = [{ index: 1, column: "n", reason: "too odd" }, { index: 3, column: null, reason: "too odd" },
-      { index: 3, column: "n", reason: "too odd" }];
+    const problems = [
+      { index: 1, column: "n", reason: "too odd" },
+      { index: 3, column: null, reason: "too odd" },
+      { index: 3, column: "n", reason: "too odd" },
+    ];
     const again = [{ index: 0, column: "n", reason: "too odd" }];
-    const server = await serve(t, refusal(400, "do not fit", problems), ok, refusal(400, "does not fit", again),
-      refusal(400, "does not fit", again));
+    const server = await serve(
+      t,
+      refusal(400, "do not fit", problems),
+      ok,
+      refusal(400, "does not fit", again),
+      refusal(400, "does not fit", again),
+    );
     const refused = [];
     const options = { onRefused: (events, reason) => refused.push([events.map((event) => event.n), reason]) };
     const events = client(t, server, options);
-    for (const [count, from] of [[5, 0], [1, 5], [1, 6]]) {
+    for (const [count, from] of [
+      [5, 0],
+      [1, 5],
+      [1, 6],
+    ]) {
       numbered(events, count, from);
       await events.flush();
     }
-    assert.deepEqual(server.requests.map((request) => request.numbers), [range(5), [0, 2, 4], [5], [6]]);
-    assert.deepEqual(refused, [[[1, 3], "n: too odd; too odd"], [[5], "n: too odd"], [[6], "n: too odd"]]);
-    assert.deepEqual(lines, ["n: too odd; too odd", "n: too odd"].map((text) => `Attolytics: events were refused: ${text}`));
+    assert.deepEqual(
+      server.requests.map((request) => request.numbers),
+      [range(5), [0, 2, 4], [5], [6]],
+    );
+    assert.deepEqual(refused, [
+      [[1, 3], "n: too odd; too odd"],
+      [[5], "n: too odd"],
+      [[6], "n: too odd"],
+    ]);
+    assert.deepEqual(
+      lines,
+      ["n: too odd; too odd", "n: too odd"].map((text) => `Attolytics: events were refused: ${text}`),
+    );
   });
 
   test("400 that names none is narrowed down to the event that is at fault", async (t) => {
     listen(t);
     const server = await serve(t);
-    const judge = (events) => events.some((event) => event.n === 13)
-      ? refusal(400, "refused by the database", [{ index: null, column: null, reason: "check failed" }]) : ok;
+    const judge = (events) =>
+      events.some((event) => event.n === 13)
+        ? refusal(400, "refused by the database", [{ index: null, column: null, reason: "check failed" }])
+        : ok;
     server.answers = Array(40).fill(judge);
     const refused = [];
-    const events = client(t, server, { onRefused: (events, reason) => refused.push([events[0].n, events.length, reason]) });
+    const events = client(t, server, {
+      onRefused: (events, reason) => refused.push([events[0].n, events.length, reason]),
+    });
     numbered(events, 50);
     await events.flush();
     assert.deepEqual(refused, [[13, 1, "check failed"]]);
-    const stored = server.requests.filter((request) => !request.numbers.includes(13)).flatMap((request) => request.numbers);
-    assert.deepEqual(stored, range(50).filter((n) => n !== 13));
+    const stored = server.requests
+      .filter((request) => !request.numbers.includes(13))
+      .flatMap((request) => request.numbers);
+    assert.deepEqual(
+      stored,
+      range(50).filter((n) => n !== 13),
+    );
     assert.ok(server.requests.length < 20, `${server.requests.length}`);
   });
 
-  for (const [status, error] of [[403, "the secret key is wrong"], [404, "there is no such app"], [415, "no"]]) {
+  for (const [status, error] of [
+    [403, "the secret key is wrong"],
+    [404, "there is no such app"],
+    [415, "no"],
+  ]) {
     test(`${status} drops the batch, and says so once`, async (t) => {
       const lines = listen(t);
       const refused = [];
@@ -234,9 +284,18 @@ describe("a verdict", () => {
       await events.flush();
       numbered(events, 1, 4);
       await events.flush();
-      assert.deepEqual(server.requests.map((request) => request.numbers), [[0, 1], [2, 3], [4]]);
+      assert.deepEqual(
+        server.requests.map((request) => request.numbers),
+        [[0, 1], [2, 3], [4]],
+      );
       assert.deepEqual(lines, [`Attolytics: events were refused: ${error}`]);
-      assert.deepEqual(refused.map(([events, reason]) => [events.length, reason]), [[2, error], [2, error]]);
+      assert.deepEqual(
+        refused.map(([events, reason]) => [events.length, reason]),
+        [
+          [2, error],
+          [2, error],
+        ],
+      );
     });
   }
 
@@ -247,14 +306,18 @@ describe("a verdict", () => {
     events.send({ n: 0 }, "x");
     numbered(events, 1, 1);
     await events.flush();
-    assert.deepEqual(server.requests.map((request) => request.numbers), [[0, 1], [1]]);
+    assert.deepEqual(
+      server.requests.map((request) => request.numbers),
+      [[0, 1], [1]],
+    );
     assert.deepEqual(lines, ['Attolytics: events were refused: _t: no table "x"']);
   });
 
   test("413 halves the batch, and drops a single event that is too large", async (t) => {
     const lines = listen(t);
     const server = await serve(t);
-    const judge = (events) => JSON.stringify(events).length > 700 ? { status: 413, body: "<html>from nginx</html>" } : ok;
+    const judge = (events) =>
+      JSON.stringify(events).length > 700 ? { status: 413, body: "<html>from nginx</html>" } : ok;
     server.answers = Array(40).fill(judge);
     const refused = [];
     const events = client(t, server, { onRefused: (events) => refused.push(...events.map((event) => event.n)) });
@@ -263,13 +326,22 @@ describe("a verdict", () => {
     assert.deepEqual(refused, [7]);
     assert.deepEqual(lines, ["Attolytics: events were refused: status 413"]);
     const stored = server.requests.filter(({ events }) => judge(events) === ok).flatMap((request) => request.numbers);
-    assert.deepEqual(stored, range(20).filter((n) => n !== 7));
+    assert.deepEqual(
+      stored,
+      range(20).filter((n) => n !== 7),
+    );
   });
 
   for (const [name, answer] of [
-    ["408", refusal(408, "too slow")], ["429 from nginx", { status: 429, body: "<html>" }], ["500", { status: 500 }],
-    ["503", refusal(503, "busy")], ["no answer", cut], ["a page for logging in", { status: 200, body: "<html>" }],
-    ["a redirect", { status: 302, headers: { Location: "/login" } }], ["a 404 that is not the server's", { status: 404 }],
+    ["408", refusal(408, "too slow")],
+    ["429", refusal(429, "too many")],
+    ["429 from nginx", { status: 429, body: "<html>" }],
+    ["500", { status: 500 }],
+    ["503", refusal(503, "busy")],
+    ["no answer", cut],
+    ["a page for logging in", { status: 200, body: "<html>" }],
+    ["a redirect", { status: 302, headers: { Location: "/login" } }],
+    ["a 404 that is not the server's", { status: 404 }],
     ["204", { status: 204 }],
   ]) {
     test(`${name} keeps the events, in order, with their ids`, async (t) => {
@@ -285,7 +357,10 @@ describe("a verdict", () => {
       await events.flush();
       assert.deepEqual(server.requests[0].events, server.requests[1].events.slice(0, 3));
       assert.deepEqual(server.numbers().slice(3), range(5));
-      assert.ok(delays.some((ms) => ms >= 1_000 && ms <= 2_000), `${delays}`);
+      assert.ok(
+        delays.some((ms) => ms >= 1_000 && ms <= 2_000),
+        `${delays}`,
+      );
     });
   }
 
@@ -307,7 +382,10 @@ describe("a verdict", () => {
     numbered(events, 1);
     await events.flush();
     assert.ok(delays.includes(40_000), `${delays}`);
-    assert.ok(delays.some((ms) => ms > 95_000 && ms <= 100_000), `${delays}`);
+    assert.ok(
+      delays.some((ms) => ms > 95_000 && ms <= 100_000),
+      `${delays}`,
+    );
     assert.ok(delays.includes(300_000), `${delays}`);
     assert.ok(Math.max(...delays) <= 300_000);
   });
@@ -355,7 +433,11 @@ describe("a verdict", () => {
   test("a callback that throws harms nobody", async (t) => {
     const lines = listen(t);
     const server = await serve(t, refusal(403, "no"));
-    const events = client(t, server, { onRefused: () => { throw new Error("oops"); } });
+    const events = client(t, server, {
+      onRefused: () => {
+        throw new Error("oops");
+      },
+    });
     numbered(events, 1);
     await events.flush();
     numbered(events, 1, 1);
