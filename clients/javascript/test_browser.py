@@ -356,6 +356,27 @@ class LeaveTest(BrowserCase):
         self.assertEqual(self.check(page, 1), 10)
         self.assertEqual(self.said, [])
 
+    def test_the_browser_keeps_the_page_for_the_way_back(self) -> None:
+        """The client is no reason against the back/forward cache, and goes on when the page is back."""
+        kept = ["--disable-back-forward-cache"]  # Playwright's own argument
+        other = browser.browser_type.launch(
+            executable_path=CHROMIUM, args=list(ARGUMENTS), ignore_default_args=kept
+        )
+        self.addCleanup(other.close)
+        self.context = other.new_context()
+        self.serve()
+        page = self.context.new_page()
+        page.add_init_script("addEventListener('pageshow', (event) => (window.isBack = event.persisted))")
+        self.load_page(page, waitMs=60_000)
+        self.take(page, 1, 10)
+        page.goto(f"{self.origins['localhost']}/page/other")
+        wait_until(lambda: len(self.numbers()) == 10)
+        page.go_back(wait_until="commit")
+        page.wait_for_function("window.isBack")
+        self.take(page, 1, 10)
+        page.evaluate("events.flush()")
+        self.assertEqual(self.check(page, 1), 20)
+
     def test_a_beacon_arrives_as_a_string_and_not_as_a_blob_of_json(self) -> None:
         """What the README says of beacons."""
         self.serve()
