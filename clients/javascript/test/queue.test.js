@@ -372,6 +372,21 @@ describe("two tabs", () => {
     assert.equal(slept.pending, 0);
   });
 
+  test("that claim a queue at the same moment: the last one gets it", async (t) => {
+    tab(t, null);
+    const [storage, server] = [new MemoryStorage(), await serve(t)];
+    const dead = client(t, server, { storage, ...NEVER });
+    numbered(dead, 3);
+    const stamps = () => [...storage.map.keys()].filter((key) => key.includes(" ~"));
+    const [key] = stamps();
+    storage.map.set(key, "1");
+    const first = client(t, server, { storage });
+    storage.map.set(key, `${Date.now()} another`);
+    await sleep(700);
+    assert.deepEqual([server.numbers(), first.pending, storage.numbers], [[], 0, range(3)]);
+    assert.ok(stamps().includes(key));
+  });
+
   test("do without Web Locks that are forbidden", async (t) => {
     const [storage, server] = [new MemoryStorage(), await serve(t)];
     replace(t, "navigator", {
@@ -465,13 +480,14 @@ describe("consent", () => {
   });
 
   test("forget() does not harm what comes after it", async (t) => {
-    const server = await serve(t, { ...ok, delayMs: 10_000 });
+    const server = await serve(t, { ...ok, delayMs: 60_000 });
     const events = client(t, server);
     numbered(events, 1);
     const flushed = events.flush();
     await until(() => server.requests.length === 1);
     events.forget();
     await flushed;
+    await until(() => server.now === 0); // The request is ended.
     numbered(events, 1, 1);
     await events.flush();
     assert.deepEqual(server.numbers(), [0, 1]);
