@@ -100,7 +100,7 @@ describe("a page", () => {
     hurry(t, 20);
     const problems = [{ index: 1, column: "n", reason: "no" }];
     const server = await serve(t, refusal(400, "no", problems), refusal(503, "busy"));
-    const events = client(t, server, NEVER);
+    const events = client(t, server, { ...NEVER, waitMs: 100_000_000 });
     numbered(events, 3);
     page.show("hidden");
     await until(() => events.pending === 0);
