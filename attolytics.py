@@ -41,11 +41,13 @@ The file reads from top to bottom, a section uses only what stands above it:
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import difflib
 import errno
 import fcntl
+import hashlib
 import hmac
 import ipaddress
 import itertools
@@ -73,7 +75,7 @@ import traceback
 import uuid
 import zlib
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -1872,6 +1874,11 @@ class Metrics:
             numbers = self._numbers[name][labels]
             numbers[bisect_left(BOUNDS[name], value)] += 1
             numbers[-1] += value
+
+    def numbers(self, name: str) -> list[float]:
+        """Return the numbers of a family, summed up over its labels; none before the first."""
+        with self._lock:
+            return list(map(sum, zip(*self._numbers[name].values(), strict=True)))
 
     def refuse(self, refusal: Refusal, app_id: str = "") -> None:
         """Count events that are refused; `app_id` is an app of the schema or "", never a client's text."""
@@ -3844,6 +3851,7 @@ class Service:
     # Counts the large batches that may still be converted and stored: their rows and events take more memory
     # than their bodies.
     _large: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(LARGE_BATCHES_MAX))
+    live: Live | None = None  # with a monitor port
 
     def batch(self, intake: Intake, body: bytes, delivery: Delivery) -> Batch:
         """Return the batch in a body, and call let_go() after it. Blocks while there are many large ones.
@@ -3902,6 +3910,7 @@ class Handler(BaseRequestHandler):
         self._head: Head | None = None
         self._intake: Intake | None = None
         self._body_unread = False
+        self._body = b""  # of a request that may yet be refused
         self._keeps = True  # the connection, after the last answer
         self._started = 0.0
 
@@ -3941,6 +3950,7 @@ class Handler(BaseRequestHandler):
         except Refusal as refusal:
             self.request.sendall(self._refusal(refusal))
             return self._keeps
+        self._body = b""
         if batch is None:
             self.request.sendall(self._answer(HTTPStatus.NO_CONTENT, ""))
             return self._keeps
@@ -3959,8 +3969,11 @@ class Handler(BaseRequestHandler):
         batch, self._batch = self._batch, None
         assert batch is not None
         if isinstance(verdict, Refusal):
+            self._body = batch.body
             answer = self._refusal(verdict)
         else:
+            if self._service.live:
+                self._service.live.note(self, verdict, batch)
             text = f'{{"accepted": {batch.accepted}, "stored": "{verdict}"}}\n'  # half the time of json.dumps
             if batch.warnings or batch.problems:
                 text = answer_text(
@@ -4001,6 +4014,9 @@ class Handler(BaseRequestHandler):
 
     def _refusal(self, refusal: Refusal) -> bytes:
         self._service.metrics.refuse(refusal, self._intake.app.id if self._intake else "")
+        if self._service.live:
+            self._service.live.note(self, refusal)
+        self._body = b""
         text = answer_text(error=refusal.reason, events=[vars(problem) for problem in refusal.problems])
         return self._answer(refusal.status, text, refusal.reason)
 
@@ -4052,7 +4068,7 @@ class Handler(BaseRequestHandler):
         if head.method == "OPTIONS":
             return None
         if coding := CODINGS[head.headers.get("content-encoding", "").lower()]:
-            body = inflate(body, coding, service.body_bytes_max)
+            body = self._body = inflate(body, coding, service.body_bytes_max)
         return service.batch(intake, body, Delivery(head.headers, self.client_address[0], time.time()))
 
     def _read_body(self, length: int | None) -> bytes:
@@ -4060,7 +4076,7 @@ class Handler(BaseRequestHandler):
         incoming, deadline = self._incoming, self._service.clock() + BODY_DEADLINE_S
         limit = self._service.body_bytes_max
         body = incoming.chunked(limit, deadline) if length is None else incoming.exactly(length, deadline)
-        self._body_unread = False
+        self._body_unread, self._body = False, body
         return body
 
 
@@ -4213,6 +4229,354 @@ def addresses_text(servers: Iterable[Listener]) -> str:
     return " and ".join(f"http://{shown_address(*server.server_address[:2])}" for server in servers)
 
 
+# --- Live view ----------------------------------------------------------------
+# Every request with its verdict, as it comes: a page and a stream on the monitor port. HTTP threads and the
+# writer only note a request, if it was refused or somebody watches; what is shown of it is made in the
+# watcher's thread, of the few that are sent. Texts of clients go through without_keys() before they leave.
+
+LIVE_WATCHERS_MAX = 8  # A thread each.
+LIVE_TICK_S, LIVE_ROWS = 0.25, 5  # So many rows are sent in that time, 20 per second; the rest is counted.
+LIVE_REFUSED_MAX, LIVE_REFUSED_BYTES_MAX = 100, 1 << 20  # Kept also while nobody watches.
+LIVE_STORED_MAX, LIVE_GRACE_S = 40, 10  # Kept while somebody does, and that long after, for who comes back.
+LIVE_BODY_BYTES_MAX, LIVE_TEXT_CHARS_MAX = 32 << 10, 1_000  # Kept of a body; shown of a text or a key.
+LIVE_ITEMS_MAX, LIVE_DEPTH_MAX = 50, 10  # Events of a request, members of an object or array; their nesting.
+LIVE_SEND_TIMEOUT_S, LIVE_BUFFER_BYTES = 5, 128 << 10  # A watcher that does not read is cut off.
+LIVE_HEARTBEAT_TICKS, LIVE_SAMPLES_MAX = 60, 301  # Tunnels cut what is silent; five minutes of seconds.
+STYLE = """
+:root { color-scheme: light dark; --card: light-dark(#fff, #1c1f26); --line: light-dark(#dfe3e9, #333944);
+--dim: light-dark(#586174, #9aa4b5); --good: light-dark(#18774c, #4cc38a); --soft: light-dark(#925500,
+#f0b048); --bad: light-dark(#bd232b, #ff8a84); background: light-dark(#f5f6f8, #13151a) } * { box-sizing:
+border-box; margin: 0; font: inherit; color: inherit } [hidden] { display: none !important } body { margin:
+auto; padding: 1rem; max-width: 72rem; font: 14px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; color:
+light-dark(#1a1e26, #e3e7ee) } h1, b { font-size: 1.15rem; font-weight: 650 } summary { cursor: pointer }
+header, nav, #filters, summary, .pair { display: flex; flex-wrap: wrap; gap: .3rem .9rem; align-items:
+baseline } #cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem } ol
+{ padding: 0 } #cards, nav, #filters { margin: .7rem 0 } li { display: block; margin-bottom: .35rem } .card,
+details, button, select, input { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+padding: .45rem .8rem } button, select, input { padding: .2rem .6rem } svg { width: 100%; height: 2rem; fill:
+#5b8def33; stroke: #5b8def } #text, summary > :nth-child(4) { flex: 1; min-width: 8rem } summary >
+:nth-child(2) { min-width: 8.5rem } h2, h3, time, .dim { color: var(--dim) } .database, .up { color:
+var(--good) } .spool, .quarantined, .warn { color: var(--soft) } .refused, .away, .why { color: var(--bad) }
+[aria-selected=true] { font-weight: 650 } .event { margin: .5rem 0; padding-left: .7rem; border-left: 3px
+solid var(--line) } code, pre, time { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap }
+"""
+SCRIPT = r"""
+const $ = id => document.getElementById(id), own = Object.hasOwn, rows = new Map(), held = [], KEPT = 300;
+const VERDICTS = {database: "stored", spool: "in the spool", quarantined: "partly quarantined"};
+const EXAMPLES = {bool: true, i32: 7, i64: 7e9, f32: 0.5, f64: 0.25, string: "text", json: {any: ["json", 1]},
+  uuid: "123e4567-e89b-42d3-a456-426614174000", timestamp: new Date().toISOString()};
+const el = (tag, className, ...kids) => {  // texts among the kids become text nodes, whatever they are
+  const made = Object.assign(document.createElement(tag), {className});
+  return made.append(...kids.flat(3).filter(kid => kid != null && kid !== "")), made; };
+const copy = (title, text) => Object.assign(el("button", "", title), {onclick: event =>
+  navigator.clipboard.writeText(text).then(() => event.target.textContent = "Copied")});
+const clock = s => new Date(s * 1000).toLocaleTimeString("en-GB"), number = n => n.toLocaleString("en");
+const sum = numbers => numbers.reduce((a, b) => a + b, 0), json = JSON.stringify;
+let apps = {}, paused = false, last = "";
+const eventBox = (row, {index, event}) => {
+  const has = event && typeof event === "object", problems = row.problems.filter(p => p.index === index);
+  const columns = has && own(apps, row.app) && own(apps[row.app], event._t) ? apps[row.app][event._t] : {};
+  const rest = Object.keys(columns).find(name => columns[name] === "catch-all") ?? "no column";
+  const names = [...(has ? Object.keys(event) : []), ...problems.map(p => p.column).filter(name => name)];
+  const why = name => problems.filter(p => p.column === name).map(p => el("p", "why", `↑ ${p.reason}`));
+  const line = name => [el("div", why(name)[0] ? "pair why" : "pair",
+    el("code", "", `${json(name)}: ${has && own(event, name) ? json(event[name]) : "missing"}`),
+    el("span", "dim", own(columns, name) ? columns[name] : name === "_t" ? "table" : rest)), why(name)];
+  return el("div", "event", el("h3", "", `events[${index}]`), el("code", "", has ? "" : json(event)),
+    why(null), [...new Set(names)].map(line)); };
+const rowItem = row => {
+  const counts = Object.entries(row.tables), more = sum(Object.values(row.tables)) - row.events.length;
+  const others = row.problems.filter(p => !row.events.some(event => event.index === p.index));
+  const box = el("details", "", el("summary", "", el("time", "", clock(row.time)),
+    el("span", row.verdict, VERDICTS[row.verdict] ?? `refused ${row.status}`),
+    el("span", "", row.app ?? row.request ?? "no HTTP"),
+    el("span", "", counts.map(([table, n]) => `${number(n)} ${table}`).join(", ")),
+    el("span", "dim", `${row.client}, ${row.ms} ms`)));
+  box.ontoggle = () => box.children[1] || box.append(el("div", "event", el("p", "why", row.reason),
+    others.map(p => el("p", "why", `events[${p.index ?? "?"}] ${p.column ?? ""}: ${p.reason}`)),
+    row.warnings.map(text => el("p", "warn", text)), row.events.map(event => eventBox(row, event)),
+    el("p", "dim", more > 0 ? `and ${number(more)} more events` : ""), el("pre", "", row.sent),
+    copy("Copy link", `${location.origin}/#${row.id}`), " ", copy("Copy JSON", json(row, null, 1))));
+  return el("li", "", box, el("p", "dim", row.skipped ? `and ${number(row.skipped)} more` : "")); };
+const sift = ({row, item, text}) => item.hidden = !text.includes($("text").value.toLowerCase()) ||
+  $("table").value && !own(row.tables, $("table").value) ||
+  ["app", "verdict"].some(name => $(name).value && row[name] !== $(name).value);
+const go = () => rows.get(+location.hash.slice(1))?.item.scrollIntoView(
+  rows.get(+location.hash.slice(1)).item.firstChild.open = true);
+const add = row => {
+  const kept = {row, item: rowItem(row), text: json(row).toLowerCase()}, items = $("rows").children;
+  if (rows.has(row.id)) return;
+  $("rows").insertBefore(kept.item, [...items].find(item => +item.id < row.id) ?? null).id = row.id;
+  sift(rows.set(row.id, kept).get(row.id));
+  [...items].slice(KEPT).forEach(item => rows.delete(+item.id) && item.remove());
+  if (location.hash === `#${row.id}`) go(); };
+const listen = () => {
+  const stream = new EventSource("/live"), says = text => $("said").textContent = text;
+  stream.onopen = () => says("live");
+  stream.onmessage = ({data}) => {
+    if (!paused) return add(JSON.parse(data));
+    if (held.push(JSON.parse(data)) > KEPT) held[1].skipped += held.shift().skipped + 1;
+    $("pause").textContent = `Resume (${number(sum(held.map(row => row.skipped + 1)))} new)`; };
+  stream.onerror = () => says(stream.readyState === 2 ? "too many watch already" : "connecting again"); };
+const card = (id, text, more, looks = "", values = []) => {
+  const [, now, below, drawing] = $(id).children, top = Math.max(1, ...values), left = 300 - values.length;
+  const points = values.map((value, i) => `L${left + i} ${39 - 37 * value / top}`).join("");
+  [now.textContent, now.className, below.textContent] = [text, looks, more];
+  drawing.firstChild.setAttribute("d", points && `M${left} 40${points}V40Z`); };
+const quantile = (share, counts, bounds) => {  // in ms, about, as Prometheus does
+  let left = share * sum(counts);
+  const i = counts.findIndex(n => n && (left -= n) <= 0), low = bounds[i - 1] ?? 0, high = bounds[i] ?? low;
+  return i < 0 ? "-" : +(1000 * (low + (high - low) * (1 + left / counts[i]))).toPrecision(2); };
+const look = async () => {
+  const state = await fetch("/live/state").then(answer => answer.json()).catch(() => null);
+  if (setTimeout(look, 1000) && !state) return card("database", "no answer", "is it there?", "away");
+  const {spool, counts, bounds, samples} = state, full = (100 * spool.bytes / spool.limit).toPrecision(2);
+  const up = state.database, ms = share => `${quantile(share, counts, bounds)} ms`;
+  card("database", up, `since ${clock(state.since)} ${state.database_reason ?? ""}`, up);
+  card("spool", `${number(spool.events)} waiting`, `${full} % full`, spool.events ? "spool" : "");
+  card("kept", number(state.quarantine), state.reason ?? "events", state.quarantine ? "quarantined" : "");
+  card("latency", ms(0.5), `p99 ${ms(0.99)}, of a minute`);
+  ["accepted", "refused"].forEach((id, i) => {
+    const rates = samples.slice(1).map((b, j) => (b[i + 1] - samples[j][i + 1]) / (b[0] - samples[j][0]));
+    const now = +(sum(rates.slice(-5)) / 5).toFixed(1), top = Math.round(Math.max(0, ...rates));
+    card(id, number(now), `at most ${number(top)}`, "", rates); });
+  if (last === (last = json([apps = state.apps, state.items]))) return;
+  const pairs = Object.keys(apps).flatMap(app => Object.keys(apps[app]).map(table => [app, table]));
+  const options = i => Array.from(new Set(pairs.map(pair => pair[i])), name => new Option(name));
+  ["app", "table"].forEach((id, i) => $(id).replaceChildren($(id)[0], ...options(i)));
+  $("items").replaceChildren(...state.items.map(([time, ...texts]) => el("li", "card",
+    el("p", "dim", clock(time)), texts.map((text, i) => el("p", i === 2 ? "why" : "", text)))));
+  $("examples").replaceChildren(...pairs.map(([app, table]) => {
+    const filled = Object.entries(apps[app][table]).filter(([, type]) => type !== "catch-all");
+    const event = {_t: table, ...Object.fromEntries(filled.map(([name, type]) => [name, EXAMPLES[type]]))};
+    const body = json({secret_key: "...", events: [event]}), quoted = body.replaceAll("'", "'\\''");
+    const url = `${state.address}/apps/${encodeURIComponent(app).replaceAll("'", "%27")}/events`;
+    const curl = `curl '${url}' -H 'Content-Type: application/json' -d '${quoted}'`;
+    const script = `fetch("${url}", {method: "POST", keepalive: true, body: JSON.stringify(${body})})`;
+    return el("li", "card", el("h3", "", `${app}, ${table}`), el("pre", "", curl), copy("Copy curl", curl),
+      el("pre", "", script), copy("Copy JavaScript", script)); })); };
+const choose = tab => document.querySelectorAll("nav button").forEach(other => {
+  other.onclick = () => choose(other);
+  other.ariaSelected = !($(other.value).hidden = other !== tab); });
+$("pause").onclick = () => {
+  $("pause").textContent = (paused = !paused) ? "Resume" : held.splice(0).forEach(add) ?? "Pause"; };
+[onhashchange, $("filters").oninput] = [go, () => rows.forEach(sift)];
+look(choose(document.querySelector("nav button"))).then(listen);
+"""
+CARD = """<div class="card" id="{}"><h2>{}</h2><b></b><p class="dim"></p>
+<svg viewBox="0 0 300 40" preserveAspectRatio="none" aria-hidden="true"><path></path></svg></div>"""
+PAGE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Attolytics</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>{STYLE}</style>
+<header><h1>Attolytics</h1><p id="said" role="status"></p></header><section id="cards" aria-label="Status">
+{CARD.format("database", "Database")}{CARD.format("spool", "Spool")}{CARD.format("kept", "Quarantine")}
+{CARD.format("latency", "Median latency")}{CARD.format("accepted", "Accepted / s")}
+{CARD.format("refused", "Refused / s")}</section><nav role="tablist" aria-label="Views">
+<button role="tab" value="feed">Feed</button><button role="tab" value="quarantine">Quarantine</button>
+<button role="tab" value="send">Send one</button></nav><main><section id="feed" aria-label="Newest first">
+<div id="filters" role="search"><select id="app" aria-label="App"><option value="">every app</select>
+<select id="table" aria-label="Table"><option value="">every table</select>
+<select id="verdict" aria-label="Verdict"><option value="">every verdict<option value="database">stored
+<option value="spool">in the spool<option value="quarantined">partly quarantined<option>refused</select>
+<input id="text" type="search" aria-label="Text" placeholder="any text"><button id="pause">Pause</button>
+</div><ol id="rows"></ol></section>
+<section id="quarantine" aria-label="Quarantine"><p>The newest events that do not fit. Mend the schema
+file or the database, then start the server as always, but with one option more:</p>
+<code>python attolytics.py --retry_quarantine ...</code><ol id="items"></ol></section><section id="send"
+aria-label="Send one"><p>Put the app's key where the dots are.</p><ol id="examples"></ol></section></main>
+<script>{SCRIPT}</script></html>"""
+# Nothing but our own script and style may run, whatever clients send, and nothing be fetched from elsewhere.
+DIGESTS = [hashlib.sha256(text.encode()).digest() for text in (SCRIPT, STYLE)]
+POLICY = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'; "
+POLICY += "form-action 'none'; require-trusted-types-for 'script'; script-src '{}'; style-src '{}'"
+HASHES = [f"sha256-{base64.b64encode(digest).decode()}" for digest in DIGESTS]
+PAGE_HEADERS = {"Content-Security-Policy": POLICY.format(*HASHES), "Referrer-Policy": "no-referrer"}
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\nretry: 1000\n\n"
+HIDDEN = "(secret key)"
+# What stands in a text where a key should, in whatever form, up to the events; and where a reason quotes it.
+NAMED_KEY = r"""(?is)(secret[ _-]?key\W{,6}[:=]|_key", got (?=-?\d))(?!\(secret).*?(?=\W*events\b|\Z)"""
+NO_TEXT = re.compile("[\0-\x08\x0b-\x1f\x7f\ufffd]")
+Note = tuple[dict[str, Any], Sequence[Problem], bytes, int]  # Row, problems, body, size in memory
+
+
+def without_escapes(text: str, level: int) -> str:
+    """Return a text with what JSON and URLs escape written out (1), also without backslashes (2)."""
+    text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return unquote_to_bytes(text).decode(errors="replace").replace("\\" if level > 1 else "\0", "")
+
+
+def without_keys(text: str, keys: Iterable[str]) -> str:
+    """Return a text without secret keys, escaped or cut ones too, and without what is in their place."""
+    text, escape = NO_TEXT.sub("", text), re.escape
+    levels = range(3 if "\\" in text or "%" in text else 1)
+    whole = "|".join(escape(key) if key[7:] else rf"\b{escape(key)}\b" for key in keys)  # a word, perhaps
+    begun = "|".join(rf"{escape(k[:8])}.*|{escape(k[:4])}.{{,4}}(?=\.\.\.)" for k in keys if k[7:])
+    for pattern, level in itertools.product((whole, NAMED_KEY, begun), levels):
+        plain = without_escapes(text, level) if level else text
+        found = re.sub(pattern or r"\Z.", lambda m: (m[1] if m.lastindex else "") + HIDDEN, plain)
+        text = text if found == plain else found
+    return text
+
+
+def presentable(value: Any, keys: Collection[str], depth: int = LIVE_DEPTH_MAX) -> Any:
+    """Return a JSON value as any reader takes it, cut to the bounds above and without secret keys."""
+    if isinstance(value, str):
+        text = without_keys(value, keys)
+        return text if len(text) <= LIVE_TEXT_CHARS_MAX else f"{text[:LIVE_TEXT_CHARS_MAX]}..."
+    if isinstance(value, list):
+        return [presentable(item, keys, depth - 1) for item in value[:LIVE_ITEMS_MAX]] if depth else "..."
+    if isinstance(value, dict):
+        items = [*value.items()][: depth and LIVE_ITEMS_MAX]
+        secret = {key: HIDDEN for key, _ in items if re.fullmatch("(?i)secret[ _-]?key", key)}
+        return {presentable(k, keys): secret.get(k) or presentable(v, keys, depth - 1) for k, v in items}
+    # Infinity is no JSON, and JavaScript would round a large number.
+    return show(value) if type(value) in (int, float) and not abs(value) < 1 << 53 else value
+
+
+def shown(note: Note, keys: Collection[str]) -> Any:
+    """Return all that is shown. Of a body only what is text: one that could not be inflated is not."""
+    row, problems, body, _ = note
+    text, found = body.decode(errors="replace").removeprefix("\ufeff"), None
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        found = json.loads(text, parse_constant=str).get("events")
+    if len(NO_TEXT.findall(text)) > len(text) / 10:
+        text = f"({row['bytes']} bytes that are no text)"
+    events, bad = found if isinstance(found, list) else [], {problem.index for problem in problems}
+    first = sorted(range(len(events)), key=lambda index: index not in bad)[:LIVE_ITEMS_MAX]
+    names = [event.get(TABLE_KEY) for event in events if isinstance(event, dict)]
+    tables = row["tables"] or Counter(name for name in names if isinstance(name, str))
+    row = row | {"tables": tables, "problems": [vars(problem) for problem in problems]}
+    row |= {"events": [{"index": index, "event": events[index]} for index in first]}
+    return presentable(row | {"sent": None if events or row["status"] == HTTPStatus.OK else text}, keys)
+
+
+class Live:
+    """What is noted of the requests, for those who watch; for any thread."""
+
+    def __init__(self, service: Service, replayer: Replayer) -> None:
+        self._service, self._replayer = service, replayer
+        self.address = "http://localhost:8000"  # where clients send to
+        self._first_id = self._last_id = time.time_ns() // 1_000  # so that ids go up beyond a restart
+        self._ids = itertools.count(self._first_id + 1)
+        self._places = threading.Semaphore(LIVE_WATCHERS_MAX)
+        self._room, self._watched_until = 0, 0.0  # stored requests that are noted, others only counted
+        self._stored = deque[Note](maxlen=LIVE_STORED_MAX)  # without the lock: the writer waits for nobody
+        self._lock = threading.Lock()  # Guards what is below, for moments
+        self._refused, self._refused_bytes = deque[Note](), 0
+        self._keys: Set[str] = frozenset()  # of all apps there have been
+        self._was_up, self._since = replayer.is_up, time.time()  # the database; since when it is that
+        self._samples = deque[tuple[float, float, float, list[float]]](maxlen=LIVE_SAMPLES_MAX)
+        self.tick()
+
+    def note(self, handler: Handler, verdict: str | Refusal, batch: Batch | None = None) -> None:
+        """Keep a request that has its verdict, if anybody may want to see it. Does not block."""
+        if self._room < 1 and batch and not batch.problems:
+            self._last_id = next(self._ids)
+            return
+        head, intake, body = handler._head, handler._intake, batch.body if batch else handler._body
+        problems = batch.problems if batch else verdict.problems if isinstance(verdict, Refusal) else []
+        row: dict[str, Any] = {"time": time.time(), "app": intake and intake.app.id, "bytes": len(body)}
+        row["client"] = Delivery(head.headers if head else {}, handler.client_address[0], 0).client_ip()
+        row["ms"] = round((self._service.clock() - handler._started) * 1e3, 2)
+        # Without the query: whoever mistakes the API puts the key there.
+        row["request"] = f"{head.method} {head.target.partition('?')[0]}" if head else None
+        row |= {"verdict": "quarantined" if problems else verdict, "status": 200, "reason": None}
+        if isinstance(verdict, Refusal):
+            row |= {"verdict": "refused", "status": verdict.status, "reason": verdict.reason}
+        row["tables"] = {table.name: len(rows) for table, rows in batch.rows.items()} if batch else {}
+        row["warnings"] = [*batch.warnings] if batch else []
+        problems, body = problems[:LIVE_ITEMS_MAX], body[:LIVE_BODY_BYTES_MAX]
+        self._last_id = row["id"] = next(self._ids)
+        note = row, problems, body, 2_000 + len(body) + 300 * len(problems)
+        if row["verdict"] == verdict:
+            self._stored.append(note)
+            self._room -= 1
+            return
+        with self._lock:
+            self._refused.append(note)
+            self._refused_bytes += note[-1]
+            while len(self._refused) > LIVE_REFUSED_MAX or self._refused_bytes > LIVE_REFUSED_BYTES_MAX:
+                self._refused_bytes -= self._refused.popleft()[-1]
+
+    def tick(self) -> None:
+        """Take a sample each second, and forget what nobody watches. Called by the acceptors all the time."""
+        now, numbers = self._service.clock(), self._service.metrics.numbers
+        if self._samples and now < self._samples[-1][0] + 1:
+            return
+        accepted, refused = (sum(numbers(f"events_{kind}_total")[:1]) for kind in ("accepted", "refused"))
+        keys = {intake.app.secret_key for intake in self._service.apps.values()}
+        with self._lock:
+            self._samples.append((now, accepted, refused, numbers("http_request_duration_seconds")[:-1]))
+            self._keys |= keys | {key.replace("\\", "") for key in keys}
+            if self._replayer.is_up != self._was_up:
+                self._was_up, self._since = not self._was_up, time.time()
+            self._room = LIVE_STORED_MAX if now < self._watched_until else 0
+            if not self._room:
+                self._stored.clear()
+
+    def watch(self, handler: MonitorHandler) -> None:
+        """Send the requests as server-sent events until the watcher leaves, or reads no more."""
+        if not self._places.acquire(blocking=False):
+            handler.send_error(HTTPStatus.SERVICE_UNAVAILABLE, f"{LIVE_WATCHERS_MAX} watch already")
+            return
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(self._places.release)
+            sock, asked = handler.connection, handler.headers.get("Last-Event-ID", "")
+            sock.settimeout(LIVE_SEND_TIMEOUT_S)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LIVE_BUFFER_BYTES)
+            has_left = select.poll()
+            has_left.register(sock, select.POLLIN)  # it says nothing else
+            sock.sendall(STREAM)
+            after = int(asked) if re.fullmatch("[0-9]{1,18}", asked) else 0
+            # What waits to be sent; and up to which id all have been sent, wait, or were skipped.
+            bad, good = deque[Note](maxlen=LIVE_REFUSED_MAX), deque[Note](maxlen=LIVE_STORED_MAX // 2)
+            seen, counted = set[int](), after if self._first_id <= after else None
+            for tick in itertools.count(1):
+                self._watched_until, last_id = self._service.clock() + LIVE_GRACE_S, self._last_id
+                self._room = LIVE_STORED_MAX
+                with self._lock:
+                    kept = self._refused.copy(), self._stored.copy()
+                for waiting, notes in zip((bad, good), kept, strict=True):
+                    waiting.extend(note for note in notes if after < note[0]["id"] not in seen)
+                seen = {note[0]["id"] for note in itertools.chain(*kept)}
+                counted = last_id - len(bad) - len(good) if counted is None else counted
+                skipped = max(last_id - counted - len(bad) - len(good), 0)
+                for _ in range(min(LIVE_ROWS, len(bad) + len(good))):
+                    row = shown((bad or good).popleft(), self._keys) | {"skipped": skipped}
+                    sock.sendall(f"id: {row['id']}\ndata: {json.dumps(row)}\n\n".encode())
+                    skipped = 0
+                counted = last_id - len(bad) - len(good)
+                sock.sendall(b"" if tick % LIVE_HEARTBEAT_TICKS else b":\n\n")
+                if has_left.poll(LIVE_TICK_S * 1e3):
+                    return
+
+    def pages(self, health: Callable[[], Page]) -> dict[str, Callable[[], Page]]:
+        """Return what answers each path of the live view; /live only with a head, watch() does the rest."""
+        page, stream = (HTTPStatus.OK, PAGE, "text/html"), (HTTPStatus.OK, "", "text/event-stream")
+        return {"/": lambda: page, "/live": lambda: stream, "/live/state": lambda: self._state(health()[1])}
+
+    def _state(self, health: str) -> Page:
+        """Return what the page shows beside the feed."""
+        service, rows = self._service, list[Any]()
+        service.writer.is_watched = True
+        with self._lock:
+            samples, since = [*self._samples], self._since
+        minute = next(sample for sample in samples if sample[0] >= samples[-1][0] - 60)
+        counts = [after - before for before, after in zip(minute[3], samples[-1][3], strict=True)]
+        newest = "quarantined_at, app, table_name, reason, substr(event, 1, 1000) FROM attolytics_quarantine"
+        if service.clock() - service.writer.beat_at < STALLED_S:  # else it may hang with the spool's lock
+            with contextlib.suppress(SpoolError), service.spool.translated():
+                rows = service.spool._db.execute(f"SELECT {newest} ORDER BY id DESC LIMIT 50").fetchall()
+        apps: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
+        for app, table in ((i.app.id, table) for i in service.apps.values() for table in i.app.tables):
+            own = [c for c in table.columns if not (c.header or c.source)]
+            apps[app][table.name] = {c.name: "catch-all" if c.extra else c.type for c in own}
+        state = presentable(json.loads(health) | {"items": [list(row) for row in rows]}, self._keys)
+        state |= {"since": since, "apps": apps, "bounds": SECONDS_BOUNDS, "counts": counts}
+        state |= {"address": self.address, "samples": [sample[:3] for sample in samples]}
+        return HTTPStatus.OK, json.dumps(state), "application/json"
+
+
 # --- Monitor ------------------------------------------------------------------
 # Health and metrics for the operator, on a port of localhost. It only looks: at what
 # is counted, at the spool, the replayer and the writer, and at the process.
@@ -4239,16 +4603,18 @@ class MonitorHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hosts = self.headers.get_all("Host", [])
-        pages = {"/healthz": self.server.health, "/metrics": self.server.metrics}
+        pages = {"/healthz": self.server.health, "/metrics": self.server.metrics, **self.server.live_pages}
         page = pages.get(self.path.partition("?")[0])
         if not hosts and self.request_version != "HTTP/1.0":
             self._answer(HTTPStatus.BAD_REQUEST, "the Host header is missing\n")
         elif not all(map(LOCAL_HOST.fullmatch, hosts)):
             self._answer(HTTPStatus.MISDIRECTED_REQUEST, "ask for localhost\n")
         elif not page:
-            self._answer(HTTPStatus.NOT_FOUND, "there are /healthz and /metrics\n")
+            self._answer(HTTPStatus.NOT_FOUND, "there are /, /live, /healthz and /metrics\n")
         elif self.command not in ("GET", "HEAD"):
             self._answer(HTTPStatus.METHOD_NOT_ALLOWED, "use GET\n", Allow="GET, HEAD")
+        elif self.command == "GET" and self.path.partition("?")[0] == "/live":
+            self.server.live.watch(self)
         else:
             self._answer(*page())
 
@@ -4267,7 +4633,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
     def _answer(self, status: HTTPStatus, text: str, kind: str = PLAIN, **headers: str) -> None:
         body = text.encode()
         headers |= {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close"}
-        headers |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+        headers |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"} | PAGE_HEADERS
         self.send_response_only(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -4286,6 +4652,11 @@ class Monitor(Listener):
         self._service, self._writer, self._spool = service, service.writer, service.spool
         self._replayer, self._clients = replayer, clients
         self._started_at, self._started = time.time(), service.clock()
+        self.live = service.live = service.live or Live(service, replayer)
+        self.live_pages = self.live.pages(self.health)
+
+    def service_actions(self) -> None:
+        self.live.tick()
 
     def health(self) -> Page:
         """Return whether events can be stored, as a status and as JSON."""
@@ -4475,7 +4846,10 @@ OPTIONS = {
     "--max_connections N": (str(CONNECTIONS_MAX), "client connections served at once; others get 503"),
     "--spool PATH": ("attolytics.sqlite3", "SQLite file for events that the database cannot take"),
     "--spool_limit LIMIT": (f"{SPOOL_BYTES_MAX >> 30}G", "how large it may grow; beyond it clients get 503"),
-    "--monitor_port PORT": (None, "/healthz and /metrics (Prometheus) on this port of localhost (off)"),
+    "--monitor_port PORT": (
+        None,
+        "live page, /healthz, /metrics (Prometheus) on this port of localhost (off)",
+    ),
 }
 READERS: Mapping[str, Callable[[str], object]] = {
     "PORT": partial(parse_count, 0, 65535),
@@ -4795,7 +5169,7 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 def open_monitors(port: int | None, service: Service, replayer: Replayer, clients: Pool) -> list[Monitor]:
     if port is None:
         return []
-    pool = Pool(MONITOR_CONNECTIONS_MAX, "monitor")
+    pool = Pool(MONITOR_CONNECTIONS_MAX + LIVE_WATCHERS_MAX, "monitor")
     sockets = listening_sockets("localhost", port, "--monitor_port")
     return [Monitor(sock, service, replayer, pool, clients) for sock in sockets]
 
@@ -4838,8 +5212,9 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     listening = f"{addresses_text(servers)}{' (sockets from systemd)' if sockets else ''}"
     place = target or f"the spool {spool.path}"
     log.info("attolytics %s listens on %s, writes to %s", __version__, listening, place)
-    if monitors:
-        log.info("/healthz and /metrics are at %s", addresses_text(monitors))
+    if service.live:
+        service.live.address = addresses_text(servers[:1])
+        log.info("the live view, /healthz and /metrics are at %s", addresses_text(monitors))
     if not target:
         query = spool.path, f"SELECT * FROM {identifier(next(iter(schema.tables)))}"
         log.info("no database URL: read the events with sqlite3 %s", shlex.join(query))

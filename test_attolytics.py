@@ -4257,7 +4257,7 @@ class MonitorTest(BreakableCase):
         ]:
             for host in hosts:
                 self.assertEqual(self.ask(server, "/metrics", headers={"Host": host}).status, status, host)
-        for path in ("/", "/metrics/", "/apps/app/events", "/healthz/x"):
+        for path in ("/metrics/", "/apps/app/events", "/healthz/x"):
             self.assertEqual(self.ask(server, path).status, 404, path)
         for method in ("POST", "DELETE", "OPTIONS", "BREW"):
             answer = self.ask(server, "/metrics", method)
@@ -4311,6 +4311,659 @@ class MonitorTest(BreakableCase):
             sock.close()
         [warning] = [line for line in server.lines if " INFO " not in line]
         self.assertIn("--max_connections", warning)
+
+
+LIVE_KEY = 'k3y/with "quotes" \\ and é+%41'
+LIVE_SCHEMA = f"""
+tables:
+  plays:
+    columns:
+      - {{ name: level, type: i32, required: true }}
+      - {{ name: player }}
+      - {{ name: at, type: timestamp }}
+      - {{ name: score, type: f64 }}
+      - {{ name: ip, source: client_ip }}
+  everything:
+    columns:
+      - {{ name: b, type: bool }}
+      - {{ name: i32, type: i32 }}
+      - {{ name: i64, type: i64 }}
+      - {{ name: f32, type: f32 }}
+      - {{ name: f64, type: f64 }}
+      - {{ name: s, type: string }}
+      - {{ name: ts, type: timestamp }}
+      - {{ name: j, type: json }}
+      - {{ name: u, type: uuid }}
+      - {{ name: rest, type: json, extra: true }}
+  'it''s <b>': {{ columns: [{{ name: 'a "b"' }}] }}
+apps:
+  game: {{ secret_key: "{KEY}", tables: [plays, everything] }}
+  keeping: {{ secret_key: "{KEY}", tables: [plays], invalid_events: quarantine }}
+  "odd <app>'": {{ secret_key: {json.dumps(LIVE_KEY)}, tables: ["it's <b>"] }}
+"""
+
+
+class Watcher:
+    """A client of /live; a row is what stands in `data:`."""
+
+    def __init__(self, address: tuple[str, int], after: int | None = None, **headers: str) -> None:
+        self.socket = socket.create_connection(address, 10)
+        lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        lines += [f"Last-Event-ID: {after}"] if after else []
+        head = "\r\n".join(["GET /live HTTP/1.1", "Host: localhost", *lines])
+        self.socket.sendall(f"{head}\r\n\r\n".encode())
+        self._file = self.socket.makefile("rb")
+        self.head = b"".join(iter(self._file.readline, b"\r\n")).decode()
+        self.ids: list[int] = []
+
+    def row(self) -> Any:
+        while not (line := self._file.readline()).startswith(b"data: "):
+            if not line:
+                raise EOFError
+            if line.startswith(b"id: "):
+                self.ids.append(int(line[4:]))
+        return json.loads(line[6:], parse_constant=self._refuse)
+
+    def rows(self, count: int) -> list[Any]:
+        return [self.row() for _ in range(count)]
+
+    def close(self) -> None:
+        self._file.close()
+        self.socket.close()
+
+    @staticmethod
+    def _refuse(name: str) -> NoReturn:
+        raise AssertionError(f"{name} is no JSON")
+
+
+class LiveCase(BreakableCase):
+    """Servers whose live view is watched."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.schema_file.write_text(LIVE_SCHEMA)
+
+    def serve(self, *options: object, url: str | None = "", **how: Any) -> Attolytics:
+        """Start a server; without a database if it is not told of one."""
+        return super().serve(*options, url=url, **how)
+
+    def watch(self, server: Attolytics, after: int | None = None, **headers: str) -> Watcher:
+        watcher = Watcher(self.monitors(server)[0], after, **headers)
+        self.addCleanup(watcher.close)
+        return watcher
+
+    def post(self, server: Attolytics, *events: object, app: str = "game", key: str = KEY) -> Answer:
+        return server.post(f"/apps/{app}/events", body_of(*events, key=key))
+
+    def play(self, level: object = 1, **event: object) -> dict[str, object]:
+        return {"_t": "plays", "level": level, **event}
+
+
+class LiveTest(LiveCase):
+    """The stream of the live view, and what the page asks for."""
+
+    def test_a_row_says_what_became_of_a_request(self) -> None:
+        server = self.serve(url=self.url)
+        watcher = self.watch(server)
+        self.assertIn("Content-Type: text/event-stream", watcher.head)
+        started = time.monotonic()
+        self.post(server, self.play(1, plyer="x"), self.play(2))
+        row = watcher.row()
+        self.assertLess(time.monotonic() - started, 1)
+        self.assertAlmostEqual(row["time"], time.time(), delta=5)
+        self.assertGreater(row["ms"], 0)
+        self.assertEqual((row["app"], row["client"], row["status"]), ("game", "127.0.0.1", 200))
+        self.assertEqual((row["verdict"], row["tables"]), ("database", {"plays": 2}))
+        self.assertEqual(row["warnings"], ['events[0]: unknown key "plyer", did you mean "player"?'])
+        events = [{"index": 0, "event": self.play(1, plyer="x")}, {"index": 1, "event": self.play(2)}]
+        self.assertEqual((row["events"], row["problems"], row["skipped"]), (events, [], 0))
+        answer = self.post(server, self.play(), self.play("7"), {"_t": "nope"})
+        row = watcher.row()
+        self.assertEqual(
+            (row["verdict"], row["status"], row["reason"]), ("refused", 400, answer.json["error"])
+        )
+        self.assertEqual(row["problems"], answer.json["events"])
+        self.assertEqual((row["tables"], row["events"][0]["index"]), ({"plays": 2, "nope": 1}, 1))
+        answer = self.post(server, self.play(), self.play("7"), app="keeping")
+        row = watcher.row()
+        self.assertEqual((row["verdict"], row["problems"]), ("quarantined", answer.json["quarantined"]))
+        self.query("ALTER TABLE plays ADD CHECK (level < 100)")
+        answer = self.post(server, self.play(100))
+        row = watcher.row()
+        self.assertEqual(
+            (row["verdict"], row["status"], row["problems"]), ("refused", 400, answer.json["events"])
+        )
+        self.assertEqual(row["events"][0]["event"], self.play(100))
+        server.post("/nowhere?x=y", b"{")
+        row = watcher.row()
+        self.assertEqual((row["app"], row["request"], row["status"]), (None, "POST /nowhere", 404))
+        server.post("/apps/game/events", b'{"events": [{]}')
+        self.assertEqual(watcher.row()["sent"], '{"events": [{]}')
+        server.post("/apps/game/events", gzip.compress(body_of(self.play(5))), {"Content-Encoding": "gzip"})
+        self.assertEqual(watcher.row()["events"][0]["event"], self.play(5))
+        server.post("/apps/game/events", gzip.compress(body_of(self.play("x"))), {"Content-Encoding": "gzip"})
+        self.assertEqual(watcher.row()["events"][0]["event"], self.play("x"))
+        server.post("/apps/game/events", b"\x1f\x8b" + b"\0\xff" * 40, {"Content-Encoding": "gzip"})
+        self.assertEqual(watcher.row()["sent"], "(82 bytes that are no text)")
+        self.postgres.stop()
+        self.post(server, self.play())
+        self.assertEqual(watcher.row()["verdict"], "spool")
+        self.postgres.start()
+
+    def test_the_last_refused_requests_are_kept_while_nobody_watches(self) -> None:
+        server = self.serve()
+        for number in range(10):
+            self.post(server, self.play(f"no {number}"))
+            self.post(server, self.play(number))
+        watcher = self.watch(server)
+        rows = watcher.rows(10)
+        self.assertEqual([row["events"][0]["event"]["level"] for row in rows], [f"no {n}" for n in range(10)])
+        self.assertEqual({row["verdict"] for row in rows}, {"refused"})
+        self.post(server, self.play(77))
+        self.assertEqual(watcher.row()["events"][0]["event"]["level"], 77)
+
+    def test_they_take_at_most_a_mebibyte(self) -> None:
+        service = types.SimpleNamespace(
+            apps={}, clock=time.monotonic, metrics=attolytics.Metrics(self.schema)
+        )
+        live = attolytics.Live(service, types.SimpleNamespace(is_up=True))  # type: ignore[arg-type]
+        handler = types.SimpleNamespace(_head=None, _intake=None, client_address=("::1", 1), _started=0.0)
+        for size, count in ((10, 1), (5_000, 1_000), (200_000, 1_000)):
+            refusal = Refusal("invalid_events", "no", [Problem(0, "x", "y" * 100)] * count)
+            handler._body = os.urandom(size)
+            for _ in range(150):
+                live.note(handler, refusal)  # type: ignore[arg-type]
+            notes = list(live._refused)
+            kept = sum(len(body) + sum(len(p.reason) for p in problems) for _, problems, body, _ in notes)
+            self.assertLessEqual(kept, 1 << 20)
+            self.assertLessEqual(len(notes), 100)
+            self.assertEqual(len(notes), 100 if size == 10 else (1 << 20) // notes[0][-1])
+
+    def test_a_watcher_that_comes_back_goes_on_where_it_was(self) -> None:
+        server = self.serve()
+        watcher = self.watch(server)
+        for level in range(3):
+            self.post(server, self.play(level))
+        self.assertEqual([row["events"][0]["event"]["level"] for row in watcher.rows(3)], [0, 1, 2])
+        watcher.close()
+        for level in range(3, 6):
+            self.post(server, self.play(level if level < 5 else "no"))
+        rows = self.watch(server, watcher.ids[1]).rows(4)
+        self.assertEqual(sorted(row["events"][0]["event"]["level"] for row in rows[1:]), [2, 3, 4])
+        self.assertEqual((rows[0]["verdict"], sum(row["skipped"] for row in rows)), ("refused", 0))
+        self.assertEqual(sorted(row["id"] for row in rows)[0], watcher.ids[2])
+        server.stop()  # the next one knows nothing of these ids, and has later ones
+        server = self.serve()
+        again = self.watch(server, watcher.ids[-1])
+        self.post(server, self.play(7))
+        row = again.row()
+        self.assertEqual((row["events"][0]["event"]["level"], row["skipped"]), (7, 0))
+        self.assertGreater(row["id"], watcher.ids[-1])
+
+    def test_a_watcher_gets_20_rows_per_second_and_the_number_of_the_others(self) -> None:
+        server = self.serve()
+        watcher = self.watch(server)
+        sent, requests = 600, b""
+        for number in range(sent):
+            body = body_of(self.play("no" if number % 100 == 50 else number))
+            requests += (
+                b"POST /apps/game/events HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+        started = time.monotonic()
+        with socket.create_connection(("127.0.0.1", server.port), 20) as sock:
+            sock.sendall(requests)
+            answers = b""
+            while answers.count(b"HTTP/1.1 ") < sent:
+                answers += sock.recv(65536)
+        rows: list[Any] = []
+        while len(rows) + sum(row["skipped"] for row in rows) < sent:
+            rows.append(watcher.row())
+        self.assertEqual(len(rows) + sum(row["skipped"] for row in rows), sent)
+        self.assertGreater(sum(row["skipped"] for row in rows), 100)
+        self.assertLessEqual(len(rows), 20 * (time.monotonic() - started) + 5)
+        self.assertEqual(sum(row["verdict"] == "refused" for row in rows), 6)
+
+    def test_a_watcher_that_does_not_read_is_cut_off_and_delays_nobody(self) -> None:
+        server = self.serve("-v")
+        sock = socket.socket()
+        self.addCleanup(sock.close)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(self.monitors(server)[0])
+        sock.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        self.assertEqual(sock.recv(15), b"HTTP/1.1 200 OK")
+        slowest = 0.0
+        deadline = time.monotonic() + 20
+        while "timed out" not in "\n".join(server.lines):
+            started = time.monotonic()
+            self.assertLess(started, deadline)
+            self.post(server, *[self.play(player="x" * 1_000)] * 25)
+            slowest = max(slowest, time.monotonic() - started)
+        self.assertLess(slowest, 0.5)
+        with self.assertRaises(OSError), contextlib.closing(sock):
+            while sock.recv(65536):
+                pass
+            raise OSError  # an end will do as well
+
+    def test_there_is_room_for_eight_watchers_beside_the_other_pages(self) -> None:
+        server = self.serve()
+        watchers = [self.watch(server) for _ in range(8)]
+        for _ in range(20):
+            self.assertEqual(self.ask(server, "/healthz").status, 200)
+        self.assertEqual(self.ask(server, "/live").status, 503)
+        self.post(server, self.play())
+        self.assertEqual({watcher.row()["verdict"] for watcher in watchers}, {"spool"})
+        watchers[0].close()
+        wait_until(lambda: self.monitors(server)[0] and "200 OK" in self.watch(server).head, 3)
+
+    def test_the_keys_of_apps_are_in_no_answer(self) -> None:
+        server = self.serve()
+        watcher = self.watch(server)
+        wrong = "a wrong/key, but secret"
+        bodies = 0
+        for key in (KEY, LIVE_KEY, wrong):
+            quoted = json.dumps(key)
+            percent = urllib.parse.quote(key, safe="")
+            escaped = "".join(f"\\u{ord(char):04x}" for char in key)
+            for body in (
+                f'{{"secret_key": {quoted}, "events": [{{]}}',
+                f'{{"events": [], "secret_key": {quoted}',
+                f'{{"secret_key": {quoted[:-4]}',
+                f'{{"secret_key"\n: {quoted.replace("/", chr(92) + "/")}, "events": 7}}',
+                f'{{"secret_key": "{escaped}", "events": [}}',
+                f'{{"\\u0073ecret_key": "{escaped}", "events": [}}',
+                json.dumps(f'{{"secret_key": {quoted}, "events": []}}'),
+                json.dumps(json.dumps(f'{{"secret_key": {quoted}}}'))[:-3],
+                f"secret_key={percent}&events=[]",
+                f"secret_key%3D{percent}",
+                f"{{'secret_key': '{key}', 'events': []}}",
+                f"secret-key: {key}",
+                json.dumps({"secret_key": [key], "events": []}),
+                json.dumps({"secret_key": key, "events": [{"secret_key": key, "_t": "plays"}]}),
+                f'{{"secret_key": {quoted}, "events": []}}'.encode("utf-16"),
+                gzip.compress(body_of({"level": "x"}, key=key))[:-9],
+                b"\xff" + body_of({}, key=key),
+            ):
+                bodies += 1
+                data = body if isinstance(body, bytes) else body.encode()
+                server.post("/apps/game/events?secret_key=" + percent, data, {"Content-Encoding": "identity"})
+            for body in (
+                gzip.compress(body_of(self.play("x"), key=key)),
+                zlib.compress(body_of(key=key)[:-1]),
+            ):
+                bodies += 1
+                coding = "gzip" if body[0] == 0x1F else "deflate"
+                server.post("/apps/game/events", body, {"Content-Encoding": coding})
+        for key in (KEY, LIVE_KEY):  # where no key should be
+            for event in (
+                self.play(key),
+                self.play("x" * (attolytics.SHOWN_CHARS_MAX - 20) + key),
+                {key: key},
+                {"_t": key},
+                self.play(1, **{key: 1}),
+                self.play([key, {"k": [json.dumps({"k": key})]}]),
+            ):
+                bodies += 1
+                self.post(server, event, app="keeping" if bodies % 2 else "game")
+            bodies += 1
+            server.post(f"/apps/{urllib.parse.quote(key, safe='')}/events", b"")
+        rows = watcher.rows(bodies)
+        texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+        texts += [self.ask(server, path).text for path in ("/", "/live/state", "/healthz", "/metrics")]
+        for key in (KEY, LIVE_KEY, wrong):
+            parts = [key, key[:8], key[-8:], json.dumps(key)[1:-1], urllib.parse.quote(key, safe="")]
+            parts += [json.dumps(part)[1:-1] for part in parts]
+            for text in texts:
+                for part in parts:
+                    self.assertNotIn(part, text)
+        self.assertIn("(secret key)", "".join(texts))
+
+    @hypothesis.settings(max_examples=60, deadline=None)
+    @hypothesis.given(
+        st.text(max_size=30),
+        st.text(max_size=30),
+        st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=8),
+    )
+    def test_a_key_is_found_in_any_text(self, before: str, behind: str, key: str) -> None:
+        hypothesis.assume(not attolytics.NO_TEXT.search(key) and key[:4].strip("\\%+/u") == key[:4])
+        for write in (str, json.dumps, urllib.parse.quote, lambda text: json.dumps(json.dumps(text))):
+            hypothesis.assume(write is not urllib.parse.quote or not set("\\%") & set(key))
+            with contextlib.suppress(UnicodeEncodeError):
+                shown = attolytics.without_keys(write(before + key + behind), {key, key.replace("\\", "")})
+                self.assertNotIn(key, shown)
+                self.assertNotIn(write(key).strip('"\\'), shown)
+
+    def test_bodies_and_values_are_cut_to_their_bounds(self) -> None:
+        server = self.serve()
+        watcher = self.watch(server)
+        deep = json.loads("[" * 90 + "]" * 90)
+        wide = {f"k{n}": "v" * 5_000 for n in range(5)} | {f"n{n}": n for n in range(100)}
+        events = [self.play(n, player="p" * 10) for n in range(200)] + [self.play("no")]
+        for body in (
+            body_of(*events),
+            body_of({"_t": "everything", "j": deep, **wide}),
+            body_of(self.play(), *["x"] * 20_000),
+            b'{"secret_key": "' + KEY.encode() + b'", "events": [{"_t": "plays", "level": 1e999, "n": NaN}]}',
+            b'{"events": [' + b"9" * 5_000,
+            b"[" * 20_000,
+            body_of(self.play(2**53 + 1, player="\ud800")),
+            b"\0" * 100,
+        ):
+            server.post("/apps/game/events", body)
+        rows = watcher.rows(8)
+        first, second, third, odd, digits, brackets, large, zeros = sorted(rows, key=lambda row: row["id"])
+        self.assertEqual([len(first["events"]), first["events"][0]["index"]], [50, 200])
+        event = second["events"][0]["event"]
+        self.assertEqual((len(event), len(event["k0"])), (50, attolytics.LIVE_TEXT_CHARS_MAX + 3))
+        self.assertLess(len(json.dumps(event["j"])), 100)
+        self.assertEqual((third["events"], len(third["sent"])), ([], attolytics.LIVE_TEXT_CHARS_MAX + 3))
+        self.assertEqual(odd["events"][0]["event"], {"_t": "plays", "level": "Infinity", "n": "NaN"})
+        self.assertEqual((len(digits["sent"]), len(brackets["sent"])), (1003, 1003))
+        self.assertEqual(large["events"][0]["event"]["level"], str(2**53 + 1))
+        self.assertEqual(zeros["sent"], "(100 bytes that are no text)")
+
+    def test_the_page_may_do_nothing_but_its_own(self) -> None:
+        server = self.serve()
+        page = self.ask(server, "/")
+        self.assertEqual((page.status, page.headers["Content-Type"]), (200, "text/html"))
+        policy = page.headers["Content-Security-Policy"]
+        for rule in ("default-src 'none'", "connect-src 'self'", "base-uri 'none'", "frame-ancestors 'none'"):
+            self.assertIn(rule, policy)
+        self.assertNotIn("unsafe", policy)
+        self.assertEqual(
+            re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", page.text), []
+        )
+        self.assertEqual(re.findall(r"(?:src|href)=\"(?!data:)|url\(|@import", page.text), [])
+        for path in ("/", "/live", "/live/state"):
+            self.assertEqual(self.ask(server, path, headers={"Host": "evil.example"}).status, 421)
+            self.assertEqual(self.ask(server, path, "POST").status, 405)
+            answer = self.ask(server, path, "HEAD")
+            self.assertEqual((answer.status, answer.text), (200, ""))
+
+    def test_the_state_says_since_when_and_why_the_database_is_away(self) -> None:
+        server = self.serve(url=self.url)
+        self.post(server, self.play())
+        wait_until(lambda: self.ask(server, "/live/state").json["samples"][-1][1:] == [1, 0])
+        state = self.ask(server, "/live/state").json
+        self.assertEqual((state["database"], sum(state["counts"])), ("up", 1))
+        self.assertAlmostEqual(state["since"], time.time(), delta=10)
+        stopped = time.time()
+        self.postgres.stop()
+        wait_until(lambda: self.ask(server, "/live/state").json["since"] >= stopped)
+        state = self.ask(server, "/live/state").json
+        self.assertEqual(state["database"], "away")
+        self.assertTrue(state["database_reason"])
+        self.postgres.start()
+        wait_until(lambda: self.ask(server, "/live/state").json["database"] == "up")
+
+    def test_curl_gives_what_the_page_on_operating_says(self) -> None:
+        text = (HERE / "docs" / "operating.md").read_text()
+        [command] = re.findall(r"^(curl -sN localhost:9005/live .*)$", text, re.MULTILINE)
+        if not shutil.which("curl"):
+            self.skipTest("curl is not installed")
+        server = self.serve()
+        self.post(server, self.play("x"))
+        self.post(server, self.play("y"))
+        host, port = self.monitors(server)[0]
+        command = command.replace("localhost:9005", f"{host}:{port}").partition("| jq")[0]
+        with subprocess.Popen(["bash", "-c", f"{command}"], stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            rows = [json.loads(process.stdout.readline()) for _ in range(2)]
+            subprocess.run(["pkill", "-P", str(process.pid)], check=False)
+            process.kill()
+        self.assertEqual([row["events"][0]["event"]["level"] for row in rows], ["x", "y"])
+
+
+class LivePageTest(LiveCase):
+    """The page of the live view in a real Chromium."""
+
+    browser: ClassVar[Any]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        chromium = program("chromium")
+        try:
+            from playwright.sync_api import sync_playwright  # noqa: PLC0415
+        except ImportError:
+            raise unittest.SkipTest("playwright is not installed") from None
+        super().setUpClass()
+        driver = sync_playwright().start()
+        cls.addClassCleanup(driver.stop)
+        switches = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+        cls.browser = driver.chromium.launch(
+            executable_path=chromium, args=[*switches, "--disable-component-update"]
+        )
+        cls.addClassCleanup(cls.browser.close)
+
+    def open_page(self, server: Attolytics, place: str = "", **how: Any) -> Any:
+        """Open the page; the test fails at its end if a script failed or a request left the page."""
+        context = self.browser.new_context(**how)
+        self.addCleanup(context.close)
+        page = context.new_page()
+        page.set_default_timeout(5_000)
+        self.complaints: list[str] = []
+        self.asked: list[str] = []
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", lambda message: self.complaints.append(message.text))
+        page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
+        page.on("request", lambda request: self.asked.append(request.url))
+        origin = f"http://localhost:{self.monitors(server)[0][1]}"
+        page.goto(f"{origin}/{place}")
+        page.get_by_text("live", exact=True).wait_for()
+        return page
+
+    def row(self, page: Any, text: str) -> Any:
+        """Return the row with a text, once it is there."""
+        found = page.locator("#rows > li", has_text=text).first
+        found.wait_for()
+        return found
+
+    def texts(self, page: Any) -> str:
+        return str(page.locator("#rows > li:visible").all_inner_texts())
+
+    def test_an_event_appears_within_a_second_and_opens(self) -> None:
+        server = self.serve(url=self.url)
+        page = self.open_page(server)
+        started = time.monotonic()
+        self.post(server, self.play(1, score=2.5, plyer="x"), self.play(2))
+        row = self.row(page, "2 plays")
+        self.assertLess(time.monotonic() - started, 1)
+        for part in ("stored", "game", "127.0.0.1", "ms"):
+            self.assertIn(part, row.inner_text())
+        page.keyboard.press("Tab")
+        row.locator("summary").focus()
+        page.keyboard.press("Enter")
+        row.locator(".event").first.wait_for()
+        opened = row.inner_text()
+        for part in ('"score": 2.5\nf64', '"plyer": "x"\nno column', 'did you mean "player"?', "events[1]"):
+            self.assertIn(part, opened)
+        self.assertEqual(self.complaints, [])
+
+    def test_a_refused_event_shows_its_column_and_reason(self) -> None:
+        server = self.serve()
+        self.post(server, self.play(), self.play("7"), {"_t": "plays", "player": "x"})
+        page = self.open_page(server)  # after the fact
+        row = self.row(page, "refused 400")
+        row.locator("summary").click()
+        row.locator(".event").first.wait_for()
+        text = row.inner_text()
+        self.assertIn('"level": "7"\ni32\n\n↑ expected an integer, got "7"', text)
+        self.assertIn('"level": missing\ni32\n\n↑ missing, but required', text)
+        self.assertIn("2 of 3 events do not fit", text)
+        server.post("/apps/game/events", b'{"secret_key": "abc", "events": [oops')
+        row = page.locator("#rows > li").first
+        wait_until(lambda: "not JSON" in row.inner_text() or row.locator("summary").click() or False, 5)
+        self.assertIn('events": [oops', row.inner_text())
+        self.assertNotIn("abc", page.content())
+
+    def test_rows_are_filtered(self) -> None:
+        server = self.serve()
+        page = self.open_page(server)
+        self.post(server, self.play(1, player="Ann"))
+        self.post(server, {"_t": "everything", "s": "Bob"})
+        self.post(server, self.play("x"), app="keeping")
+        self.post(server, self.play("y"))
+        for verdict in ("partly quarantined", "refused 400"):
+            self.row(page, verdict)
+        self.row(page, "1 everything")
+        for place, choice, there, gone in (
+            ("app", "keeping", ["keeping"], ["game"]),
+            ("table", "everything", ["everything"], ["plays"]),
+            ("verdict", "refused", ["refused"], ["spool", "quarantined"]),
+        ):
+            page.select_option(f"#{place}", choice)
+            shown = self.texts(page)
+            self.assertTrue(all(part in shown for part in there), shown)
+            self.assertFalse(any(part in shown for part in gone), shown)
+            page.select_option(f"#{place}", "")
+        page.fill("#text", "ann")
+        page.keyboard.press("Enter")
+        self.assertEqual(page.locator("#rows > li:visible").count(), 1)
+        self.post(server, self.play(2, player="Cid"))
+        self.post(server, self.play(2, player="Anna"))
+        wait_until(lambda: page.locator("#rows > li:visible").count() == 2, 5)
+        self.assertEqual(page.locator("#rows > li").count(), 6)
+
+    def test_the_feed_pauses_and_goes_on(self) -> None:
+        server = self.serve()
+        page = self.open_page(server)
+        page.get_by_role("button", name="Pause").click()
+        for level in range(3):
+            self.post(server, self.play(level))
+        resume = page.get_by_role("button", name="Resume (3 new)")
+        resume.wait_for()
+        self.assertEqual(page.locator("#rows > li").count(), 0)
+        resume.click()
+        self.assertEqual(page.locator("#rows > li").count(), 3)
+        ids = page.locator("#rows > li").evaluate_all("items => items.map(item => +item.id)")
+        self.assertEqual(ids, sorted(ids, reverse=True))
+        page.get_by_role("button", name="Pause").wait_for()
+
+    def test_a_link_leads_to_a_row(self) -> None:
+        server = self.serve()
+        for level in "abcdefghij" * 3:
+            self.post(server, self.play(level))
+        watcher = self.watch(server)
+        number = watcher.rows(3)[2]["id"]
+        page = self.open_page(server, f"#{number}")
+        opened = page.locator("details[open]")
+        opened.wait_for()
+        self.assertEqual(opened.evaluate("box => +box.parentNode.id"), number)
+        self.assertIn('got "c"', opened.inner_text())
+
+    def test_the_quarantine_is_a_tab(self) -> None:
+        server = self.serve()
+        self.post(server, self.play("x"), app="keeping")
+        page = self.open_page(server)
+        page.get_by_role("tab", name="Quarantine").click()
+        page.get_by_text("level: expected an integer").wait_for()
+        text = page.locator("#quarantine").inner_text()
+        self.assertIn("--retry_quarantine", text)
+        self.assertIn('"level":"x"', text.replace(" ", ""))
+        self.assertFalse(page.locator("#feed").is_visible())
+
+    def test_the_status_follows_the_database(self) -> None:
+        server = self.serve(url=self.url)
+        page = self.open_page(server)
+        card = page.locator("#database")
+        wait_until(lambda: "up since" in " ".join(card.inner_text().split()), 5)
+        self.postgres.stop()
+        wait_until(lambda: "refused" in card.inner_text() and "away" in card.inner_text(), 10)
+        self.post(server, self.play())
+        wait_until(lambda: "1 waiting" in page.locator("#spool").inner_text(), 5)
+        self.postgres.start()
+        wait_until(lambda: "up since" in " ".join(card.inner_text().split()), 10)
+        wait_until(lambda: "0 waiting" in page.locator("#spool").inner_text(), 10)
+        wait_until(lambda: "p99" in page.locator("#latency").inner_text(), 5)
+        self.assertIn("L300", page.locator("#accepted path").get_attribute("d").replace("L299", "L300"))
+        server.stop()
+        wait_until(lambda: "no answer" in card.inner_text(), 10)
+
+    def test_what_clients_send_stays_text(self) -> None:
+        evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+        server = self.serve()
+        page = self.open_page(server)
+        odd = "odd%20%3Capp%3E%27"
+        self.post(server, {"_t": "it's <b>", 'a "b"': evil}, app=odd, key=LIVE_KEY)
+        self.post(server, {"_t": "plays", "level": evil, evil: {evil: [evil]}}, {"_t": evil}, evil)
+        self.post(server, {"_t": "plays", "level": "x", "__proto__": 1, "constructor": evil}, app="keeping")
+        self.post(server, {"_t": "constructor"}, {"_t": "__proto__"}, {"_t": ["plays"]})
+        server.post(f"/apps/{urllib.parse.quote(evil)}/events", b"{}")
+        server.post("/apps/game/events", evil.encode(), {"X-Real-IP": evil, "User-Agent": evil})
+        wait_until(lambda: page.locator("#rows > li").count() == 6, 10)
+        for box in page.locator("summary").all():
+            box.click()
+        for tab in ("Quarantine", "Send one", "Feed"):
+            page.get_by_role("tab", name=tab).click()
+        shown = page.locator("#rows").inner_text()
+        self.assertGreater(shown.count(evil), 6)
+        self.assertIn("odd <app>'", shown)
+        self.assertNotIn("native code", shown)
+        self.assertEqual(page.locator("img, b b, #rows script").count(), 0)
+        origin = f"http://localhost:{self.monitors(server)[0][1]}/"
+        self.assertEqual([url for url in self.asked if not url.startswith((origin, "data:"))], [])
+        self.assertEqual(self.complaints, [])
+
+    def test_the_examples_work(self) -> None:
+        server = self.serve(url=self.url)
+        page = self.open_page(server)
+        page.get_by_role("tab", name="Send one").click()
+        page.locator("#examples > li").first.wait_for()
+        texts = page.locator("#examples pre").all_inner_texts()
+        self.assertEqual(len(texts), 2 * 4)
+        for curl, script in zip(texts[::2], texts[1::2], strict=True):
+            key = LIVE_KEY if "odd" in curl else KEY
+            self.assertNotIn(KEY, curl + script)
+            words = shlex.split(curl)
+            self.assertEqual(words[0], "curl")
+            self.assertIn(f":{server.port}/", words[1])
+            body = json.loads(words[-1])
+            self.assertEqual(body["secret_key"], "...")
+            path = urllib.parse.urlsplit(words[1]).path
+            answer = server.post(path, json.dumps(body | {"secret_key": key}).encode())
+            self.assertEqual((answer.status, answer.json), (200, {"accepted": 1, "stored": "database"}))
+            self.assertIn(words[-1], script)
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.get_by_role("button", name="Copy curl").first.click()
+        page.get_by_role("button", name="Copied").wait_for()
+        self.assertEqual(page.evaluate("navigator.clipboard.readText()"), texts[0])
+
+    def test_it_fits_a_phone_and_has_its_landmarks(self) -> None:
+        server = self.serve()
+        for scheme in ("light", "dark"):
+            page = self.open_page(server, viewport={"width": 390, "height": 800}, color_scheme=scheme)
+            self.post(server, self.play("x" * 500, player="y" * 300))
+            row = self.row(page, "refused")
+            row.locator("summary").click()
+            for tab in ("Send one", "Feed"):
+                page.get_by_role("tab", name=tab).click()
+                self.assertLessEqual(page.evaluate("document.documentElement.scrollWidth"), 390)
+            dark = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+            self.assertEqual(dark == "rgb(19, 21, 26)", scheme == "dark")
+        for role in ("main", "banner", "tablist"):
+            self.assertEqual(page.get_by_role(role).count(), 1, role)
+        self.assertEqual(page.get_by_role("status").inner_text(), "live")
+        names = {
+            page.locator(f"#{place}").get_attribute("aria-label")
+            for place in ("app", "table", "verdict", "text")
+        }
+        self.assertNotIn(None, names)
+
+    def test_it_keeps_300_rows_and_reconnects(self) -> None:
+        server = self.serve()
+        page = self.open_page(server)
+        page.evaluate(
+            """() => { for (let i = 1; i <= 400; i++) add({id: i, time: 0, app: "a", client: "", ms: 1,
+            status: 200, verdict: "database", tables: {}, events: [], problems: [], warnings: []}) }"""
+        )
+        self.assertEqual(page.locator("#rows > li").count(), 300)
+        self.assertEqual(page.evaluate("[rows.size, +$('rows').firstChild.id]"), [300, 400])
+        port = self.monitors(server)[0][1]
+        server.stop()
+        page.get_by_text("connecting again").wait_for()
+        server = self.serve("--monitor_port", port)
+        page.get_by_text("live", exact=True).wait_for(timeout=10_000)
+        self.post(server, self.play(1))
+        self.row(page, "1 plays")
 
 
 # --- systemd ------------------------------------------------------------------

@@ -127,7 +127,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.1)
 
 
-class BrowserCase(base.ProcessCase):
+class BrowserCase(base.ProgramCase):
     """Tests with a profile of the browser and a server of their own."""
 
     def setUp(self) -> None:
@@ -135,18 +135,18 @@ class BrowserCase(base.ProcessCase):
         self.origins = {host: f"http://{host}:{pages.server_port}" for host in ("localhost", PLAIN_HOST)}
         self.schema_file.write_text(SCHEMA % ", ".join(map(repr, self.origins.values())))
         self.port = base.free_port()
-        self.said: list[str] = []
+        self.heard: list[str] = []
         self.context = self.new_context()
 
     def new_context(self) -> BrowserContext:
         context = browser.new_context()
         context.set_default_timeout(10_000)
         self.addCleanup(context.close)
-        context.on("console", lambda message: self.said.append(message.text))
+        context.on("console", lambda message: self.heard.append(message.text))
         return context
 
-    def serve(self) -> base.Attolytics:
-        return self.run_server("-H", "127.0.0.1", "-p", self.port, directory=self.directory)
+    def start_server(self) -> base.Attolytics:
+        return self.serve("-H", "127.0.0.1", "-p", self.port)
 
     def visit(self, host: str = "localhost", **options: object) -> Page:
         """Open the page in a new tab, with a client."""
@@ -218,20 +218,20 @@ class FaultTest(BrowserCase):
     """Each event that `send` took is in the table exactly once."""
 
     def test_the_server_is_killed_and_started_again(self) -> None:
-        server = self.serve()
+        server = self.start_server()
         page = self.visit()
         self.play(page, 1)
         for _ in range(2):
             self.wait_for_rows(20)
             server.stop(signal.SIGKILL)
             self.pause(page, 300)
-            server = self.serve()
+            server = self.start_server()
         self.wait_for_rows(20)
         page.evaluate("rest()")
         self.check(page, 1)
 
     def test_the_database_is_stopped(self) -> None:
-        self.serve()
+        self.start_server()
         page = self.visit()
         self.play(page, 1)
         self.wait_for_rows(20)
@@ -243,7 +243,7 @@ class FaultTest(BrowserCase):
         self.check(page, 1)
 
     def test_the_network_is_cut(self) -> None:
-        self.serve()
+        self.start_server()
         page = self.visit()
         self.play(page, 1)
         self.wait_for_rows(20)
@@ -261,7 +261,7 @@ class FaultTest(BrowserCase):
 
     @in_both_worlds
     def test_the_tab_is_reloaded(self, host: str) -> None:
-        self.serve()
+        self.start_server()
         page = self.visit(host)
         for _ in range(3):
             self.play(page, 1)
@@ -271,7 +271,7 @@ class FaultTest(BrowserCase):
 
     @in_both_worlds
     def test_the_tab_is_closed_while_the_server_is_away(self, host: str) -> None:
-        server = self.serve()
+        server = self.start_server()
         page = self.visit(host)
         self.play(page, 1)
         self.wait_for_rows(20)
@@ -282,11 +282,11 @@ class FaultTest(BrowserCase):
         page.close(run_before_unload=host != "localhost")
         while not page.is_closed():
             self.pause(blank, 50)
-        self.serve()
+        self.start_server()
         self.check(self.visit(host), 1, unsure=1)
 
     def test_the_tab_crashes(self) -> None:
-        self.serve()
+        self.start_server()
         page = self.visit(waitMs=60_000)
         self.take(page, 1, 30)
         self.pause(page, 100)
@@ -297,7 +297,7 @@ class FaultTest(BrowserCase):
 
     @in_both_worlds
     def test_two_tabs_share_a_storage(self, host: str) -> None:
-        server = self.serve()
+        server = self.start_server()
         pages = [self.visit(host), self.visit(host)]
         for number, page in enumerate(pages):
             self.play(page, number)
@@ -305,7 +305,7 @@ class FaultTest(BrowserCase):
         server.stop(signal.SIGKILL)
         self.pause(pages[1], 300)
         pages[0].goto("about:blank")
-        self.serve()
+        self.start_server()
         third = self.visit(host)
         self.play(third, 2)
         self.wait_for_rows(50)
@@ -316,7 +316,7 @@ class FaultTest(BrowserCase):
 
 class LeaveTest(BrowserCase):
     def test_what_is_left_arrives_although_the_page_is_left(self) -> None:
-        self.serve()
+        self.start_server()
         for way in ("about:blank", "close"):
             with self.subTest(way):
                 before = len(self.numbers())
@@ -334,7 +334,7 @@ class LeaveTest(BrowserCase):
         wait_until(lambda: page.evaluate(kept) == 0)
 
     def test_without_an_id_nothing_is_there_twice(self) -> None:
-        self.serve()
+        self.start_server()
         page = self.visit(table="simple", id=False, waitMs=60_000, batchEvents=1_000)
         self.take(page, 1, 100)
         page.goto("about:blank")
@@ -345,7 +345,7 @@ class LeaveTest(BrowserCase):
         self.assertEqual(self.check(page, 1, table="simple"), 110)
 
     def test_a_hidden_tab_takes_the_verdict_of_what_it_sent(self) -> None:
-        self.serve()
+        self.start_server()
         page = self.visit(waitMs=60_000)
         self.take(page, 1, 10)
         page.evaluate(
@@ -354,7 +354,7 @@ class LeaveTest(BrowserCase):
         )
         page.wait_for_function("events.pending === 0")
         self.assertEqual(self.check(page, 1), 10)
-        self.assertEqual(self.said, [])
+        self.assertEqual(self.heard, [])
 
     def test_the_browser_keeps_the_page_for_the_way_back(self) -> None:
         """The client is no reason against the back/forward cache, and goes on when the page is back."""
@@ -364,7 +364,7 @@ class LeaveTest(BrowserCase):
         )
         self.addCleanup(other.close)
         self.context = other.new_context()
-        self.serve()
+        self.start_server()
         page = self.context.new_page()
         page.add_init_script("addEventListener('pageshow', (event) => (window.isBack = event.persisted))")
         self.load_page(page, waitMs=60_000)
@@ -379,7 +379,7 @@ class LeaveTest(BrowserCase):
 
     def test_a_beacon_arrives_as_a_string_and_not_as_a_blob_of_json(self) -> None:
         """What the README says of beacons."""
-        self.serve()
+        self.start_server()
         page = self.visit()
         body = '{"secret_key":"key","events":[{"_t":"simple","time":1,"n":%d}]}'
         page.evaluate(
@@ -394,7 +394,7 @@ class LeaveTest(BrowserCase):
         self.assertEqual(self.numbers("simple"), [1])
 
     def test_large_batches_are_compressed_across_origins(self) -> None:
-        self.serve()
+        self.start_server()
         page = self.visit(waitMs=60_000)
         codings: list[Mapping[str, str]] = []
         self.context.on("request", lambda request: codings.append(request.headers))
@@ -402,7 +402,7 @@ class LeaveTest(BrowserCase):
         page.evaluate("events.flush()")
         self.assertEqual(self.check(page, 1), 40)
         self.assertIn("gzip", [headers.get("content-encoding") for headers in codings])
-        self.assertEqual(self.said, [])
+        self.assertEqual(self.heard, [])
 
 
 class ExampleTest(BrowserCase):
@@ -411,7 +411,7 @@ class ExampleTest(BrowserCase):
         self.schema_file.write_text(
             base.replaced(schema, {"http://localhost:8080": self.origins["localhost"]})
         )
-        self.serve()
+        self.start_server()
         page = self.context.new_page()
         server = f"http://127.0.0.1:{self.port}"
         page.goto(f"{self.origins['localhost']}/examples/javascript/?server={server}")
@@ -430,7 +430,7 @@ class ExampleTest(BrowserCase):
         self.pause(page, 300)
         self.assertEqual(page.evaluate("Object.keys(localStorage)"), ["consent"])
         self.assertEqual(len(self.query(sql)), 11)
-        self.assertEqual(self.said, [])
+        self.assertEqual(self.heard, [])
 
 
 if __name__ == "__main__":
