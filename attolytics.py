@@ -288,6 +288,7 @@ class Source(StrEnum):
 
     RECEIVED_AT = "received_at"
     CLIENT_IP = "client_ip"
+    CLIENT_NETWORK = "client_network"
     APP_ID = "app_id"
 
 
@@ -782,6 +783,14 @@ def believed_address(peer: str, *claims: str) -> str:
     return str(address or peer)
 
 
+@lru_cache(maxsize=4096)
+def network_of(address: str) -> str:
+    """Return the network, /24 or /48, of an IP address, or of what is a network already."""
+    if ip := plain_address(address):
+        return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 48), strict=False))
+    return address
+
+
 class Delivery(NamedTuple):
     """What a request brings beside its body."""
 
@@ -941,7 +950,9 @@ def filled_value(column: Column, app_id: str, delivery: Delivery) -> object:
         case Source.APP_ID:
             return app_id
         case Source.CLIENT_IP:
-            return delivery.client_ip()
+            return delivery.client_ip() or None
+        case Source.CLIENT_NETWORK:
+            return network_of(delivery.client_ip()) or None
         case Source.RECEIVED_AT:
             return delivery.received_at
     value = delivery.headers.get(column.header or "")
@@ -1073,9 +1084,9 @@ def storable(text: str) -> str:
 
 
 def about_text(app_id: str, delivery: Delivery) -> str:
-    headers, client_ip, received_at = delivery
-    about = {"app": app_id, "received_at": received_at, "client_ip": client_ip, "headers": headers}
-    return JSON_ENCODER.encode(about)
+    headers, client, received_at = delivery
+    clients = {"client_ip": client, "client_network": network_of(client)}
+    return JSON_ENCODER.encode({"app": app_id, "received_at": received_at, **clients, "headers": headers})
 
 
 @dataclass(slots=True, eq=False)
@@ -1092,6 +1103,7 @@ class Batch:
     problems: list[Problem] = field(default_factory=list)
     warnings: Sequence[str] = ()
     body: bytes = b""
+    about_client: Source | None = Source.CLIENT_IP  # what of the client's address is kept with the events
     # For the writer: whether bad events are kept in the quarantine, and under which ids they are by now;
     # when the batch came, and who wants to know what became of it.
     quarantines: bool = False
@@ -1104,10 +1116,12 @@ class Batch:
         self.events = []
 
     def kept_delivery(self) -> Delivery:
-        """Return what of the delivery is kept with the events: the client's address, and some headers."""
-        delivery = self.delivery
+        """Return what of the delivery is kept with the events: what columns of the app's tables need."""
+        delivery, client = self.delivery, self.delivery.client_ip()
+        if self.about_client is not Source.CLIENT_IP:
+            client = network_of(client) if self.about_client else ""
         headers = {name: delivery.headers[name] for name in self.header_names if name in delivery.headers}
-        return Delivery(headers, delivery.client_ip(), delivery.received_at)
+        return Delivery(headers, client, delivery.received_at)
 
     def text(self) -> str:
         """Return the batch's JSON for the spool, without the events that have problems."""
@@ -1140,6 +1154,10 @@ class Intake:
         self._key = app.secret_key.encode(errors="surrogatepass")
         self._tables = {table.name: tables[table.name] for table in app.tables}
         self.headers = sorted({c.header for table in app.tables for c in table.columns if c.header})
+        sources = {c.source for table in app.tables for c in table.columns}
+        self._about_client = next(
+            (s for s in (Source.CLIENT_IP, Source.CLIENT_NETWORK) if s in sources), None
+        )
 
     def batch(self, body: bytes, delivery: Delivery) -> Batch:
         """Return the batch in a request's body. Raises Refusal."""
@@ -1174,6 +1192,7 @@ class Intake:
     def convert(self, events: list[Any], delivery: Delivery, limit: int | None = None) -> Batch:
         """Return a batch of events; with a `limit`, gives up after so many problems."""
         batch = Batch(self.app.id, delivery, self.headers, events, quarantines=self.app.quarantines)
+        batch.about_client = self._about_client
         problems = batch.problems
         for table, places in self._by_table(events, problems).items():
             filled, lacking = table.filled(self.app.id, delivery)
@@ -1311,7 +1330,7 @@ def terminate_holders_sql(epochs: Iterable[str]) -> str:
 
 
 @lru_cache  # for 128 tables
-def insert_sql(table: TableIntake) -> tuple[str, str]:
+def insert_sql(table: TableIntake, partition_key: tuple[str, ...] = ()) -> tuple[str, str]:
     """Return what stands before and after the rows of an INSERT, or a COPY statement and ""."""
     columns = ",".join(identifier(column.name) for column in table.columns)
     into = f"{identifier(table.name)} ({columns})"
@@ -1319,12 +1338,18 @@ def insert_sql(table: TableIntake) -> tuple[str, str]:
         return f"COPY {into} FROM STDIN", ""
     unique = [column.name for column in table.columns if column.unique]
     # With one unique column only its conflicts are skipped; a conflict with another constraint of the
-    # operator's stays an error. SQL has no way to name two.
-    target = f" ({identifier(unique[0])})" if len(unique) == 1 else ""
+    # operator's stays an error. SQL has no way to name two. (A partitioned table's index has its key, too.)
+    names = ",".join(map(identifier, dict.fromkeys([*unique, *partition_key])))
+    target = f" ({names})" if len(unique) == 1 else ""
     return f"INSERT INTO {into} VALUES ", f" ON CONFLICT{target} DO NOTHING"
 
 
-def insert_message(start: str, parts: Iterable[Mapping[TableIntake, Sequence[str]]], end: str) -> Message:
+def insert_message(
+    start: str,
+    parts: Iterable[Mapping[TableIntake, Sequence[str]]],
+    end: str,
+    partition_keys: Mapping[str, tuple[str, ...]] = {},
+) -> Message:
     """Return the message that stores rows between two statements."""
     # By what makes them, not by names: while a schema is replaced, rows of both may meet.
     by_table: dict[TableIntake, list[str]] = {}
@@ -1334,7 +1359,7 @@ def insert_message(start: str, parts: Iterable[Mapping[TableIntake, Sequence[str
     sql, copies, inserts = [start], [], []
     # Always in the same order of tables, so that instances do not lock each other out.
     for table, rows in sorted(by_table.items(), key=lambda item: item[0].name):
-        before, after = insert_sql(table)
+        before, after = insert_sql(table, partition_keys.get(table.name, ()))
         if table.is_copied:
             sql.append(f"{before};\n")
             copies.append(("\n".join(rows) + "\n").encode())
@@ -1382,18 +1407,20 @@ CREATE_LEDGER = (
 
 
 class Index(NamedTuple):
-    """An index on one column."""
+    """An index on one column, and on those of a partition key behind it."""
 
     table: str
     column: str
     unique: bool = False
     method: str = "btree"
+    more: tuple[str, ...] = ()
 
-    def sql(self, how: str = "") -> str:
+    def sql(self, how: str = "", where: str = "") -> str:
         """Return the statement that creates it. Without a name in `how` PostgreSQL finds a free one."""
         create = "CREATE UNIQUE INDEX" if self.unique else "CREATE INDEX"
         method = "" if self.method == "btree" else f"USING {self.method} "
-        return f"{create} {how}ON {identifier(self.table)} {method}({identifier(self.column)})"
+        columns = ", ".join(map(identifier, (self.column, *self.more)))
+        return f"{create} {how}ON {where}{identifier(self.table)} {method}({columns})"
 
     def names(self) -> tuple[str, str]:
         """Return the name PostgreSQL gives it, and one for where that is too long or taken."""
@@ -1427,6 +1454,7 @@ class ExistingIndex(NamedTuple):
     busy: bool = False  # not valid, and somebody holds the lock of a build on the table
     name: str = ""
     sql_name: str = ""  # quoted, and with its schema where it needs that
+    together: Collection[str] | None = None  # the columns that are unique together in all rows
 
 
 class ExistingTable(NamedTuple):
@@ -1437,8 +1465,11 @@ class ExistingTable(NamedTuple):
     can_select: bool = True
     row_security: bool = False  # applies to our user
     partitioned: bool = False
+    partition_key: Sequence[str] = ()  # "" for an expression
     names: Collection[str] = ()  # of wanted indexes, that something in its schema has
-    is_empty: Callable[[], bool] = bool  # asked only where it matters
+    # Asked only where it matters:
+    is_empty: Callable[[], bool] = bool
+    partitions: Callable[[], Iterable[Sequence[Any]]] = tuple  # as partitions_sql() says
 
 
 def catalog_sql(schema: Schema) -> str:
@@ -1459,7 +1490,9 @@ SELECT w.name,
             NOT i.indisvalid AND EXISTS (SELECT FROM pg_locks l WHERE l.relation = c.oid AND l.granted
                 AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
                 AND l.mode = 'ShareUpdateExclusiveLock' AND l.pid <> pg_backend_pid()),
-            x.relname, x.oid::regclass)), '[]')
+            x.relname, x.oid::regclass, (SELECT json_agg(k.attname) FROM pg_attribute k
+                WHERE i.indisunique AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL
+                AND k.attrelid = c.oid AND k.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])))), '[]')
         FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0] WHERE i.indrelid = c.oid),
     CASE c.relkind WHEN 'f' THEN 'foreign table' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence'
@@ -1468,9 +1501,21 @@ SELECT w.name,
                 THEN '' ELSE ' without an INSTEAD OF INSERT trigger' END ELSE 'table' END,
     has_table_privilege(c.oid, 'INSERT') AND (w.name <> '{LEDGER}' OR has_table_privilege(c.oid, 'UPDATE')),
     has_table_privilege(c.oid, 'SELECT'), row_security_active(c.oid), c.relkind = 'p',
+    (SELECT coalesce(json_agg(coalesce(a.attname, '') ORDER BY k.n), '[]') FROM pg_partitioned_table p,
+        unnest(p.partattrs::int2[]) WITH ORDINALITY k(number, n) LEFT JOIN pg_attribute a
+        ON a.attrelid = c.oid AND a.attnum = k.number WHERE p.partrelid = c.oid),
     (SELECT coalesce(json_agg(o.relname), '[]') FROM pg_class o WHERE o.relnamespace = c.relnamespace
         AND o.relname = ANY (ARRAY[{",".join(quote(index.names()[0]) for index in indexes)}]::name[]))
 FROM unnest(ARRAY[{tables}]::text[]) w(name) JOIN pg_class c ON c.oid = to_regclass(quote_ident(w.name))"""
+
+
+def partitions_sql(table: str) -> str:
+    """Return a query for the tables of a partitioned one, itself first: oid, parent, where, name, is leaf."""
+    return f"""
+SELECT c.oid, p.parentrelid::oid,
+    CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE quote_ident(n.nspname) || '.' END, c.relname, p.isleaf
+FROM pg_partition_tree({quote(identifier(table))}) p JOIN pg_class c ON c.oid = p.relid
+    JOIN pg_namespace n ON n.oid = c.relnamespace ORDER BY p.level, c.relname"""
 
 
 class Way(Enum):
@@ -1571,8 +1616,47 @@ def table_steps(table: Table, existing: ExistingTable, user: str) -> Iterator[St
         yield Step(Way.ALTER, table.name, tuple(altering), (statement,))
 
 
+def attached_sql(index: Index, tree: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """Yield what builds an index on a partitioned table without blocking inserts; may be run again."""
+    names: dict[int, str] = {}
+    for oid, parent, place, table, is_leaf in tree:
+        own = index._replace(table=table)
+        how, where = ("CONCURRENTLY ", place) if is_leaf else ("", f"ONLY {place}")
+        name = identifier(own.names()[1])
+        yield own.sql(f"{how}IF NOT EXISTS {name} ", where)
+        names[oid] = place + name
+        if parent in names:
+            yield f"ALTER INDEX {names[parent]} ATTACH PARTITION {names[oid]}"
+
+
+def partitioned_index_steps(table: Table, existing: ExistingTable, index: Index) -> Iterator[Step]:
+    """Yield what an index on a partitioned table needs, where PostgreSQL does not build it CONCURRENTLY."""
+    reason, key = f'table "{table.name}", column "{index.column}": there is no index', existing.partition_key
+    if index.unique:
+        # A unique index has to include the key. If events bring that too, a repeated one repeats both.
+        index = index._replace(more=tuple(name for name in key if name != index.column))
+        reason = f"{reason[:-5]}unique index on ({', '.join((index.column, *index.more))})"
+        sent = {c.name for c in table.columns if not (c.header or c.source or c.extra)}
+        if other := ", ".join(name or "an expression" for name in key if name not in sent):
+            cannot = f"nor can there be: it would take the partition key, and no event brings {other}"
+            yield Step(Way.HAND, table.name, (f"{reason}, {cannot}",), ())
+            return
+    for item in existing.indexes:
+        unique = {*(item.together or ())} == {index.column, *index.more}
+        if item.valid and (unique if index.unique else item.column == index.column):
+            return
+    way, statements = Way.ALTER, tuple[str, ...]((index.sql(),))
+    if not existing.is_empty():
+        way, statements = Way.HAND, tuple(attached_sql(index, existing.partitions()))
+        reason += "; building it on a partitioned table blocks inserts, but not in these steps"
+    yield Step(way, table.name, (reason,), statements, index)
+
+
 def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
     for index in wanted_indexes(table) if existing.kind == "table" else ():
+        if existing.partitioned:
+            yield from partitioned_index_steps(table, existing, index)
+            continue
         found = [item for item in existing.indexes if item.column == index.column]
         plain, coded = index.names()
         is_taken = plain in existing.names and plain not in [item.name for item in found if not item.valid]
@@ -1586,15 +1670,11 @@ def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
                 yield Step(Way.DROP, table.name, (reason,), (drop,))
         if any(item.valid and ((item.unique and item.plain) or not index.unique) for item in found):
             continue
-        way, statement = Way.BUILD, index.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(name)} ")
+        statement = index.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(name)} ")
         reason = f'table "{table.name}", column "{index.column}": there is no {"unique " * index.unique}index'
-        if existing.partitioned:  # PostgreSQL has no CONCURRENTLY here
-            way, statement = Way.ALTER, index.sql()
-            if not existing.is_empty():
-                way, reason = Way.HAND, f"{reason}; building it on a partitioned table blocks inserts"
         is_busy = any(item.busy for item in found)
         reason = f"{reason} yet, and somebody builds one or vacuums the table" if is_busy else reason
-        yield Step(way, table.name, (reason,), () if is_busy else (statement,), index)
+        yield Step(Way.BUILD, table.name, (reason,), () if is_busy else (statement,), index)
 
 
 def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
@@ -1605,6 +1685,12 @@ def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
     if "session" not in existing.columns:  # made by an earlier version
         add = f"ALTER TABLE {LEDGER} ADD COLUMN session uuid"
         yield Step(Way.CREATE, LEDGER, (f'{place} has no column "session"',), (add,))
+    if existing.kind == "Citus table":  # which may not be raised by raise_sql()
+        reason, mend = (
+            f"{place} belongs to Citus, but has to be local",
+            f"SELECT undistribute_table('{LEDGER}')",
+        )
+        yield Step(Way.HAND, LEDGER, (reason,), (mend,))
     if not (existing.can_insert and existing.can_select):
         grant = f"GRANT SELECT, INSERT, UPDATE ON {LEDGER} TO {identifier(user)}"
         yield Step(Way.HAND, LEDGER, (f"{place}: no permission to use it",), (grant,))
@@ -1932,6 +2018,7 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
     fault = next((fault for fault, states in FAULTS.items() if sqlstate.startswith(states)), Fault.DATA)
     if sqlstate == MISSING_PARTITION and "t" in fields and "n" not in fields:
         fault = Fault.OPERATOR  # for whom it is to mend: the event is good
+        fields = {**fields, "M": f"{fields.get('M')} ({fields.get('D', 'no detail')})"}  # for which time
     text = " ".join(fields.get("M", "unknown error").split())
     text = f"the ledger says that this session is over ({text})" if sqlstate == LEDGER_REFUSAL else text
     error = DatabaseError(text, fault, sqlstate, fields.get("D", ""))
@@ -1967,6 +2054,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
     tags: Sequence[str] = ()  # of the last message's statements, such as `INSERT 0 5` and `COMMIT`
     token = ""  # by which the ledger knows it
     stored: Mapping[str, int] = {}  # how far each epoch was stored when it took the ledger over
+    partition_keys: Mapping[str, tuple[str, ...]] = {}  # of the tables, by name
     _last_error: Mapping[str, str] = {}
 
     def run(self, message: str | Message, seconds: float | None = None) -> list[list[Any]]:
@@ -2004,7 +2092,8 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         """
         start = PATIENT_FLUSH_START if patient else FLUSH_START
         limit_s = (LONG_STATEMENT_TIMEOUT_S if patient else STATEMENT_TIMEOUT_S) + ANSWER_GRACE_S
-        message = insert_message(start + raise_sql(epoch, self.token, number), parts, "COMMIT")
+        start += raise_sql(epoch, self.token, number)
+        message = insert_message(start, parts, "COMMIT", self.partition_keys)
         try:
             self.run(message, seconds or limit_s)
         except DatabaseError as error:
@@ -2253,8 +2342,15 @@ def survey(session: Session, schema: Schema, user: str) -> Plan:
     for name, columns, indexes, *rest in session.run(catalog_sql(schema)):
         existing_columns = {column: ExistingColumn(*found) for column, found in columns.items()}
         table = ExistingTable(existing_columns, [ExistingIndex(*found) for found in indexes], *rest)
-        is_asked = table.kind == "table" and table.can_select
-        catalog[name] = table._replace(is_empty=partial(is_empty, name)) if is_asked else table
+        if table.kind == "table" and table.can_select:
+            table = table._replace(is_empty=partial(is_empty, name))
+        catalog[name] = table._replace(partitions=partial(session.run, partitions_sql(name)))
+    # Citus has such a table, and it lists what it does not leave to PostgreSQL alone.
+    if session.run("SELECT to_regclass('pg_dist_partition')") != [[None]]:
+        listed = f"SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass('{LEDGER}')"
+        if session.run(listed):
+            catalog[LEDGER] = catalog[LEDGER]._replace(kind="Citus table")
+    session.partition_keys = {name: (*table.partition_key,) for name, table in catalog.items()}
     return make_plan(schema, catalog, user)
 
 
@@ -2397,6 +2493,7 @@ class Opener:
         self._migrates = migrates
         # Replaced as a whole: the schema, and whether its tables have been prepared.
         self._state = (schema, False)
+        self._partition_keys: dict[str, tuple[str, ...]] = {}  # for the session that is open, too
 
     def open(self, epochs: Iterable[str]) -> Session:
         """Return a session. Blocks, also while PostgreSQL builds indexes.
@@ -2415,6 +2512,8 @@ class Opener:
                 if self._state is state:  # or else a reload has been quicker
                     self._state = (schema, True)
             session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
+            self._partition_keys.update(session.partition_keys)
+            session.partition_keys = self._partition_keys
             # An INSERT of no rows gets the locks that one with rows needs, and EXPLAIN does not even run it.
             touches = [f"EXPLAIN INSERT INTO {identifier(name)} SELECT WHERE false" for name in schema.tables]
             session.run(f"{FLUSH_START}{';'.join(touches)};\nCOMMIT")
@@ -2437,6 +2536,7 @@ class Opener:
         try:
             with contextlib.closing(connect(self.target)) as session:
                 prepare(session, relaxed(schema, before), self.target.user, self._migrates)
+                self._partition_keys.update(session.partition_keys)
             is_prepared = True
         except DatabaseError as error:
             if error.fault is not Fault.AWAY:
@@ -2488,7 +2588,8 @@ def view_column(table: Table, column: Column) -> str:
     elif column.source is Source.RECEIVED_AT:
         value = readable_time("json_extract(b.value, '$.received_at')")
     elif column.source:
-        value = f"json_extract(b.value, '$.{'app' if column.source is Source.APP_ID else 'client_ip'}')"
+        key = "app" if column.source is Source.APP_ID else column.source
+        value = f"nullif(json_extract(b.value, '$.{key}'), '')"
     elif column.type is Type.TIMESTAMP:
         value = readable_time(value)
     elif column.type is Type.JSON:
@@ -2531,7 +2632,7 @@ QUARANTINE_VIEW = f"""CREATE VIEW quarantine AS SELECT
   id, {readable_time("quarantined_at")} AS quarantined_at, app,
   table_name AS "table", column_name AS "column", reason,
   {readable_time("json_extract(batch, '$.received_at')")} AS received_at,
-  json_extract(batch, '$.client_ip') AS client_ip, event
+  nullif(json_extract(batch, '$.client_ip'), '') AS client_ip, event
 FROM attolytics_quarantine"""
 
 
@@ -2986,7 +3087,8 @@ def sift(
     while parts:
         part = parts.pop()
         tried = [{table: [row]} for table, row, _, _ in rows[part.start : part.stop]]
-        message = insert_message("SAVEPOINT attempt;\n", tried, f"{CHECK_CONSTRAINTS}RELEASE attempt")
+        end = f"{CHECK_CONSTRAINTS}RELEASE attempt"
+        message = insert_message("SAVEPOINT attempt;\n", tried, end, session.partition_keys)
         try:
             run(message)
             skipped += skipped_rows(message, session.tags)
@@ -3459,7 +3561,8 @@ class Writer:
             return
         if not self._stopping:
             level = logging.ERROR if fate.fault is Fault.OPERATOR else logging.WARNING
-            complain(level, f"the database cannot store events: {fate}; they go to {self._spool.path}")
+            text = f"the database cannot store events: {fate}; they go to {self._spool.path}"
+            complain(level, text, f"cannot store {fate.sqlstate or fate}")
         if session:
             session.close()
         self._replayer.take(None, str(fate))
@@ -3925,7 +4028,7 @@ class Handler(BaseRequestHandler):
                 self.request.shutdown(socket.SHUT_WR)
                 self._incoming.drain()
         except OSError as error:  # the client is gone: nobody to answer
-            log.debug("%s: %s", self.client_address[0], reason_of(error))
+            log.debug("%s: %s", network_of(self.client_address[0]), reason_of(error))
         finally:
             if not self.has_parted:
                 self._answered.acquire()  # it must not meet a closed socket, nor that of another client
@@ -3989,7 +4092,7 @@ class Handler(BaseRequestHandler):
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            log.debug("%s: %s", self.client_address[0], reason_of(error))
+            log.debug("%s: %s", network_of(self.client_address[0]), reason_of(error))
             sent = len(answer)
         self._rest, has_parted = answer[sent:], self.has_parted
         self._answered.release()  # unless we have parted, the next request may be served from here on
@@ -4034,7 +4137,8 @@ class Handler(BaseRequestHandler):
         if log.isEnabledFor(logging.DEBUG):
             # Without the query: whoever mistakes the API puts the key there.
             line = f"{head.method} {head.target.partition('?')[0]}" if head else "-"
-            log.debug("%s %s -> %d, %.1f ms %s", self.client_address[0], line, status, seconds * 1e3, reason)
+            client = network_of(self.client_address[0])  # more of it may not be kept
+            log.debug("%s %s -> %d, %.1f ms %s", client, line, status, seconds * 1e3, reason)
         return answer
 
     def _let_in(self) -> tuple[Head, Intake, int | None]:
@@ -4129,7 +4233,7 @@ class Listener(ThreadingHTTPServer):
                 return True
         except Exception:  # noqa: BLE001  # as socketserver does: a bug in one connection is not the others'
             bug = describe_bug(sys.exception())
-            complain(logging.ERROR, f"a connection from {client_address[0]} was cut: {bug}", bug)
+            complain(logging.ERROR, f"a connection from {network_of(client_address[0])} was cut: {bug}", bug)
         self.shutdown_request(request)
         return False
 
@@ -4196,8 +4300,10 @@ def shown_address(host: object, port: object) -> str:
     return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 
 
-def listening_sockets(host: str, port: int, option: str = "--port") -> list[socket.socket]:
-    """Return sockets that listen on every address of a host.
+def listening_sockets(
+    host: str, port: int, option: str = "--port", reuse_port: bool = False
+) -> list[socket.socket]:
+    """Return sockets that listen on every address of a host, if `reuse_port` beside those of others.
 
     `localhost` is 127.0.0.1 and ::1. With port 0 the system chooses one, the same for all. Raises
     OperatorError, which names the option that sets the port.
@@ -4207,7 +4313,7 @@ def listening_sockets(host: str, port: int, option: str = "--port") -> list[sock
         errno.EACCES: f"permission denied; ports below 1024 need root, choose another with {option}",
         errno.EADDRNOTAVAIL: "this machine does not have the address",
     }
-    make = partial(socket.create_server, backlog=LISTEN_BACKLOG)
+    make = partial(socket.create_server, backlog=LISTEN_BACKLOG, reuse_port=reuse_port)
     sockets: list[socket.socket] = []
     places = addresses(host, port)
     for family, address in places:
@@ -4858,6 +4964,8 @@ READERS: Mapping[str, Callable[[str], object]] = {
     "LIMIT": partial(parse_size, low=SPOOL_BYTES_MIN),
 }
 SWITCHES = {
+    "--reuse_port": "share the port with other instances that have this option, run by the same user; the"
+    " system spreads new connections over them",
     "--retry_quarantine": "at start, try the events in quarantine again, and say what came of it",
     "--migrate": "at start and on reload, also add columns, build indexes without blocking inserts, and drop"
     " NOT NULL where the schema no longer requires it; it never drops or rewrites data",
@@ -5199,7 +5307,7 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
         writer.retry_quarantine()
     servers = [
         Server(sock, service, pool, turning_away, is_inherited=bool(sockets))
-        for sock in sockets or listening_sockets(options.host, options.port)
+        for sock in sockets or listening_sockets(options.host, options.port, reuse_port=options.reuse_port)
     ]
     monitors = open_monitors(options.monitor_port, service, replayer, pool)
     for caught in (signal.SIGTERM, signal.SIGINT):
