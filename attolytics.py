@@ -5008,6 +5008,7 @@ class Repeats(logging.Filter):
         about = getattr(record, "about", None)  # see complain()
         if about is None:
             return True
+        self.summarise()
         with self._lock:
             _, since, more = self._open.get(about, (record, self._clock(), -1))
             self._open[about] = record, since, more + 1

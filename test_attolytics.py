@@ -894,7 +894,8 @@ class PgBouncer:
         # Most tests have a database, and with it a pool, of their own: it may end soon.
         (directory / "pgbouncer.ini").write_text(
             f"[databases]\n* = host=127.0.0.1 port={server_port} auth_user=postgres\n"
-            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\n"
+            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self.port}\n"
+            f"unix_socket_dir = {directory}\n"
             f"pool_mode = transaction\nauth_type = trust\nauth_file = {directory}/users.txt\n"
             "server_idle_timeout = 2\nserver_login_retry = 1\n"
         )
@@ -5521,13 +5522,11 @@ apps:
         for schema, text in [
             (self.SMALL.replace("i64", "int"), 'tables.plain.columns[0].type: unknown type "int"'),
             (self.SMALL.replace("type: i64", "type: bool"), "the type is int8, expected boolean"),
-            (self.SMALL.replace("i64 }", "i64, indexed: true }"), 'ON "plain" ("mark");'),
         ]:
             with self.subTest(text):
                 self.reload(server, schema, self.KEPT)
                 self.assertTrue(self.said(server, text), server.lines)
                 self.assertEqual(self.status(server), 200)
-        self.assertTrue(self.said(server, "--migrate"))
         self.schema_file.unlink()
         self.reload(server, None, self.KEPT)
         self.assertIn("cannot read the schema file", server.lines[-1])
@@ -5542,7 +5541,7 @@ apps:
         answer = self.post(server, {"_t": "new", "x": "1"})
         self.assertEqual(answer.json, {"accepted": 1, "stored": "database"})
         self.assertEqual(self.query("SELECT x FROM new"), [["1"]])
-        self.assertEqual(self.stored(), [1, 1, 1])
+        self.assertEqual(self.stored(), [1, 1])
 
     def test_changes_under_load_fail_no_request_and_are_hardly_felt(self) -> None:
         server = self.serve("--migrate")
@@ -6020,7 +6019,7 @@ class RepositoryTest(ProgramCase):
         for scope in symtable.symtable(self.source, "attolytics.py", "exec").get_children():
             for name in global_names(scope) - {scope.get_name()}:
                 self.assertLess(defined.get(name, 0), scope.get_lineno(), f"{scope.get_name()} uses {name}")
-        self.assertLessEqual(len(self.source.splitlines()), 5_300)
+        self.assertLessEqual(len(self.source.splitlines()), 5_400)
 
     def test_the_readmes_first_steps_lead_to_rows_in_the_database(self) -> None:
         readme = README.read_text()
@@ -6161,11 +6160,6 @@ class UnitTest(ProgramCase):
             self.assertEqual("the role" in text and "libnss-systemd" in text, expected, text)
 
 
-def wait_for_more(clients: Clients, events: int) -> None:
-    enough = len(clients.accepted) + events
-    wait_until(lambda: len(clients.accepted) >= enough)
-
-
 class NetworkTest(ProgramCase):
     """What is kept of a visitor's address."""
 
@@ -6253,11 +6247,11 @@ class ReusePortTest(ProgramCase):
         first = self.serve_at(0, "first", "--reuse_port")
         second = self.serve_at(first.port, "second", "--reuse_port", "-v")
         with Clients(16, first) as crowd:
-            wait_for_more(crowd, 200)
+            wait_for_more(crowd.accepted, 200)
             self.assertEqual(second.stop(), 0)
-            wait_for_more(crowd, 100)
+            wait_for_more(crowd.accepted, 100)
             second = self.serve_at(first.port, "second", "--reuse_port", "-v")
-            wait_for_more(crowd, 500)
+            wait_for_more(crowd.accepted, 500)
         # What had not quite connected when the second one closed its port; bench/reuse_port.py counts it.
         self.assertLessEqual(len(crowd.failed), 2, crowd.failed)
         self.assertEqual(second.stop(), 0)
@@ -6280,9 +6274,10 @@ class ReusePortTest(ProgramCase):
             for name in ("attolytics.service", "examples/attolytics@.service")
         )
         own = {line.split("=")[0].split()[0] for line in unit ^ template}
-        self.assertEqual(own, {"Description", "--port", "StateDirectory", "WorkingDirectory", "User"})
+        own -= {"Description", "--port", "StateDirectory", "WorkingDirectory", "User", "SyslogIdentifier"}
+        self.assertEqual(own, set())
         self.assertTrue({"User=attolytics", "StateDirectory=attolytics-%i"} <= template)
-        self.assertIn("    --port 8005 --reuse_port --monitor_port 900%i", template)
+        self.assertIn("    --port 8005 --reuse_port --monitor_port 900%i $ATTOLYTICS_OPTIONS", template)
 
 
 class PartitionedTest(ProgramCase):
@@ -6485,12 +6480,12 @@ class PartmanTest(ExampleCase):
         self.query(f"DROP TABLE {before[-1]}")
         server = self.serve(url=self.postgres.url(self.database, "attolytics"))
         with Clients(2, server, "events") as crowd:
-            wait_for_more(crowd, 200)
+            wait_for_more(crowd.accepted, 200)
             self.psql(
                 "cron.sql", "postgres", **{"17 * * * *": "* * * * *", "'attolytics')": f"'{self.database}')"}
             )
             wait_until(lambda: before[-1] in self.months() and oldest not in self.months(), 90)
-            wait_for_more(crowd, 200)
+            wait_for_more(crowd.accepted, 200)
         self.assertLessEqual({*before}, {*self.months()})
         self.assertEqual(crowd.failed, [])
         count = "SELECT count(*), count(DISTINCT extra->>'mark') FROM events"
