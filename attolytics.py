@@ -2332,7 +2332,7 @@ ALTER_SETTINGS = (
 )
 # A lock that was not to be had in time, a deadlock, or somebody who was a bit quicker: two sessions that
 # create one table at once can fail with 23505, IF NOT EXISTS or not.
-TRY_AGAIN = ("55P03", "57014", "40", "23502", "23505", "42P07")
+TRY_AGAIN = ("55P03", "57014", "40", "23502", "23505", "42P07", "42710")
 
 
 def survey(session: Session, schema: Schema, user: str) -> Plan:
