@@ -2246,25 +2246,29 @@ def check_session(session: Session) -> None:
 
 def open_socket(target: Target, context: ssl.SSLContext | None) -> socket.socket:
     """Return a connected socket, encrypted if there is a context. Raises DatabaseError, OSError."""
-    try:
-        if target.socket:
-            sock = socket.socket(socket.AF_UNIX)
-            sock.settimeout(target.connect_timeout)
-            sock.connect(target.socket)
-            return sock
-        sock = socket.create_connection((target.host, target.port), target.connect_timeout)
-    except OSError as error:
-        fault = Fault.OPERATOR if isinstance(error, PermissionError) else Fault.AWAY
-        place = target.socket or f"{target.host}:{target.port}"
-        raise DatabaseError(f"cannot connect to {place}: {reason_of(error)}", fault) from None
-    # Without this every flush waits 40 ms for a delayed acknowledgement; pg8000 does not set it.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if context:  # pg8000's own negotiation takes an end of input for a server without TLS
-        sock.sendall(struct.pack("!ii", 8, 80877103))  # SSLRequest (PostgreSQL manual, 55.7)
-        if answer := sock.recv(1).replace(b"S", b""):
-            reason = f"sslmode={target.sslmode}, but the server does not offer TLS ({answer!r})"
-            raise DatabaseError(reason, Fault.OPERATOR)
-        sock = context.wrap_socket(sock, server_hostname=target.host)
+    with contextlib.ExitStack() as at_error:
+        try:
+            if target.socket:
+                sock = socket.socket(socket.AF_UNIX)
+                at_error.callback(sock.close)
+                sock.settimeout(target.connect_timeout)
+                sock.connect(target.socket)
+            else:
+                sock = socket.create_connection((target.host, target.port), target.connect_timeout)
+                at_error.callback(sock.close)
+                # Without this every flush waits 40 ms for a delayed acknowledgement; pg8000 does not set it.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            fault = Fault.OPERATOR if isinstance(error, PermissionError) else Fault.AWAY
+            place = target.socket or f"{target.host}:{target.port}"
+            raise DatabaseError(f"cannot connect to {place}: {reason_of(error)}", fault) from None
+        if context:  # pg8000's own negotiation takes an end of input for a server without TLS
+            sock.sendall(struct.pack("!ii", 8, 80877103))  # SSLRequest (PostgreSQL manual, 55.7)
+            if answer := sock.recv(1).replace(b"S", b""):
+                reason = f"sslmode={target.sslmode}, but the server does not offer TLS ({answer!r})"
+                raise DatabaseError(reason, Fault.OPERATOR)
+            sock = context.wrap_socket(sock, server_hostname=target.host)
+        at_error.pop_all()
     return sock
 
 

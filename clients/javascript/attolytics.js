@@ -253,7 +253,11 @@ export class Attolytics {
       });
     }
     const key = `${this.#prefix}~${owner}`;
-    if (Math.abs(Date.now() - parseInt(this.#read(key))) < STALE_MS) return;
+    const mark = this.#read(key);
+    if (mark?.includes(" ")) {
+      await sleep(2 * SETTLE_MS); // Somebody claims it, or has gone while he did.
+      if (this.#read(key) !== mark) return;
+    } else if (Math.abs(Date.now() - parseInt(mark)) < STALE_MS) return;
     // Two that do this at once see who wrote last.
     const claim = `${Date.now()} ${me}`;
     this.#write(key, claim);

@@ -387,6 +387,16 @@ describe("two tabs", () => {
     assert.ok(stamps().includes(key));
   });
 
+  test("take a queue over that a page claimed which was left in that moment", async (t) => {
+    tab(t, null);
+    const [storage, server] = [new MemoryStorage(), await serve(t)];
+    numbered(client(t, server, { storage, ...NEVER }), 3);
+    const key = [...storage.map.keys()].find((key) => key.includes(" ~"));
+    storage.map.set(key, `${Date.now()} another`);
+    await client(t, server, { storage }).flush();
+    assert.deepEqual(server.numbers(), range(3));
+  });
+
   test("do without Web Locks that are forbidden", async (t) => {
     const [storage, server] = [new MemoryStorage(), await serve(t)];
     replace(t, "navigator", {
