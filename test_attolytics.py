@@ -6099,6 +6099,25 @@ if __name__ == "__main__":
     unittest.main()
 
 
+class FullTest(ProgramCase):
+    def test_a_page_learns_that_all_places_are_taken(self) -> None:
+        """Its preflight is answered all the same, so that it may read the 503."""
+        server = self.serve("--max_connections", "1", url="")
+        with contextlib.closing(connect(server)) as kept:
+            kept.connect()
+            wait_until(lambda: server.post("/apps/app/events", b"").status == 503)
+            for method, app, status in [
+                ("OPTIONS", "app", 204),
+                ("OPTIONS", "none", 503),
+                ("POST", "app", 503),
+            ]:
+                with contextlib.closing(connect(server)) as page:
+                    page.request(method, f"/apps/{app}/events", headers={"Origin": "https://a.example"})
+                    answer = Answer(page.getresponse())
+                    self.assertEqual((answer.status, answer.will_close), (status, True))
+                    self.assertEqual(answer.headers["Access-Control-Allow-Origin"], "*")
+
+
 class UnitTest(ProgramCase):
     """What the systemd units rely on; bench/systemd boots the real one."""
 
@@ -6533,7 +6552,7 @@ class CitusTest(ExampleCase):
         }
         self.psql("nodes.sql", **places)
         readme = (HERE / "examples" / "citus" / "README.md").read_text()
-        options = re.search(r"\?options=\S+", readme)
+        options = re.search(r"\?options=[^\s'`]+", readme)
         assert options
         self.url += options[0]
         command = [sys.executable, str(HERE / "attolytics.py"), "--check", "-s", str(self.schema_file)]
