@@ -3732,9 +3732,8 @@ def check_request(head: Head, intake: Intake, body_bytes_max: int) -> None:
         charsets = {p.partition("=")[2].strip('"') for p in parameters if p.startswith("charset=")}
         # Text is what navigator.sendBeacon() sends.
         if kind not in ("application/json", "text/plain", "") or charsets - {"utf-8", "utf8", "us-ascii"}:
-            raise Refusal(
-                "media", f"content type {show(full)} is not supported, send application/json in UTF-8"
-            )
+            reason = f"the content type {show(full)} is not supported, send application/json in UTF-8"
+            raise Refusal("media", reason)
         if coding.lower() not in CODINGS:
             reason = f"the content encoding {show(coding)} is not supported, only gzip and deflate"
             raise Refusal("media", reason)
