@@ -35,7 +35,7 @@ Threads, and what each owns:
 The file reads from top to bottom, a section uses only what stands above it:
 
     Limits, Errors, Schema, Conversion, Batches, SQL, Database URL, Metrics    pure, no I/O
-    Database, Spool, Writer, HTTP, Monitor, systemd, Command line              the outside world
+    Database, Spool, Writer, HTTP, Live view, Monitor, systemd, Command line   the outside world
 """
 
 from __future__ import annotations
@@ -2878,7 +2878,7 @@ class Spool(SpoolFile):
 
     def release(self, ids: Sequence[int]) -> None:
         with self.transaction():
-            self._db.executemany("DELETE FROM attolytics_quarantine WHERE id = ?", [(i,) for i in ids])
+            self._delete_quarantined(ids)
         self.quarantined -= len(ids)
 
     def head(self, events_max: int) -> list[SpooledFlush]:
@@ -2911,6 +2911,13 @@ class Spool(SpoolFile):
         count = "SELECT reason, count(*) FROM attolytics_quarantine GROUP BY 1 ORDER BY 2 DESC LIMIT ?"
         return self._all(count, LISTED_MAX)
 
+    def newest_quarantined(self, chars: int, count: int) -> list[Any]:
+        """Return when, for which app and table, and why the newest are there, with so much of each."""
+        columns = "quarantined_at, app, table_name, reason, substr(event, 1, ?)"
+        return self._all(
+            f"SELECT {columns} FROM attolytics_quarantine ORDER BY id DESC LIMIT ?", chars, count
+        )
+
     def retry(self, numbers: Iterator[int], why: Callable[[str], str]) -> int:
         """Move the events in quarantine that fit into flushes of this process; return how many.
 
@@ -2932,8 +2939,7 @@ class Spool(SpoolFile):
                     self._insert_flush(next(numbers), len(going), text)
                 update = "UPDATE attolytics_quarantine SET reason = ? WHERE id = ?"
                 self._db.executemany(update, [(storable(reason), id_) for id_, reason in reasons.items()])
-                delete = "DELETE FROM attolytics_quarantine WHERE id = ?"
-                self._db.executemany(delete, [(id_,) for id_ in going])
+                self._delete_quarantined(going)
             self._total += len(going)
             self.quarantined -= len(going)
             moved += len(going)
@@ -2967,6 +2973,9 @@ class Spool(SpoolFile):
             "INSERT INTO attolytics_spool (epoch, flush, events, total, batches) VALUES (?, ?, ?, ?, ?)",
             (self.epoch, number, events, self._total + events, text),
         )
+
+    def _delete_quarantined(self, ids: Iterable[int]) -> None:
+        self._db.executemany("DELETE FROM attolytics_quarantine WHERE id = ?", [(id_,) for id_ in ids])
 
     def _insert_quarantined(self, items: Iterable[Quarantined]) -> list[int]:
         columns = "quarantined_at, app, table_name, column_name, reason, batch, event"
@@ -3441,6 +3450,11 @@ class Writer:
         batch.tell, batch.since = tell, self._clock()
         self._inbox.put(batch)
 
+    def stuck_s(self) -> float:
+        """Return how long the thread has been stuck, or 0. It may have the spool's lock: do not ask that."""
+        silent_s = self._clock() - self.beat_at
+        return silent_s if silent_s > STALLED_S else 0
+
     def stop(self) -> None:
         """End the thread after what is in the inbox. Does not wait; no submit() may follow."""
         self._replayer.stop()
@@ -3621,6 +3635,10 @@ class Head(NamedTuple):
     length: int | None
     keep_alive: bool
     expects_continue: bool
+
+    def line(self) -> str:
+        """Return what was asked, without the query: whoever mistakes the API puts the key there."""
+        return f"{self.method} {self.target.partition('?')[0]}"
 
 
 def parse_request_line(line: str) -> tuple[str, str, str]:
@@ -4138,8 +4156,7 @@ class Handler(BaseRequestHandler):
         if head and head.method == "HEAD":
             answer = answer[: answer.index(b"\r\n\r\n") + 4]
         if log.isEnabledFor(logging.DEBUG):
-            # Without the query: whoever mistakes the API puts the key there.
-            line = f"{head.method} {head.target.partition('?')[0]}" if head else "-"
+            line = head.line() if head else "-"
             client = network_of(self.client_address[0])  # more of it may not be kept
             log.debug("%s %s -> %d, %.1f ms %s", client, line, status, seconds * 1e3, reason)
         return answer
@@ -4587,8 +4604,7 @@ class Live:
         row: dict[str, Any] = {"time": time.time(), "app": intake and intake.app.id, "bytes": len(body)}
         row["client"] = Delivery(head.headers if head else {}, handler.client_address[0], 0).client_ip()
         row["ms"] = round((self._service.clock() - handler._started) * 1e3, 2)
-        # Without the query: whoever mistakes the API puts the key there.
-        row["request"] = f"{head.method} {head.target.partition('?')[0]}" if head else None
+        row["request"] = head.line() if head else None
         row |= {"verdict": "quarantined" if problems else verdict, "status": 200, "reason": None}
         if isinstance(verdict, Refusal):
             row |= {"verdict": "refused", "status": verdict.status, "reason": verdict.reason}
@@ -4672,10 +4688,9 @@ class Live:
             samples, since = [*self._samples], self._since
         minute = next(sample for sample in samples if sample[0] >= samples[-1][0] - 60)
         counts = [after - before for before, after in zip(minute[3], samples[-1][3], strict=True)]
-        newest = "quarantined_at, app, table_name, reason, substr(event, 1, 1000) FROM attolytics_quarantine"
-        if service.clock() - service.writer.beat_at < STALLED_S:  # else it may hang with the spool's lock
-            with contextlib.suppress(SpoolError), service.spool.translated():
-                rows = service.spool._db.execute(f"SELECT {newest} ORDER BY id DESC LIMIT 50").fetchall()
+        if not service.writer.stuck_s():
+            with contextlib.suppress(SpoolError):
+                rows = service.spool.newest_quarantined(LIVE_TEXT_CHARS_MAX, LIVE_ITEMS_MAX)
         apps: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
         for app, table in ((i.app.id, table) for i in service.apps.values() for table in i.app.tables):
             own = [c for c in table.columns if not (c.header or c.source)]
@@ -4711,9 +4726,9 @@ class MonitorHandler(BaseHTTPRequestHandler):
             log.debug("the monitor's client is gone: %s", reason_of(error))
 
     def do_GET(self) -> None:
-        hosts = self.headers.get_all("Host", [])
+        hosts, path = self.headers.get_all("Host", []), self.path.partition("?")[0]
         pages = {"/healthz": self.server.health, "/metrics": self.server.metrics, **self.server.live_pages}
-        page = pages.get(self.path.partition("?")[0])
+        page = pages.get(path)
         if not hosts and self.request_version != "HTTP/1.0":
             self._answer(HTTPStatus.BAD_REQUEST, "the Host header is missing\n")
         elif not all(map(LOCAL_HOST.fullmatch, hosts)):
@@ -4722,7 +4737,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.NOT_FOUND, "there are /, /live, /healthz and /metrics\n")
         elif self.command not in ("GET", "HEAD"):
             self._answer(HTTPStatus.METHOD_NOT_ALLOWED, "use GET\n", Allow="GET, HEAD")
-        elif self.command == "GET" and self.path.partition("?")[0] == "/live":
+        elif self.command == "GET" and path == "/live":
             self.server.live.watch(self)
         else:
             self._answer(*page())
@@ -4808,19 +4823,14 @@ class Monitor(Listener):
             self._writer.is_watched = True
             gauges["database_up"] = int(self._replayer.is_up)
         with contextlib.suppress(SpoolError):
-            oldest = None if self._stuck_s() else self._spool.oldest()
+            oldest = None if self._writer.stuck_s() else self._spool.oldest()
             gauges["spool_oldest_event_age_seconds"] = max(time.time() - oldest, 0) if oldest else 0
         text = self._service.metrics.exposition(gauges)
         return HTTPStatus.OK, text, "text/plain; version=0.0.4; charset=utf-8"
 
-    def _stuck_s(self) -> float:
-        """Return for how long the writer has been stuck. It may have the spool's lock: do not ask that."""
-        silent_s = self._service.clock() - self._writer.beat_at
-        return silent_s if silent_s > STALLED_S else 0
-
     def _failure(self) -> tuple[str, str]:
         """Return why events cannot be stored, and why the spool takes none; "" if they can."""
-        if silent_s := self._stuck_s():
+        if silent_s := self._writer.stuck_s():
             return f"the writer has not moved for {silent_s:.0f} s", ""
         reason = ""
         try:
@@ -4898,8 +4908,9 @@ Receive analytics events over HTTP and insert them into PostgreSQL.
 
 Apps POST their events as JSON to /apps/<app>/events; the schema file says which
 apps there are and which columns their tables have. Missing tables and indexes are
-created at start. 200 is answered only after the events are committed: in PostgreSQL
-or, while it is away or none is given, in the spool, from where they move over later."""
+created at start and on reload. 200 is answered only after the events are committed:
+in PostgreSQL or, while it is away or none is given, in the spool, from where they
+move over later."""
 
 EPILOG = """\
 database URL:
@@ -4970,8 +4981,8 @@ SWITCHES = {
     "--reuse_port": "share the port with other instances that have this option, run by the same user; the"
     " system spreads new connections over them",
     "--retry_quarantine": "at start, try the events in quarantine again, and say what came of it",
-    "--migrate": "at start and on reload, also add columns, build indexes without blocking inserts, and drop"
-    " NOT NULL where the schema no longer requires it; it never drops or rewrites data",
+    "--migrate": "at start and on reload, also add columns, and drop NOT NULL where the schema no longer"
+    " requires it; it waits for others and blocks no inserts, and never drops or rewrites data",
     "--check": "compare the schema file with the database, print what is wrong and the SQL that is missing,"
     " and exit; changes nothing",
 }
