@@ -1052,10 +1052,14 @@ def tearDownModule() -> None:
     postgres.remove()
 
 
+OURS = "application_name = 'attolytics' AND datname = current_database()"  # in pg_stat_activity
+
+
 class DatabaseCase(unittest.TestCase):
     """A test with an empty database of its own. `query` runs SQL in it."""
 
     server: ClassVar[Postgres | None] = None  # None: the shared one
+    spool: Path  # of the server that is tested, if there is one
 
     def setUp(self) -> None:
         self.postgres = self.server or postgres
@@ -1095,6 +1099,29 @@ class DatabaseCase(unittest.TestCase):
         with contextlib.closing(session):
             batch = attolytics.intakes(self.schema)["app"].batch(body_of(*events, key="key"), delivery())
             session.store(epoch, 1, [batch.rows])
+
+    def backend(self) -> int:
+        """Return the process of the server's session."""
+        [[pid]] = self.query(f"SELECT pid FROM pg_stat_activity WHERE {OURS}")
+        return int(pid)
+
+    def stop_backend(self) -> Callable[[], None]:
+        """Stop the process of the server's session; return what lets it go on until it ends."""
+        pid = self.backend()
+        os.kill(pid, signal.SIGSTOP)
+
+        def go_on() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+            wait_until(lambda: not self.query(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"))
+
+        self.addCleanup(go_on)
+        return go_on
+
+    def read(self, sql: str) -> list[Any]:
+        """Query the spool as the sqlite3 program would."""
+        with contextlib.closing(sqlite3.connect(self.spool)) as db:
+            return db.execute(sql).fetchall()
 
     def spool_path(self) -> str:
         """Return a path in a directory that is removed when the test ends."""
@@ -1242,13 +1269,12 @@ class ServerCase(SharedCase):
     LIMITS: ClassVar[dict[str, object]] = {}  # others than usual
     SCHEMA = ALL_TYPES
     attolytics: ClassVar[Attolytics]
-    spool: ClassVar[str]
 
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
         directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
-        cls.spool = str(directory / "attolytics.sqlite3")
+        cls.spool = directory / "attolytics.sqlite3"
         cls.attolytics = cls.another_server(directory)
         cls.addClassCleanup(cls.attolytics.stop)
 
@@ -2114,7 +2140,6 @@ class RoundTripTest(ServerCase):
 
 
 Sent = concurrent.futures.Future[Answer]
-OURS = "application_name = 'attolytics' AND datname = current_database()"  # in pg_stat_activity
 
 
 class WriterCase(ServerCase):
@@ -2159,11 +2184,6 @@ class WriterCase(ServerCase):
 
     def wait_for_database(self) -> None:
         wait_until(lambda: self.post({"_t": "everything"}).json.get("stored") == "database")
-
-    def read(self, sql: str) -> list[Any]:
-        """Query the spool as the sqlite3 program would."""
-        with contextlib.closing(sqlite3.connect(self.spool)) as db:
-            return db.execute(sql).fetchall()
 
     def log(self) -> str:
         """Return what the server has logged during this test."""
@@ -2221,24 +2241,6 @@ class WriterCase(ServerCase):
         self.addCleanup(self.query, f"ALTER DATABASE {self.database} RESET ALL")
         self.terminate()
         time.sleep(0.1)  # until it has ended
-
-    def backend(self) -> int:
-        """Return the process of the server's session."""
-        [[pid]] = self.query(f"SELECT pid FROM pg_stat_activity WHERE {OURS}")
-        return int(pid)
-
-    def stop_backend(self) -> Callable[[], None]:
-        """Stop the process of the server's session; return what lets it go on until it ends."""
-        pid = self.backend()
-        os.kill(pid, signal.SIGSTOP)
-
-        def go_on() -> None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-            wait_until(lambda: not self.query(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"))
-
-        self.addCleanup(go_on)
-        return go_on
 
 
 class WriterTest(WriterCase):
@@ -3182,7 +3184,6 @@ class Clients:
 class ProgramCase(DatabaseCase):
     """Servers in processes of their own, the directory that they work in, and the spool there."""
 
-    SESSIONS = "pg_stat_activity WHERE application_name = 'attolytics' AND datname = current_database()"
     PLAIN = "BEFORE INSERT ON plain FOR EACH ROW"
 
     def setUp(self) -> None:
@@ -3262,11 +3263,6 @@ class ProgramCase(DatabaseCase):
         self.assertEqual(set(accepted) - set(stored), set())
         self.assertEqual(len(stored), len(set(stored)))
 
-    def read(self, sql: str) -> list[Any]:
-        """Query the spool as the sqlite3 program would."""
-        with contextlib.closing(sqlite3.connect(self.spool)) as db:
-            return db.execute(sql).fetchall()
-
     def quarantined(self) -> dict[object, str]:
         """Return the marks of the events in quarantine, and why they are there."""
         return dict(self.read("SELECT json_extract(event, '$.mark'), reason FROM quarantine"))
@@ -3277,19 +3273,6 @@ class ProgramCase(DatabaseCase):
             f" $$ BEGIN {body}; RETURN NEW; END $$;"
             f" CREATE TRIGGER {name} {what} EXECUTE FUNCTION {name}()"
         )
-
-    def pause_backend(self) -> Callable[[], None]:
-        """Stop the process that serves the server's session; return what lets it go on until it ends."""
-        [[pid]] = self.query(f"SELECT pid FROM {self.SESSIONS}")
-        os.kill(pid, signal.SIGSTOP)
-
-        def go_on() -> None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-            wait_until(lambda: not self.query(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}"))
-
-        self.addCleanup(go_on)
-        return go_on
 
     def monitors(self, server: Attolytics) -> list[tuple[str, int]]:
         """Return the addresses of the monitor port."""
@@ -3724,7 +3707,7 @@ class FaultTest(BreakableCase):
             for _ in range(6):
                 self.wait_for_database(server)
                 time.sleep(random.uniform(0, 0.05))
-                killer.run(f"SELECT pg_terminate_backend(pid) FROM {self.SESSIONS}")
+                killer.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OURS}")
         self.assertEqual(clients.failed, [])
         self.wait_for_database(server)
         self.assertEqual(self.stored(), sorted(clients.accepted))
@@ -3735,7 +3718,7 @@ class FaultTest(BreakableCase):
         server = self.serve()
         with Clients(4, server) as clients:
             wait_for_more(clients.accepted, 50)
-            go_on = self.pause_backend()
+            go_on = self.stop_backend()
             self.wait_for_database(server)
             wait_for_more(clients.accepted, 50)
             go_on()
@@ -3746,7 +3729,7 @@ class FaultTest(BreakableCase):
     @not_pooled("it chooses the backend")
     def test_a_late_flush_does_not_store_what_is_in_the_quarantine_by_now(self) -> None:
         server = self.serve()
-        go_on = self.pause_backend()
+        go_on = self.stop_backend()
         self.assertEqual(self.post_marks(server, 1).json["stored"], "spool")
         server.stop(signal.SIGKILL)
         self.schema_file.write_text(ALL_TYPES.replace("  app:", "  other:"))
@@ -3781,7 +3764,7 @@ class FaultTest(BreakableCase):
     @not_pooled("it chooses the backend")
     def test_draining_while_the_database_hangs_ends_in_time(self) -> None:
         server = self.serve()
-        self.pause_backend()
+        self.stop_backend()
         os.kill(self.postgres.process.pid, signal.SIGSTOP)
         self.addCleanup(os.kill, self.postgres.process.pid, signal.SIGCONT)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -4182,7 +4165,7 @@ class MonitorTest(BreakableCase):
     @not_pooled("it chooses the backend")
     def test_a_database_that_hangs_is_found_out_and_its_late_flush_is_counted_once(self) -> None:
         server = self.serve()
-        go_on = self.pause_backend()
+        go_on = self.stop_backend()
         self.assertEqual(self.metrics(server)["database_up"], 1)  # asks the database for the next one
         started = time.monotonic()
         self.assertEqual(self.post(server, mark(1), mark(1)).json["stored"], "spool")
@@ -5045,7 +5028,7 @@ class SystemdTest(BreakableCase):
         with Clients(16, server) as clients:
             wait_for_more(clients.accepted, 100)
             self.assertGreaterEqual(self.pings(1), 1)
-            go_on = self.pause_backend()
+            go_on = self.stop_backend()
             os.kill(self.postgres.process.pid, signal.SIGSTOP)
             try:
                 self.assertGreaterEqual(self.pings(3), 2)

@@ -166,6 +166,13 @@ class BrowserCase(base.ProgramCase):
         """Let the page send an event every 10 ms from now on."""
         page.evaluate("(player) => void play(player)", player)
 
+    def playing(self, host: str = "localhost") -> Page:
+        """Open the page, and let it send events until some are stored."""
+        page = self.visit(host)
+        self.play(page, 1)
+        self.wait_for_rows(20)
+        return page
+
     def numbers(self, table: str = "events") -> list[int]:
         """Return what is in the table, of all players."""
         try:
@@ -232,9 +239,7 @@ class FaultTest(BrowserCase):
 
     def test_the_database_is_stopped(self) -> None:
         self.start_server()
-        page = self.visit()
-        self.play(page, 1)
-        self.wait_for_rows(20)
+        page = self.playing()
         self.postgres.stop()
         self.pause(page, 1_500)
         self.assertLess(page.evaluate("events.pending"), 60)  # The server takes them all the same.
@@ -244,9 +249,7 @@ class FaultTest(BrowserCase):
 
     def test_the_network_is_cut(self) -> None:
         self.start_server()
-        page = self.visit()
-        self.play(page, 1)
-        self.wait_for_rows(20)
+        page = self.playing()
         self.context.set_offline(True)
         self.pause(page, 1_000)
         self.assertGreater(page.evaluate("events.pending"), 60)
@@ -272,9 +275,7 @@ class FaultTest(BrowserCase):
     @in_both_worlds
     def test_the_tab_is_closed_while_the_server_is_away(self, host: str) -> None:
         server = self.start_server()
-        page = self.visit(host)
-        self.play(page, 1)
-        self.wait_for_rows(20)
+        page = self.playing(host)
         server.stop(signal.SIGKILL)
         self.pause(page, 300)
         blank = self.context.new_page()
