@@ -1920,6 +1920,8 @@ class ConnectTest(DatabaseCase):
 class LedgerTest(DatabaseCase):
     """The statements that make a flush exactly-once, in sessions as psql has them."""
 
+    start, raising = attolytics.FLUSH_START, attolytics.RAISE
+
     def setUp(self) -> None:
         super().setUp()
         self.open().close()  # makes the tables
@@ -1931,8 +1933,8 @@ class LedgerTest(DatabaseCase):
 
     def flush(self, number: int, token: str = "", end: str = "COMMIT") -> str:
         """Return the SQL of a flush that stores its number."""
-        raise_sql = attolytics.raise_sql(self.epoch, token or self.token, number)
-        return f"{attolytics.FLUSH_START}{raise_sql}INSERT INTO plain VALUES ({number});{end}"
+        raise_sql = attolytics.raise_sql(self.epoch, token or self.token, number, self.raising)
+        return f"{self.start}{raise_sql}INSERT INTO plain VALUES ({number});{end}"
 
     def refused(self, sql: str) -> None:
         with self.assertRaises(pg8000.exceptions.DatabaseError) as caught:
@@ -1982,6 +1984,13 @@ class LedgerTest(DatabaseCase):
         wait_until(lambda: self.take_over() == {self.epoch: 0})
         beside.run("COMMIT")
         self.assertEqual(self.query("SELECT mark FROM plain"), [[1]])
+
+
+@not_pooled("it is for sessions that nobody shares")
+class PreparedLedgerTest(LedgerTest):
+    """The same with the statement that a session of our own has prepared."""
+
+    start, raising = f"{attolytics.PREPARE_RAISE};BEGIN;", attolytics.EXECUTE_RAISE
 
 
 # --- Values that go to PostgreSQL and come back -------------------------------
