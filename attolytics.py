@@ -4543,15 +4543,21 @@ def without_escapes(text: str, level: int) -> str:
     return unquote_to_bytes(text).decode(errors="replace").replace("\\" if level > 1 else "\0", "")
 
 
+@lru_cache(1)
+def key_patterns(keys: Collection[str]) -> Sequence[re.Pattern[str]]:
+    """Return what finds keys in a text: whole ones, what is in their place, and those that were cut."""
+    whole = "|".join(re.escape(k) if k[7:] else rf"\b{re.escape(k)}\b" for k in keys)  # a word, perhaps
+    begun = "|".join(rf"{re.escape(k[:8])}.*|{re.escape(k[:4])}.{{,4}}(?=\.\.\.)" for k in keys if k[7:])
+    return [re.compile(pattern) for pattern in (whole, NAMED_KEY, begun) if pattern]
+
+
 def without_keys(text: str, keys: Iterable[str]) -> str:
     """Return a text without secret keys, escaped or cut ones too, and without what is in their place."""
-    text, escape = NO_TEXT.sub("", text), re.escape
+    text = NO_TEXT.sub("", text)
     levels = range(3 if "\\" in text or "%" in text else 1)
-    whole = "|".join(escape(key) if key[7:] else rf"\b{escape(key)}\b" for key in keys)  # a word, perhaps
-    begun = "|".join(rf"{escape(k[:8])}.*|{escape(k[:4])}.{{,4}}(?=\.\.\.)" for k in keys if k[7:])
-    for pattern, level in itertools.product((whole, NAMED_KEY, begun), levels):
+    for pattern, level in itertools.product(key_patterns(frozenset(keys)), levels):
         plain = without_escapes(text, level) if level else text
-        found = re.sub(pattern or r"\Z.", lambda m: (m[1] if m.lastindex else "") + HIDDEN, plain)
+        found = pattern.sub(lambda m: (m[1] if m.lastindex else "") + HIDDEN, plain)
         text = text if found == plain else found
     return text
 
