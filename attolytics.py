@@ -876,24 +876,8 @@ def refused_events(problems: Sequence[Problem], count: int, label: str = "invali
     return Refusal(label, reason, problems[:PROBLEMS_MAX], count)
 
 
-def decode_json(decoder: json.JSONDecoder, text: str) -> object:
-    """Return what a body's text stands for. Raises Flawed, or Refusal for what is not JSON (RFC 8259)."""
-    try:
-        return decoder.decode(text)
-    except Flawed:
-        raise
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise Refusal("invalid_body", f"the body is not JSON: {error.msg} at {place}") from None
-    except (ValueError, ArithmeticError):
-        raise Refusal("invalid_body", "the body has a number that is too long to be read") from None
-    except RecursionError:
-        raise Refusal("invalid_body", "the body's JSON is nested too deeply") from None
-
-
-def flaws(text: str) -> Refusal:
+def flaws(document: object) -> Refusal:
     """Return the refusal of a document that has flaws, which names the events they are in."""
-    document = decode_json(MARKING_DECODER, text)
     found = document.get("events") if isinstance(document, dict) else None
     events: list[Any] = found if isinstance(found, list) else []
     problems = [
@@ -907,20 +891,26 @@ def flaws(text: str) -> Refusal:
 
 
 def decode_body(body: bytes) -> dict[str, object]:
-    """Return the JSON object in a request's body. Raises Refusal for anything else."""
+    """Return the JSON object (RFC 8259) in a request's body. Raises Refusal for anything else."""
     try:
         text = body.decode().removeprefix("\ufeff")
+        try:
+            document = DECODER.decode(text)
+        except Flawed:
+            raise flaws(MARKING_DECODER.decode(text)) from None
     except UnicodeDecodeError as error:
         reason = f"the body is not UTF-8: {error.reason} at byte {error.start}"
-        raise Refusal("invalid_body", reason) from None
-    try:
-        document = decode_json(DECODER, text)
-    except Flawed:
-        raise flaws(text) from None
-    if type(document) is not dict:
+    except json.JSONDecodeError as error:
+        reason = f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+    except (ValueError, ArithmeticError):
+        reason = "the body has a number that is too long to be read"
+    except RecursionError:
+        reason = "the body's JSON is nested too deeply"
+    else:
+        if type(document) is dict:
+            return document
         reason = f'expected an object with "secret_key" and "events", got {show(document)}'
-        raise Refusal("invalid_body", reason)
-    return document
+    raise Refusal("invalid_body", reason)
 
 
 def inflate(body: bytes, coding: str, limit: int) -> bytes:
