@@ -726,15 +726,20 @@ def numeric(marked: re.Match[str]) -> str:
     return marked[1]
 
 
+def levels(value: object) -> Iterator[list[Any]]:
+    """Return what is in a decoded value, level by level: the decoder goes deeper than a recursion could."""
+    items = [value]
+    while items:
+        yield items
+        boxes = [box for box in items if isinstance(box, dict | list)]
+        items = [item for box in boxes for item in (box.values() if isinstance(box, dict) else box)]
+
+
 def check_depth(value: object, depth: int) -> None:
     """Raise ValueError for arrays and objects nested deeper than `depth`."""
-    boxes: list[Any] = [value]
-    for _ in range(depth + 1):
-        boxes = [box for box in boxes if isinstance(box, dict | list)]
-        if not boxes:
-            return
-        boxes = [item for box in boxes for item in (box.values() if isinstance(box, dict) else box)]
-    raise ValueError(f"nested deeper than {depth} levels")
+    for level, items in enumerate(levels(value)):
+        if level == depth and any(isinstance(item, dict | list) for item in items):
+            raise ValueError(f"nested deeper than {depth} levels")
 
 
 def to_json(value: object) -> str:
@@ -856,16 +861,7 @@ MARKING_DECODER = make_decoder(
 
 
 def find_flaw(value: object) -> Flaw | None:
-    unseen = [value]  # no recursion: the decoder goes deeper than Python code may
-    while unseen:
-        match unseen.pop():
-            case Flaw() as flaw:
-                return flaw
-            case dict() as box:
-                unseen += box.values()
-            case list() as box:
-                unseen += box
-    return None
+    return next((item for items in levels(value) for item in items if isinstance(item, Flaw)), None)
 
 
 def refused_events(problems: Sequence[Problem], count: int, label: str = "invalid_events") -> Refusal:
@@ -883,11 +879,13 @@ def flaws(document: object) -> Refusal:
     problems = [
         Problem(index, key[:NAME_BYTES_MAX], str(flaw))
         for index, event in enumerate(events)
-        for key, value in (event.items() if isinstance(event, dict) else ())
+        if isinstance(event, dict) and find_flaw(event) is not None
+        for key, value in event.items()
         if (flaw := find_flaw(value)) is not None
     ]
-    body_flaw = Refusal("invalid_body", f"{find_flaw(document)}")
-    return refused_events(problems, len(events)) if problems else body_flaw
+    if problems:
+        return refused_events(problems, len(events))
+    return Refusal("invalid_body", str(find_flaw(document)))
 
 
 def decode_body(body: bytes) -> dict[str, object]:
