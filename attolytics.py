@@ -973,8 +973,8 @@ def copy_text(text: str) -> str:
 class TableIntake:
     """How events become rows of one table.
 
-    A row has first the columns that come from the event, then those that the request fills, then the
-    catch-all column. `columns` has them all in that order. It is a line of COPY's text format, or, because
+    A row has first the columns that come from the event, the catch-all column last of them, then those that
+    the request fills. `columns` has them all in that order. It is a line of COPY's text format, or, because
     COPY cannot skip repeated values, a row of VALUES for a table with unique columns.
     """
 
@@ -984,17 +984,16 @@ class TableIntake:
         own = [c for c in table.columns if not (c.header or c.source or c.extra)]
         filled = [c for c in table.columns if c.header or c.source]
         extra = [c for c in table.columns if c.extra]
-        self.columns = (*own, *filled, *extra)
+        self.columns = (*own, *extra, *filled)
         self.known = frozenset(column.name for column in own) | {TABLE_KEY}  # keys that have a column
-        self.has_extra = bool(extra)
-        self._extra_name = extra[0].name if extra else ""
-        self._extra_field = self._field(Type.JSON)
+        self.extra = extra[0].name if extra else ""
         self._null, self._separator = ("\\N", "\t") if self.is_copied else ("NULL", ",")
         self._filled = [(column, self._field(column.type)) for column in filled]
         # Of each column: name, whether it is required, whether most texts are their own field, and what
         # makes the field.
         self._own = [
-            (c.name, c.required, self.is_copied and c.type is Type.STRING, self._field(c.type)) for c in own
+            (c.name, c.required, self.is_copied and c.type is Type.STRING, self._field(c.type))
+            for c in own + extra
         ]
 
     def filled(self, app_id: str, delivery: Delivery) -> tuple[list[str], list[tuple[str, str]]]:
@@ -1011,7 +1010,7 @@ class TableIntake:
     def rows(self, events: Iterable[dict[str, object]], filled: Sequence[str]) -> list[str]:
         """Return the rows of events; `filled` has the fields that the request fills. Raises ValueError."""
         own, null, rows = self._own, self._null, []
-        for event in events:
+        for event in map(self._completed, events) if self.extra else events:
             fields = []
             for name, required, is_text, to_field in own:
                 value = event.get(name)
@@ -1025,19 +1024,14 @@ class TableIntake:
                 else:
                     fields.append(null)
             fields += filled
-            if self.has_extra:
-                rest = self._rest(event)
-                fields.append(self._extra_field(rest) if rest else null)
             rows.append(self._separator.join(fields))
         return rows if self.is_copied else [f"({row})" for row in rows]
 
     def explain(self, event: dict[str, object]) -> Iterator[tuple[str, str]]:
         """Return (column, reason) for each value of an event that does not fit."""
-        rest = self._rest(event) or None if self.has_extra else None
-        for name, value, required, to_field in (
-            *((name, event.get(name), required, to_field) for name, required, _, to_field in self._own),
-            (self._extra_name, rest, False, self._extra_field),
-        ):
+        values = self._completed(event) if self.extra else event
+        for name, required, _, to_field in self._own:
+            value = values.get(name)
             try:
                 if value is not None:
                     to_field(value)
@@ -1054,8 +1048,9 @@ class TableIntake:
                 return f'the key "{key}" is ignored: its column is filled from {source}'
         return f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], self.known - {TABLE_KEY})}"
 
-    def _rest(self, event: dict[str, object]) -> dict[str, object]:
-        return {key: event[key] for key in event if key not in self.known}
+    def _completed(self, event: dict[str, object]) -> dict[str, object]:
+        """Return an event with the value of the catch-all column: the keys that have no column."""
+        return event | {self.extra: {key: event[key] for key in event if key not in self.known} or None}
 
     def _field(self, kind: Type) -> Callable[[object], str]:
         convert = CONVERTERS[kind]
@@ -1225,7 +1220,7 @@ class Intake:
         for key in [key for key in document if key not in REQUEST_KEYS][:UNKNOWN_KEYS_MAX]:
             texts["", key] = f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], REQUEST_KEYS)}"
         for table, places in batch.places.items():
-            if table.has_extra or all(table.known.issuperset(batch.events[index]) for index in places):
+            if table.extra or all(table.known.issuperset(batch.events[index]) for index in places):
                 continue
             for index in places:
                 for key in sorted(batch.events[index].keys() - table.known):

@@ -516,7 +516,7 @@ class BatchTest(unittest.TestCase):
                 "\\N\tlinux\t1\tme\tstart\t\\N\thttp://a.example/'",
             ],
             # It has a unique column.
-            "purchases": [f"('123e4567-e89b-12d3-a456-426614174000','hat',NULL,NULL,{filled},NULL)"],
+            "purchases": [f"('123e4567-e89b-12d3-a456-426614174000','hat',NULL,NULL,NULL,{filled})"],
         }
         self.assertEqual((batch.accepted, self.rows(batch), batch.warnings), (3, rows, []))
 
@@ -612,7 +612,7 @@ class BatchTest(unittest.TestCase):
     def test_a_catch_all_column_takes_the_unknown_keys(self) -> None:
         event = {"_t": "purchases", "id": "0" * 32, "product": "x", "color": "red", "n": [1]}
         batch = self.batch(event)
-        self.assertIn(""",'{"color":"red","n":[1]}')""", self.rows(batch)["purchases"][0])
+        self.assertIn(""",'{"color":"red","n":[1]}',""", self.rows(batch)["purchases"][0])
         self.assertEqual(batch.warnings, [])
         self.assertEqual(self.problems({**event, "color": "\0"})[0].column, "extra")
 
