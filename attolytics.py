@@ -813,11 +813,11 @@ class Quarantined(NamedTuple):
     """An event that cannot be stored as it is, with all that is needed to try again."""
 
     app_id: str
-    delivery: Delivery
-    event: str  # its JSON
     table: str | None
     column: str | None
     reason: str
+    about: str | None  # its request as in Batch.about(); None for a whole flush that could not be read
+    event: str  # its JSON
 
 
 class Flaw(str):
@@ -1066,12 +1066,6 @@ def storable(text: str) -> str:
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
-def about_text(app_id: str, delivery: Delivery) -> str:
-    headers, client, received_at = delivery
-    clients = {"client_ip": client, "client_network": network_of(client)}
-    return JSON_ENCODER.encode({"app": app_id, "received_at": received_at, **clients, "headers": headers})
-
-
 @dataclass(slots=True, eq=False)
 class Batch:
     """The events of one request, and the rows of those that fit; the others have problems."""
@@ -1098,33 +1092,36 @@ class Batch:
         """Keep only the body, which takes a fifth of the memory: few batches ever go to the spool."""
         self.events = []
 
-    def kept_delivery(self) -> Delivery:
-        """Return what of the delivery is kept with the events: what columns of the app's tables need."""
-        delivery, client = self.delivery, self.delivery.client_ip()
+    def about(self) -> str:
+        """Return as JSON what is kept of the request with events: what columns of the app's tables need."""
+        client, headers = self.delivery.client_ip(), self.delivery.headers
         if self.about_client is not Source.CLIENT_IP:
             client = network_of(client) if self.about_client else ""
-        headers = {name: delivery.headers[name] for name in self.header_names if name in delivery.headers}
-        return Delivery(headers, client, delivery.received_at)
+        about = {
+            "app": self.app_id,
+            "received_at": self.delivery.received_at,
+            "client_ip": client,
+            "client_network": network_of(client),
+            "headers": {name: headers[name] for name in self.header_names if name in headers},
+        }
+        return JSON_ENCODER.encode(about)
 
     def text(self) -> str:
         """Return the batch's JSON for the spool, without the events that have problems."""
         events: Any = self.events or decode_body(self.body)["events"]
         if bad := {problem.index for problem in self.problems}:
             events = [event for index, event in enumerate(events) if index not in bad]
-        about = about_text(self.app_id, self.kept_delivery())
-        return storable(f'{about[:-1]},"events":{exact_json(events)}}}')
+        return storable(f'{self.about()[:-1]},"events":{exact_json(events)}}}')
 
     def quarantined(self, problems: Sequence[Problem]) -> list[Quarantined]:
         """Return for the quarantine the events that problems are about."""
-        delivery = self.kept_delivery()
-        items = []
+        about, items = self.about(), []
         for index, found in itertools.groupby(problems, lambda problem: problem.index or 0):
             event, reasons = self.events[index], list(found)
             name = event.get(TABLE_KEY) if isinstance(event, dict) else None
             table = name if isinstance(name, str) else None
             reason = "; ".join(f"{p.column}: {p.reason}" if p.column else p.reason for p in reasons)
-            text = storable(exact_json(event))
-            items.append(Quarantined(self.app_id, delivery, text, table, reasons[0].column, reason))
+            items.append(Quarantined(self.app_id, table, reasons[0].column, reason, about, exact_json(event)))
         return items
 
 
@@ -2976,9 +2973,8 @@ class Spool(SpoolFile):
         insert = f"INSERT INTO attolytics_quarantine ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
         now = time.time()
         ids = []
-        for app_id, delivery, event, *texts in items:
-            about = about_text(app_id, delivery) if app_id else None
-            values = (now, app_id, *(text and storable(text) for text in texts), about, event)
+        for item in items:
+            values = (now, *(text and storable(text) for text in item))
             ids.append(self._db.execute(insert, values).lastrowid or 0)
         return ids
 
@@ -3027,7 +3023,7 @@ class Group:
                 # Cannot be taken apart, so all of it is kept as one.
                 self._by_flush[flush.id] = []
                 reason = f"cannot be read back: {type(error).__name__}: {one_line(error)}"
-                self.unreadable.append(Quarantined("", Delivery({}, "", 0), flush.text, None, None, reason))
+                self.unreadable.append(Quarantined("", None, None, reason, None, flush.text))
         self.batches = list(itertools.chain.from_iterable(self._by_flush.values()))
         self.misfits = [(batch, problem) for batch in self.batches for problem in batch.problems]
 
