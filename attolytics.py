@@ -735,17 +735,16 @@ def levels(value: object) -> Iterator[list[Any]]:
         items = [item for box in boxes for item in (box.values() if isinstance(box, dict) else box)]
 
 
-def check_depth(value: object, depth: int) -> None:
-    """Raise ValueError for arrays and objects nested deeper than `depth`."""
-    for level, items in enumerate(levels(value)):
-        if level == depth and any(isinstance(item, dict | list) for item in items):
-            raise ValueError(f"nested deeper than {depth} levels")
+def is_deeper(value: object, depth: int) -> bool:
+    """Return whether arrays and objects are nested deeper than `depth`."""
+    deeper = itertools.islice(levels(value), depth, None)
+    return any(isinstance(item, dict | list) for items in deeper for item in items)
 
 
 def to_json(value: object) -> str:
     text = exact_json(value, numeric)
-    if text.count("{") + text.count("[") > JSON_DEPTH_MAX:
-        check_depth(value, JSON_DEPTH_MAX)
+    if text.count("{") + text.count("[") > JSON_DEPTH_MAX and is_deeper(value, JSON_DEPTH_MAX):
+        raise ValueError(f"nested deeper than {JSON_DEPTH_MAX} levels")
     if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):  # \\u0000 is a backslash and five characters
         raise ValueError("contains a NUL character (\\u0000), which PostgreSQL cannot store in json")
     return to_string(text)
@@ -1155,11 +1154,9 @@ class Intake:
             raise Refusal("too_large", f"{len(events)} events; a request may bring {EVENTS_MAX}")
         # What is nested more deeply might not be read again from the spool. Each level has a bracket, and so
         # have the other events; most bodies have no more.
-        if body.count(b"{") + body.count(b"[") - len(events) >= BODY_DEPTH_MAX:
-            try:
-                check_depth(document, BODY_DEPTH_MAX)
-            except ValueError as error:
-                raise Refusal("invalid_body", f"the body's JSON is {error}") from None
+        brackets = body.count(b"{") + body.count(b"[") - len(events)
+        if brackets >= BODY_DEPTH_MAX and is_deeper(document, BODY_DEPTH_MAX):
+            raise Refusal("invalid_body", f"the body's JSON is nested deeper than {BODY_DEPTH_MAX} levels")
         batch = self.convert(events, delivery, None if self.app.quarantines else PROBLEMS_MAX)
         if batch.problems and not self.app.quarantines:
             names = [p.column == TABLE_KEY and events[p.index or 0].get(TABLE_KEY) for p in batch.problems]
