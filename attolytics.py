@@ -1079,7 +1079,7 @@ class Batch:
     problems: list[Problem] = field(default_factory=list)
     warnings: Sequence[str] = ()
     body: bytes = b""
-    about_client: Source | None = Source.CLIENT_IP  # what of the client's address is kept with the events
+    sources: Collection[Source | None] = tuple(Source)  # what columns are filled from
     # For the writer: whether bad events are kept in the quarantine, and under which ids they are by now;
     # when the batch came, and who wants to know what became of it.
     quarantines: bool = False
@@ -1094,8 +1094,8 @@ class Batch:
     def about(self) -> str:
         """Return as JSON what is kept of the request with events: what columns of the app's tables need."""
         client, headers = self.delivery.client_ip(), self.delivery.headers
-        if self.about_client is not Source.CLIENT_IP:
-            client = network_of(client) if self.about_client else ""
+        if Source.CLIENT_IP not in self.sources:
+            client = network_of(client) if Source.CLIENT_NETWORK in self.sources else ""
         about = {
             "app": self.app_id,
             "received_at": self.delivery.received_at,
@@ -1133,10 +1133,7 @@ class Intake:
         self._key = app.secret_key.encode(errors="surrogatepass")
         self._tables = {table.name: tables[table.name] for table in app.tables}
         self.headers = sorted({c.header for table in app.tables for c in table.columns if c.header})
-        sources = {c.source for table in app.tables for c in table.columns}
-        self._about_client = next(
-            (s for s in (Source.CLIENT_IP, Source.CLIENT_NETWORK) if s in sources), None
-        )
+        self._sources = {c.source for table in app.tables for c in table.columns}
 
     def batch(self, body: bytes, delivery: Delivery) -> Batch:
         """Return the batch in a request's body. Raises Refusal."""
@@ -1169,7 +1166,7 @@ class Intake:
     def convert(self, events: list[Any], delivery: Delivery, limit: int | None = None) -> Batch:
         """Return a batch of events; with a `limit`, gives up after so many problems."""
         batch = Batch(self.app.id, delivery, self.headers, events, quarantines=self.app.quarantines)
-        batch.about_client = self._about_client
+        batch.sources = self._sources
         problems = batch.problems
         for table, places in self._by_table(events, problems).items():
             filled, lacking = table.filled(self.app.id, delivery)
