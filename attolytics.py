@@ -1072,7 +1072,7 @@ class Batch:
     app_id: str
     delivery: Delivery
     header_names: Collection[str]  # of the headers that are kept with the events
-    events: list[Any]  # empty after drop_events()
+    events: list[Any]  # none if only the body is kept
     rows: dict[TableIntake, list[str]] = field(default_factory=dict)
     places: dict[TableIntake, list[int]] = field(default_factory=dict)  # where each of `rows` is in `events`
     accepted: int = 0  # how many events fit
@@ -1086,10 +1086,6 @@ class Batch:
     kept: Sequence[int] = ()
     since: float = 0.0
     tell: Callable[[str | Refusal], object] = bool
-
-    def drop_events(self) -> None:
-        """Keep only the body, which takes a fifth of the memory: few batches ever go to the spool."""
-        self.events = []
 
     def about(self) -> str:
         """Return as JSON what is kept of the request with events: what columns of the app's tables need."""
@@ -1154,7 +1150,7 @@ class Intake:
         brackets = body.count(b"{") + body.count(b"[") - len(events)
         if brackets >= BODY_DEPTH_MAX and is_deeper(document, BODY_DEPTH_MAX):
             raise Refusal("invalid_body", f"the body's JSON is nested deeper than {BODY_DEPTH_MAX} levels")
-        batch = self.convert(events, delivery, None if self.app.quarantines else PROBLEMS_MAX)
+        batch = self.convert(events, delivery, math.inf if self.app.quarantines else PROBLEMS_MAX)
         if batch.problems and not self.app.quarantines:
             names = [p.column == TABLE_KEY and events[p.index or 0].get(TABLE_KEY) for p in batch.problems]
             label = "unknown_table" if all(type(name) is str for name in names) else "invalid_events"
@@ -1163,7 +1159,7 @@ class Intake:
         batch.warnings = self._warnings(document, batch)
         return batch
 
-    def convert(self, events: list[Any], delivery: Delivery, limit: int | None = None) -> Batch:
+    def convert(self, events: list[Any], delivery: Delivery, limit: float = math.inf) -> Batch:
         """Return a batch of events; with a `limit`, gives up after so many problems."""
         batch = Batch(self.app.id, delivery, self.headers, events, quarantines=self.app.quarantines)
         batch.sources = self._sources
@@ -1176,7 +1172,7 @@ class Intake:
                 rows = []
             good = places if rows else []
             for index in places if not rows else ():
-                if limit is not None and len(problems) > limit:
+                if len(problems) > limit:
                     break
                 reasons = [*lacking, *table.explain(events[index])]
                 problems += [Problem(index, column, reason) for column, reason in reasons]
@@ -3990,7 +3986,7 @@ class Service:
                 raise cannot_store(error, len(batch.events)) from None
             self.metrics.count("events_quarantined_total", len(batch.kept))
         if self.writer.session:
-            batch.drop_events()
+            batch.events = []  # the body takes a fifth of the memory, and few batches ever go to the spool
         return batch
 
 
