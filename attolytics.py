@@ -953,7 +953,6 @@ def filled_value(column: Column, app_id: str, delivery: Delivery) -> object:
 
 # PostgreSQL manual, COPY, "Text Format".
 COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-NULL_REFUSED = "null, but required"
 
 
 def quote(text: str) -> str:
@@ -980,19 +979,17 @@ class TableIntake:
     def __init__(self, table: Table) -> None:
         self.name = table.name
         self.is_copied = not any(column.unique for column in table.columns)
-        own = [c for c in table.columns if not (c.header or c.source or c.extra)]
         filled = [c for c in table.columns if c.header or c.source]
-        extra = [c for c in table.columns if c.extra]
-        self.columns = (*own, *extra, *filled)
-        self.known = frozenset(column.name for column in own) | {TABLE_KEY}  # keys that have a column
-        self.extra = extra[0].name if extra else ""
+        own = sorted((c for c in table.columns if c not in filled), key=lambda c: c.extra)
+        self.columns = (*own, *filled)
+        self.known = frozenset(c.name for c in own if not c.extra) | {TABLE_KEY}  # keys that have a column
+        self.extra = next((c.name for c in own if c.extra), "")
         self._null, self._separator = ("\\N", "\t") if self.is_copied else ("NULL", ",")
         self._filled = [(column, self._field(column.type)) for column in filled]
         # Of each column: name, whether it is required, whether most texts are their own field, and what
         # makes the field.
         self._own = [
-            (c.name, c.required, self.is_copied and c.type is Type.STRING, self._field(c.type))
-            for c in own + extra
+            (c.name, c.required, self.is_copied and c.type is Type.STRING, self._field(c.type)) for c in own
         ]
 
     def filled(self, app_id: str, delivery: Delivery) -> tuple[list[str], list[tuple[str, str]]]:
@@ -1019,7 +1016,7 @@ class TableIntake:
                 elif value is not None:
                     fields.append(to_field(value))
                 elif required:
-                    raise ValueError(NULL_REFUSED)
+                    raise ValueError  # explain() says it in words
                 else:
                     fields.append(null)
             fields += filled
@@ -1035,7 +1032,7 @@ class TableIntake:
                 if value is not None:
                     to_field(value)
                 elif required:
-                    yield name, NULL_REFUSED if name in event else "missing, but required"
+                    yield name, f"{'null' if name in event else 'missing'}, but required"
             except ValueError as error:
                 yield name, str(error)
 
