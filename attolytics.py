@@ -364,7 +364,7 @@ def show(value: object) -> str:
 
 def suggestion(wrong: str, right: Iterable[str]) -> str:
     """Return ', did you mean "x"?' for the nearest of `right`, or "" when none is near."""
-    near = difflib.get_close_matches(wrong, list(right), n=1)
+    near = difflib.get_close_matches(wrong[:NAME_BYTES_MAX], list(right), n=1)  # takes long for long ones
     return f', did you mean "{near[0]}"?' if near else ""
 
 
@@ -1042,7 +1042,7 @@ class TableIntake:
                 header, server = f"the request header {column.header}", f"the server ({column.source})"
                 source = header if column.header else server
                 return f'the key "{key}" is ignored: its column is filled from {source}'
-        return f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], self.known - {TABLE_KEY})}"
+        return f"unknown key {show(key)}{suggestion(key, self.known - {TABLE_KEY})}"
 
     def _completed(self, event: dict[str, object]) -> dict[str, object]:
         """Return an event with the value of the catch-all column: the keys that have no column."""
@@ -1194,15 +1194,14 @@ class Intake:
                 got = show(name) if TABLE_KEY in event else "nothing"
                 problems.append(Problem(index, TABLE_KEY, f"expected the name of a table, got {got}"))
             else:
-                near = suggestion(name[:NAME_BYTES_MAX], self._tables)
+                near = suggestion(name, self._tables)
                 problems.append(Problem(index, TABLE_KEY, f"the app has no table {show(name)}{near}"))
         return places
 
     def _warnings(self, document: Mapping[str, object], batch: Batch) -> Sequence[str]:
         """Return what was ignored in a request: each unknown key once, with its first place."""
-        texts = {}
-        for key in [key for key in document if key not in REQUEST_KEYS][:UNKNOWN_KEYS_MAX]:
-            texts["", key] = f"unknown key {show(key)}{suggestion(key[:NAME_BYTES_MAX], REQUEST_KEYS)}"
+        keys = [key for key in document if key not in REQUEST_KEYS][:UNKNOWN_KEYS_MAX]
+        texts = {("", key): f"unknown key {show(key)}{suggestion(key, REQUEST_KEYS)}" for key in keys}
         for table, places in batch.places.items():
             if table.extra or all(table.known.issuperset(batch.events[index]) for index in places):
                 continue
