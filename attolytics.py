@@ -497,18 +497,16 @@ def parse_column(part: Part, others: Sequence[Column]) -> Column:
         parts["source"].choice("source", tuple(Source), {}),
         *(parts[flag].scalar(bool, "true or false") is True for flag in COLUMN_KEYS[4:]),
     )
+    if column.header and column.type is not Type.STRING:
+        parts["type"].problem(f"a column filled from a header must be a string, not {column.type}")
     source_type = Type.TIMESTAMP if column.source is Source.RECEIVED_AT else Type.STRING
-    fillings = {
-        "header": (Type.STRING, "a column filled from a header must be a string"),
-        "source": (source_type, f"source {column.source} needs type {source_type}"),
-        "extra": (Type.JSON, "an extra column must be json"),
-    }
-    filled = [key for key in fillings if getattr(column, key)]
-    for needed, reason in map(fillings.__getitem__, filled):
-        if column.type is not needed:
-            parts["type"].problem(f"{reason}, not {column.type}")
+    if column.source and column.type is not source_type:
+        parts["type"].problem(f"source {column.source} needs type {source_type}, not {column.type}")
+    if column.extra and column.type is not Type.JSON:
+        parts["type"].problem(f"an extra column must be json, not {column.type}")
     if column.extra and column.required:
         parts["required"].problem("an extra column is empty when there are no unknown keys")
+    filled = [key for key in ("header", "source", "extra") if getattr(column, key)]
     if len(filled) > 1:
         part.problem(f"a column can have only one of {' and '.join(filled)}")
     for i, other in enumerate(others):
