@@ -780,7 +780,7 @@ def believed_address(peer: str, *claims: str) -> str:
     One on this machine or in a private network is believed; anybody else could say anything.
     """
     address = plain_address(peer)
-    if address and (address.is_loopback or address.is_private):
+    if address and address.is_private:
         return str(next(filter(None, map(plain_address, claims)), address))
     return str(address or peer)
 
@@ -1035,10 +1035,9 @@ class TableIntake:
                 yield name, str(error)
 
     def describe(self, key: str) -> str:
-        for column, _ in self._filled:
-            if column.name == key:
-                header, server = f"the request header {column.header}", f"the server ({column.source})"
-                source = header if column.header else server
+        for c, _ in self._filled:
+            if c.name == key:
+                source = f"the request header {c.header}" if c.header else f"the server ({c.source})"
                 return f'the key "{key}" is ignored: its column is filled from {source}'
         return f"unknown key {show(key)}{suggestion(key, self.known - {TABLE_KEY})}"
 
