@@ -931,6 +931,14 @@ def inflate(body: bytes, coding: str, limit: int) -> bytes:
 
 def filled_value(column: Column, app_id: str, delivery: Delivery) -> object:
     """Return the value of a column that the request fills, None for NULL. Raises ValueError."""
+    if column.header:
+        value = delivery.headers.get(column.header)
+        if value is None and column.required:
+            raise ValueError(f"the request header {column.header} is missing, but required")
+        try:  # UTF-8 where it is that, else Latin-1 (RFC 9110, section 5.5)
+            return value and value.encode("latin-1").decode()
+        except UnicodeDecodeError:
+            return value
     match column.source:
         case Source.APP_ID:
             return app_id
@@ -938,15 +946,7 @@ def filled_value(column: Column, app_id: str, delivery: Delivery) -> object:
             return delivery.client_ip() or None
         case Source.CLIENT_NETWORK:
             return network_of(delivery.client_ip()) or None
-        case Source.RECEIVED_AT:
-            return delivery.received_at
-    value = delivery.headers.get(column.header or "")
-    if value is None and column.required:
-        raise ValueError(f"the request header {column.header} is missing, but required")
-    try:  # UTF-8 where it is that, else Latin-1 (RFC 9110, section 5.5)
-        return value and value.encode("latin-1").decode()
-    except UnicodeDecodeError:
-        return value
+    return delivery.received_at
 
 
 # PostgreSQL manual, COPY, "Text Format".
