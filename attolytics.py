@@ -4917,13 +4917,11 @@ examples:
     -d '{"secret_key": "...", "events": [{"_t": "events", "event_type": "game_start"}]}'
 """
 
-SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-
 
 def parse_size(text: str, low: int = 1) -> int:
     """Return a number of bytes, written as 1048576, 1024k, 1M or 1MiB."""
     match = re.fullmatch(r"([0-9]{1,15})\s*([kmg]?)(?:i?b)?", text.strip().lower())
-    size = int(match[1]) * SIZE_UNITS[match[2]] if match else 0
+    size = int(match[1]) * 1024 ** ["", "k", "m", "g"].index(match[2]) if match else 0
     if not low <= size <= 1 << 40:
         wanted = f"expected a size such as 1048576 or 1M, from {low} bytes to 1024G"
         raise argparse.ArgumentTypeError(f"{wanted}, got {show(text)}")
@@ -4939,17 +4937,14 @@ def parse_count(low: int, high: int, text: str) -> int:
 # What an option is by default, and its help. What stands for its value says how that is read.
 OPTIONS = {
     "-s --schema PATH": ("schema.conf.yaml", "schema file"),
-    "-d --db_url URL": (None, "database; or $ATTOLYTICS_DB_URL; or database_url in the schema file"),
+    "-d --db_url URL": ("", "database; or $ATTOLYTICS_DB_URL; or database_url in the schema file"),
     "-H --host HOST": ("localhost", "where to listen; localhost is 127.0.0.1 and ::1, 0.0.0.0 or :: is all"),
     "-p --port PORT": ("8000", "port to listen on"),
     "--max_body SIZE": (f"{BODY_BYTES_MAX >> 20}M", "largest request body in bytes, also when decompressed"),
     "--max_connections N": (str(CONNECTIONS_MAX), "client connections served at once; others get 503"),
     "--spool PATH": ("attolytics.sqlite3", "SQLite file for events that the database cannot take"),
     "--spool_limit LIMIT": (f"{SPOOL_BYTES_MAX >> 30}G", "how large it may grow; beyond it clients get 503"),
-    "--monitor_port PORT": (
-        None,
-        "live page, /healthz, /metrics (Prometheus) on this port of localhost (off)",
-    ),
+    "--monitor_port PORT": ("", "live page, /healthz, /metrics (Prometheus) on this port of localhost (off)"),
 }
 READERS: Mapping[str, Callable[[str], object]] = {
     "PORT": partial(parse_count, 0, 65535),
@@ -4969,14 +4964,12 @@ SWITCHES = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "attolytics", None, DESCRIPTION, EPILOG, formatter_class=layout, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("attolytics", None, DESCRIPTION, EPILOG, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for usage, (default, text) in OPTIONS.items():
         *flags, value = usage.split()
-        shown = f"{text} ({default})" if default else text
-        parser.add_argument(*flags, metavar=value, type=READERS.get(value, str), default=default, help=shown)
+        read, shown = READERS.get(value, str), f"{text} ({default})" if default else text
+        parser.add_argument(*flags, metavar=value, type=read, default=default or None, help=shown)
     for flag, text in SWITCHES.items():
         parser.add_argument(flag, action="store_true", help=text)
     volume = parser.add_mutually_exclusive_group()
