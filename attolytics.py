@@ -5200,11 +5200,9 @@ class Reloader:
         self.schema = schema
 
 
-def drain(
-    servers: Sequence[Server], service: Service, pool: Pool, writer: Writer, writing: threading.Thread
-) -> None:
+def drain(servers: Sequence[Server], service: Service, writing: threading.Thread) -> None:
     """Accept nothing new, answer what is in flight, store it. Blocks at most DRAIN_S."""
-    deadline = time.monotonic() + DRAIN_S
+    deadline, pool = time.monotonic() + DRAIN_S, servers[0].pool
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, signal.SIG_DFL)  # a second one ends us at once
     if any(server.is_inherited for server in servers):
@@ -5217,11 +5215,11 @@ def drain(
     service.ended = True
     if not pool.wait_until_quiet(deadline - time.monotonic()):
         log.warning("some requests were not complete after %d s and were cut", DRAIN_S)
-    writer.stop()
+    service.writer.stop()
     writing.join(max(deadline - time.monotonic(), 0))
 
 
-def write_report(*lines: str) -> None:
+def write_report(lines: Iterable[str]) -> None:
     """Write to standard output, in UTF-8 whatever the locale says. Raises OperatorError."""
     if not sys.stdout:  # it was closed before we started
         return
@@ -5236,19 +5234,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """Report what is wrong with the schema file and the database; return the exit code."""
+def check(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int, list[str]]:
+    """Return the exit code, and a report of what is wrong with the schema file and the database."""
     try:
         schema = read_schema(options.schema)
     except SchemaError as error:
-        write_report(comment(str(error)))
-        return 1
+        return 1, [comment(str(error))]
     size = f"{counted(len(schema.tables), 'table')}, {counted(len(schema.apps), 'app')}"
     report = [comment(f"{options.schema}: {size}: no mistakes")]
     target = find_target(options, environ, schema)
     if not target:
-        write_report(*report, comment("no database URL: no database was compared"))
-        return 0
+        return 0, [*report, comment("no database URL: no database was compared")]
     try:
         with contextlib.closing(connect(target)) as session:
             session.run("BEGIN READ ONLY")
@@ -5256,10 +5252,8 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     except DatabaseError as error:
         raise OperatorError(f"cannot use {target}: {error}") from None
     if not plan.reasons:
-        write_report(*report, comment(f"{target}: fits"))
-        return 0
-    write_report(*report, comment(f"{target}: {counted(len(plan.reasons), 'difference')}"), script(plan))
-    return 1
+        return 0, [*report, comment(f"{target}: fits")]
+    return 1, [*report, comment(f"{target}: {counted(len(plan.reasons), 'difference')}"), script(plan)]
 
 
 def open_monitors(port: int | None, service: Service, replayer: Replayer, clients: Pool) -> list[Monitor]:
@@ -5324,7 +5318,7 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     log.info("stopping: %s", reason)
     service.draining = True
     notify("STOPPING=1", "STATUS=answering the requests in flight")
-    drain(servers, service, pool, writer, writing)
+    drain(servers, service, writing)
     if reason == BUG:
         raise OperatorError("stopped because of a bug, see the message above")
 
@@ -5347,7 +5341,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.setitimer(signal.ITIMER_REAL, SIGNAL_CHECK_S, SIGNAL_CHECK_S)
     try:
         if options.check:
-            return check(options, os.environ)
+            code, report = check(options, os.environ)
+            write_report(report)
+            return code
         raise_file_limit(options.max_connections)
         serve(options, os.environ, repeats)
     except (OperatorError, SpoolError) as error:
