@@ -5135,18 +5135,14 @@ def end_for_bug(news: queue.SimpleQueue[str], args: threading.ExceptHookArgs) ->
 
 
 def attend(
-    news: queue.SimpleQueue[str],
-    repeats: Repeats,
-    writer: Writer,
-    interval_s: float,
-    ping: Callable[[], None],
+    news: queue.SimpleQueue[str], repeats: Repeats, writer: Writer, notify: partial[None], interval_s: float
 ) -> str:
-    """Until there is news sum up complaints, and `ping` the watchdog while the writer gets on; return it."""
+    """Until there is news sum up complaints, and ping the watchdog while the writer gets on; return it."""
     pinged_at = time.monotonic()
     while True:
         repeats.summarise()
         if time.monotonic() - pinged_at >= interval_s / 2 and writer.beat_at > pinged_at:
-            ping()
+            notify("WATCHDOG=1")
             pinged_at = time.monotonic()
         # A signal that arrives just before the wait begins does not interrupt it.
         with contextlib.suppress(queue.Empty):
@@ -5163,7 +5159,7 @@ class Reloader:
     service: Service
     replayer: Replayer
 
-    def work(self, told: queue.SimpleQueue[int], notify: Callable[..., None], status: str) -> None:
+    def work(self, told: queue.SimpleQueue[int], notify: partial[None], status: str) -> None:
         """Reload whenever it is told to, until the server drains; `status` is for systemd in between."""
         while told.get():
             while not told.empty():  # once for all who have asked by now
@@ -5183,7 +5179,7 @@ class Reloader:
                 log.error("%s", problem)
             else:
                 self._replace(schema)
-            notify("READY=1", f"STATUS={problem}" if problem else status)
+            notify("READY=1", f"STATUS={problem or status}")
 
     def _replace(self, schema: Schema) -> None:
         self.service.metrics.declare(schema)
@@ -5308,13 +5304,12 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     if not target:
         query = spool.path, f"SELECT * FROM {identifier(next(iter(schema.tables)))}"
         log.info("no database URL: read the events with sqlite3 %s", shlex.join(query))
-    status = f"STATUS=listening on {listening}"
-    notify("READY=1", status)
+    status = f"listening on {listening}"
+    notify("READY=1", f"STATUS={status}")
     reloader = Reloader(options.schema, schema, opener, service, replayer)
     work = partial(reloader.work, reloads, notify, status)
     threading.Thread(target=work, name="reloader", daemon=True).start()
-    interval_s, ping = watchdog_interval(environ, os.getpid()), partial(notify, "WATCHDOG=1")
-    reason = attend(news, repeats, writer, interval_s, ping)
+    reason = attend(news, repeats, writer, notify, watchdog_interval(environ, os.getpid()))
     log.info("stopping: %s", reason)
     service.draining = True
     notify("STOPPING=1", "STATUS=answering the requests in flight")
