@@ -66,7 +66,6 @@ import signal
 import socket
 import sqlite3
 import ssl
-import stat
 import struct
 import sys
 import threading
@@ -5056,7 +5055,7 @@ def find_target(options: argparse.Namespace, environ: Mapping[str, str], schema:
     if target.password is not None:
         return target
     try:
-        if not stat.S_IMODE(passfile.stat().st_mode) & 0o077:
+        if not passfile.stat().st_mode & 0o077:
             return replace(target, password=find_password(passfile.read_text(), target, socket_dir))
         log.warning("%s is ignored: others may read it; run chmod 600 %s", passfile, passfile)
     except FileNotFoundError:
