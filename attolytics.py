@@ -142,7 +142,7 @@ CHANGE_PAUSE_S = 1  # Between two tries to change a table, so that inserts get t
 CHANGE_PATIENCE_S = 60  # So long tries go on; a report that reads the table may take that ...
 START_PATIENCE_S = 10  # ... but without --migrate a server rather starts and spools.
 CONNECT_TIMEOUT_S = 5  # Default of connect_timeout in the URL.
-BACKOFF_MAX_S = 5  # ... up to this; half of it is jitter.
+BACKOFF_MAX_S = 5  # Pauses between tries to connect double up to this; half of it is jitter.
 COMPLAINT_S = 60  # The same complaint is logged once, and how often it came up after so long.
 
 SPOOL_BYTES_MAX = 1 << 30  # Default of --spool_limit: about five million small events.
@@ -4987,7 +4987,7 @@ class Repeats(logging.Filter):
         self._clock = clock
         # Guards _open; never held while a line is logged.
         self._lock = threading.Lock()
-        # By what they are about: the first record, since when it counts, and how many were kept back.
+        # By what they are about: the last record, since when it counts, and how many were kept back.
         self._open: dict[str, tuple[logging.LogRecord, float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -5263,8 +5263,8 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     """Run the server until SIGTERM or SIGINT. Raises OperatorError when it cannot start or go on."""
     # Made for handlers of signals: why we are to end, and when to read the schema file again.
     news: queue.SimpleQueue[str] = queue.SimpleQueue()
-    reloads: queue.SimpleQueue[int] = queue.SimpleQueue()
-    signal.signal(signal.SIGHUP, lambda number, _frame: reloads.put(number))
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+    signal.signal(signal.SIGHUP, lambda number, _frame: told.put(number))
     notify = partial(send_notice, environ.get("NOTIFY_SOCKET"))
     sockets = inherited_sockets(environ, os.getpid())
     schema = read_schema(options.schema)
@@ -5306,8 +5306,7 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     status = f"listening on {listening}"
     notify("READY=1", f"STATUS={status}")
     reloader = Reloader(options.schema, schema, opener, service, replayer)
-    work = partial(reloader.work, reloads, notify, status)
-    threading.Thread(target=work, name="reloader", daemon=True).start()
+    threading.Thread(target=reloader.work, args=(told, notify, status), name="reloader", daemon=True).start()
     reason = attend(news, repeats, writer, notify, watchdog_interval(environ, os.getpid()))
     log.info("stopping: %s", reason)
     service.draining = True
