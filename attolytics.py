@@ -5219,7 +5219,7 @@ def write_report(lines: Iterable[str]) -> None:
     if not sys.stdout:  # it was closed before we started
         return
     try:
-        with open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False) as output:
+        with open(sys.stdout.fileno(), "w", -1, "utf-8", "backslashreplace", closefd=False) as output:
             output.writelines(f"{line}\n" for line in lines)
     except OSError as error:
         raise OperatorError(f"cannot write the report: {reason_of(error)}") from None

@@ -5372,6 +5372,8 @@ class CheckTest(ProgramCase):
                 self.assertIn(message, error)
         text = f"-- {self.schema_file}: 4 tables, 4 apps: no mistakes\n-- no database URL: no database was"
         self.assertEqual(self.check(), (0, f"{text} compared\n", ""))
+        odd = self.schema_file.rename(self.directory / os.fsdecode(b"\xff.yaml"))
+        self.assertIn(r"/\udcff.yaml: 4 tables", self.check("-s", odd)[1])
         self.schema_file.write_text("{tables: {t: {columns: [{name: a, type: int}]}}, apps: {}}")
         self.assertIn('unknown type "int", did you mean "i32"?', self.misfit())
 
