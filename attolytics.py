@@ -4979,11 +4979,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Repeats(logging.Filter):
-    """Lets a complaint through once; says how often it came up again in each COMPLAINT_S."""
+class Repeats:
+    """Filters the log: a complaint passes once; says how often it came up again in each COMPLAINT_S."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        super().__init__()
         self._clock = clock
         # Guards _open; never held while a line is logged.
         self._lock = threading.Lock()
@@ -5200,7 +5199,7 @@ def drain(servers: Sequence[Server], service: Service, writing: threading.Thread
     deadline, pool = time.monotonic() + DRAIN_S, servers[0].pool
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, signal.SIG_DFL)  # a second one ends us at once
-    if any(server.is_inherited for server in servers):
+    if servers[0].is_inherited:  # so they all are
         pool.wait_until_quiet(DRAIN_OPEN_S)
     for server in servers:
         server.stop_accepting()
