@@ -4835,12 +4835,12 @@ def send_notice(path: str | None, *lines: str) -> None:
     if not path:  # systemd did not start us
         return
     text = "\n".join(" ".join(line.split())[:900] for line in lines)  # systemd drops what is over 4 KiB
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
             # A leading @ stands for a NUL byte: Linux' abstract namespace.
             sock.sendto(text.encode(errors="replace"), re.sub("^@", "\0", path))
-        except OSError as error:
-            log.debug("cannot notify systemd: %s", reason_of(error))
+    except OSError as error:
+        log.debug("cannot notify systemd: %s", reason_of(error))
 
 
 def watchdog_interval(environ: Mapping[str, str], pid: int) -> float:

@@ -6145,6 +6145,15 @@ class UnitTest(ProgramCase):
             attolytics.send_notice(sock.getsockname(), "READY=1", "STATUS=" + "\U0001f600\udcff" * 5000)
             self.assertLess(len(sock.recv(100_000)), 4096)
 
+    def test_a_status_that_takes_one_file_too_many_does_no_harm(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with self.assertLogs("attolytics", "DEBUG") as logged:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+            attolytics.send_notice("/nowhere", "WATCHDOG=1")
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        self.assertIn("cannot notify systemd: Too many open files", logged.output[0])
+
     def test_with_a_socket_of_systemd_a_drain_serves_what_was_idle_for_seconds(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as sock:
             server = self.serve(sockets=[sock])
