@@ -2535,12 +2535,11 @@ def json_path(name: str) -> str | None:
     return quote(f'$."{name}"') if name.isascii() and '"' not in name and "\\" not in name else None
 
 
-def sqlite_key(json_sql: str, name: str) -> tuple[str, str]:
+def sqlite_key(json_sql: str, name: str) -> str:
     if path := json_path(name):
-        return f"json_extract({json_sql}, {path})", f"json_type({json_sql}, {path})"
+        return f"json_extract({json_sql}, {path})"
     # Keys may be written with escapes, which only json_each reads as what they mean.
-    found = f"FROM json_each({json_sql}) WHERE key = {quote(name)}"
-    return f"(SELECT value {found})", f"(SELECT type {found})"
+    return f"(SELECT value FROM json_each({json_sql}) WHERE key = {quote(name)})"
 
 
 def readable_time(value: str) -> str:
@@ -2554,14 +2553,13 @@ def readable_time(value: str) -> str:
 
 def view_column(table: Table, column: Column) -> str:
     """Return SQL for what a column would have in PostgreSQL, readable."""
-    value, kind = sqlite_key("e.value", column.name)
+    value = sqlite_key("e.value", column.name)
     if column.extra:
         known = [TABLE_KEY, *(c.name for c in table.columns if not (c.header or c.source or c.extra))]
-        paths = ", ".join(path for path in map(json_path, known) if path)
+        paths = ", ".join(filter(None, map(json_path, known)))
         value = f"nullif(json_remove(e.value, {paths}), '{{}}')"
     elif column.header:
-        value, _ = sqlite_key("b.value", "headers")
-        value, _ = sqlite_key(value, column.header)
+        value = sqlite_key("json_extract(b.value, '$.headers')", column.header)
     elif column.source is Source.RECEIVED_AT:
         value = readable_time("json_extract(b.value, '$.received_at')")
     elif column.source:
@@ -2570,7 +2568,7 @@ def view_column(table: Table, column: Column) -> str:
     elif column.type is Type.TIMESTAMP:
         value = readable_time(value)
     elif column.type is Type.JSON:
-        value = f"CASE WHEN {kind} <> 'null' THEN json_quote({value}) END"
+        value = f"CASE WHEN {value} IS NOT NULL THEN json_quote({value}) END"
     return f"{value} AS {identifier(column.name)}"
 
 
