@@ -2784,14 +2784,9 @@ class SpoolFile:
         """Do all of it, durably, or nothing."""
         with self.translated():
             self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with self._db:  # which ends in COMMIT or ROLLBACK
                 yield
-                self._db.execute("COMMIT")
-                self._failed = False
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+            self._failed = False
 
 
 class Spool(SpoolFile):
