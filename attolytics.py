@@ -2710,10 +2710,7 @@ class SpoolFile:
             wait_for_lock(self._descriptor, path)
             check_spool(path, self._descriptor)
             self._db = open_database(path, bytes_max)
-        except (sqlite3.Error, OSError, OperatorError) as error:
-            os.close(self._descriptor)
-            if isinstance(error, OperatorError):
-                raise
+        except (sqlite3.Error, OSError) as error:  # nothing is closed: it is the end of the process
             needs = f"SQLite needs more files beside it, {hint}"
             raise OperatorError(f"cannot use the spool {path}: {one_line(error)}; {needs}") from None
 
