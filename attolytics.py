@@ -2700,6 +2700,7 @@ class SpoolFile:
         # never held over the network or a conversion.
         self.switch = threading.RLock()
         self._failed = False  # SQLite did, the last time
+        self.events = self.quarantined = 0  # that are in it
         hint = f"name a file in a directory that user {os_user()} may write to with --spool PATH"
         try:
             # The events in it may be about people. Closing it would drop SQLite's own locks.
@@ -2777,13 +2778,15 @@ class SpoolFile:
                 raise SpoolError(f"the spool {self.path} fails: {one_line(error)}") from None
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Do all of it, durably, or nothing."""
+    def transaction(self, events: int = 0, quarantined: int = 0) -> Iterator[None]:
+        """Do all of it, durably, or nothing; then there are so many more events, and in the quarantine."""
         with self.translated():
             self._db.execute("BEGIN IMMEDIATE")
             with self._db:  # which ends in COMMIT or ROLLBACK
                 yield
             self._failed = False
+            self.events += events
+            self.quarantined += quarantined
 
 
 class Spool(SpoolFile):
@@ -2795,16 +2798,10 @@ class Spool(SpoolFile):
         self.epoch = epoch
         self._last_number = 0  # of the flushes of this epoch
         with self.translated():
-            first = self.one("SELECT total - events FROM attolytics_spool ORDER BY id LIMIT 1")
-            # Events of all flushes ever, and of those that are gone. Their difference is what is here.
-            self._total = self.one("SELECT total FROM attolytics_spool ORDER BY id DESC LIMIT 1") or 0
-            self._gone = self._total if first is None else first
-            self.quarantined = self.one("SELECT count(*) FROM attolytics_quarantine")  # events in there
+            gone = self.one("SELECT total - events FROM attolytics_spool ORDER BY id LIMIT 1") or 0
+            self.events = self._total() - gone
+            self.quarantined = self.one("SELECT count(*) FROM attolytics_quarantine")
         self.create_views(schema)
-
-    @property
-    def events(self) -> int:
-        return self._total - self._gone
 
     def epochs(self) -> set[str]:
         """Return the present epoch and those that have flushes here."""
@@ -2826,23 +2823,19 @@ class Spool(SpoolFile):
         store it all the same, and then its client must not have been asked to send it again.
         """
         text = f"[{','.join(texts)}]"
-        with self.transaction():
+        with self.transaction(events):
             if not given_up:
                 self.check_room(len(text))
             self._insert_flush(number, events, text)
-        self._total += events
 
     def quarantine(self, items: Sequence[Quarantined]) -> list[int]:
-        with self.transaction():
+        with self.transaction(quarantined=len(items)):
             self.check_room(sum(len(item.event) for item in items))
-            ids = self._insert_quarantined(items)
-        self.quarantined += len(ids)
-        return ids
+            return self._insert_quarantined(items)
 
     def release(self, ids: Sequence[int]) -> None:
-        with self.transaction():
+        with self.transaction(quarantined=-len(ids)):
             self._delete_quarantined(ids)
-        self.quarantined -= len(ids)
 
     def head(self, events_max: int) -> list[SpooledFlush]:
         """Return the first flushes, all of one epoch, with about `events_max` events; at least one if any."""
@@ -2859,16 +2852,14 @@ class Spool(SpoolFile):
         return flushes
 
     def amend(self, texts: Mapping[int, str], items: Sequence[Quarantined]) -> None:
-        with self.transaction():
+        with self.transaction(quarantined=len(items)):
             update = "UPDATE attolytics_spool SET batches = ? WHERE id = ?"
             self._db.executemany(update, [(text, id_) for id_, text in texts.items()])
             self._insert_quarantined(items)
-        self.quarantined += len(items)
 
     def delete(self, flushes: Sequence[SpooledFlush]) -> None:
-        with self.transaction():
+        with self.transaction(-sum(flush.events for flush in flushes)):
             self._db.execute("DELETE FROM attolytics_spool WHERE id <= ?", (flushes[-1].id,))
-        self._gone += sum(flush.events for flush in flushes)
 
     def quarantine_reasons(self) -> list[tuple[str, int]]:
         count = "SELECT reason, count(*) FROM attolytics_quarantine GROUP BY 1 ORDER BY 2 DESC LIMIT ?"
@@ -2896,15 +2887,13 @@ class Spool(SpoolFile):
             }
             reasons = {id_: why(text) for id_, text in texts.items()}
             going = [id_ for id_ in texts if not reasons[id_]]
-            with self.transaction():
+            with self.transaction(len(going), -len(going)):
                 if going:
                     text = f"[{','.join(texts[id_] for id_ in going)}]"
                     self._insert_flush(next(numbers), len(going), text)
                 update = "UPDATE attolytics_quarantine SET reason = ? WHERE id = ?"
                 self._db.executemany(update, [(storable(reason), id_) for id_, reason in reasons.items()])
                 self._delete_quarantined(going)
-            self._total += len(going)
-            self.quarantined -= len(going)
             moved += len(going)
             last = found[-1][0]
         return moved
@@ -2929,12 +2918,16 @@ class Spool(SpoolFile):
         with self.translated():
             return self._db.execute(sql, values).fetchall()
 
+    def _total(self) -> int:
+        """Return how many events there have been up to the last flush."""
+        return self.one("SELECT total FROM attolytics_spool ORDER BY id DESC LIMIT 1") or 0
+
     def _insert_flush(self, number: int, events: int, text: str) -> None:
         assert number > self._last_number  # the replay relies on their order
         self._last_number = number
         self._db.execute(
             "INSERT INTO attolytics_spool (epoch, flush, events, total, batches) VALUES (?, ?, ?, ?, ?)",
-            (self.epoch, number, events, self._total + events, text),
+            (self.epoch, number, events, self._total() + events, text),
         )
 
     def _delete_quarantined(self, ids: Iterable[int]) -> None:
