@@ -2828,10 +2828,23 @@ class Spool(SpoolFile):
                 self.check_room(len(text))
             self._insert_flush(number, events, text)
 
-    def quarantine(self, items: Sequence[Quarantined]) -> list[int]:
+    def quarantine(self, items: Sequence[Quarantined], left: Mapping[int, str] = {}) -> list[int]:
+        """Keep events with what is against them; return their ids in the quarantine.
+
+        Those of a replay are here already: `left` is the JSON of their flushes without them, by their ids.
+        """
+        columns = "quarantined_at, app, table_name, column_name, reason, batch, event"
+        insert = f"INSERT INTO attolytics_quarantine ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        update = "UPDATE attolytics_spool SET batches = ? WHERE id = ?"
+        now, ids = time.time(), []
         with self.transaction(quarantined=len(items)):
-            self.check_room(sum(len(item.event) for item in items))
-            return self._insert_quarantined(items)
+            if not left:
+                self.check_room(sum(len(item.event) for item in items))
+            self._db.executemany(update, [(text, id_) for id_, text in left.items()])
+            for item in items:
+                values = (now, *(text and storable(text) for text in item))
+                ids.append(self._db.execute(insert, values).lastrowid or 0)
+        return ids
 
     def release(self, ids: Sequence[int]) -> None:
         with self.transaction(quarantined=-len(ids)):
@@ -2851,12 +2864,6 @@ class Spool(SpoolFile):
                 flushes.append(flush)
         return flushes
 
-    def amend(self, texts: Mapping[int, str], items: Sequence[Quarantined]) -> None:
-        with self.transaction(quarantined=len(items)):
-            update = "UPDATE attolytics_spool SET batches = ? WHERE id = ?"
-            self._db.executemany(update, [(text, id_) for id_, text in texts.items()])
-            self._insert_quarantined(items)
-
     def delete(self, flushes: Sequence[SpooledFlush]) -> None:
         with self.transaction(-sum(flush.events for flush in flushes)):
             self._db.execute("DELETE FROM attolytics_spool WHERE id <= ?", (flushes[-1].id,))
@@ -2872,12 +2879,12 @@ class Spool(SpoolFile):
             f"SELECT {columns} FROM attolytics_quarantine ORDER BY id DESC LIMIT ?", chars, count
         )
 
-    def retry(self, numbers: Iterator[int], why: Callable[[str], str]) -> int:
-        """Move the events in quarantine that fit into flushes of this process; return how many.
+    def retry(self, numbers: Iterator[int], why: Callable[[str], str]) -> None:
+        """Move the events in quarantine that fit into flushes of this process.
 
         `why` is asked, for the JSON of a batch, for the reason against it, which is noted if there is one.
         """
-        moved = last = 0
+        last = 0
         select = "SELECT id, batch, event FROM attolytics_quarantine WHERE id > ? ORDER BY id LIMIT 100"
         while found := self._all(select, last):
             # An event without a batch is a whole flush that could not be read.
@@ -2894,9 +2901,7 @@ class Spool(SpoolFile):
                 update = "UPDATE attolytics_quarantine SET reason = ? WHERE id = ?"
                 self._db.executemany(update, [(storable(reason), id_) for id_, reason in reasons.items()])
                 self._delete_quarantined(going)
-            moved += len(going)
             last = found[-1][0]
-        return moved
 
     def create_views(self, schema: Schema) -> None:
         """Replace the views of tables that another schema has changed."""
@@ -2907,10 +2912,10 @@ class Spool(SpoolFile):
             views.setdefault(table.name.lower(), view_sql(table))
         with self.transaction():
             there = dict(self._db.execute("SELECT lower(name), sql FROM sqlite_master WHERE type = 'view'"))
-            for name in views.keys() - {name for name, sql in views.items() if there.get(name) == sql}:
+            for name, sql in views.items() - there.items():
                 try:
                     self._db.execute(f"DROP VIEW IF EXISTS {identifier(name)}")
-                    self._db.execute(views[name])
+                    self._db.execute(sql)
                 except sqlite3.OperationalError as error:  # a name that SQLite keeps for itself, say
                     log.warning('the spool cannot have a view for the table "%s": %s', name, one_line(error))
 
@@ -2932,16 +2937,6 @@ class Spool(SpoolFile):
 
     def _delete_quarantined(self, ids: Iterable[int]) -> None:
         self._db.executemany("DELETE FROM attolytics_quarantine WHERE id = ?", [(id_,) for id_ in ids])
-
-    def _insert_quarantined(self, items: Iterable[Quarantined]) -> list[int]:
-        columns = "quarantined_at, app, table_name, column_name, reason, batch, event"
-        insert = f"INSERT INTO attolytics_quarantine ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
-        now = time.time()
-        ids = []
-        for item in items:
-            values = (now, *(text and storable(text) for text in item))
-            ids.append(self._db.execute(insert, values).lastrowid or 0)
-        return ids
 
 
 # --- Writer -------------------------------------------------------------------
@@ -3078,7 +3073,7 @@ def set_apart(spool: Spool, metrics: Metrics, group: Group, misfits: Sequence[Mi
     if not misfits and not group.unreadable:
         return
     texts, items = group.take_out(misfits)
-    spool.amend(texts, items)
+    spool.quarantine(items, texts)
     metrics.count("events_quarantined_total", len(items))
     for item in items:
         # The reason may quote the event.
@@ -3380,7 +3375,8 @@ class Writer:
             return items[0].reason if items else ""
 
         retried = self._spool.quarantined
-        self._metrics.count("events_spooled_total", self._spool.retry(self._numbers, why))
+        self._spool.retry(self._numbers, why)
+        self._metrics.count("events_spooled_total", retried - self._spool.quarantined)
         if self._spool.events and self._replayer.has_database:
             self._replayer.retried = retried  # to be told when they have been replayed
         else:
