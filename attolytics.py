@@ -2964,8 +2964,6 @@ SPOOL_DECODER = json.JSONDecoder(parse_float=exact_number, parse_constant=lambda
 CHECK_CONSTRAINTS = "SET CONSTRAINTS ALL IMMEDIATE;\nSET CONSTRAINTS ALL DEFERRED;\n"
 SIFT_SETTINGS = f"SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s';\n"
 
-Misfit = tuple[Batch, Problem]
-
 
 class Group:
     """Spooled flushes of one epoch that are replayed in one transaction, converted by the schema of today."""
@@ -2973,7 +2971,7 @@ class Group:
     def __init__(self, flushes: Sequence[SpooledFlush], intakes: Mapping[str, Intake]) -> None:
         self.flushes = flushes
         self.epoch, self.number = flushes[0].epoch, flushes[-1].number
-        self.unreadable: list[Quarantined] = []
+        self.unfit: list[Quarantined] = []  # what has to go to the quarantine
         self._by_flush: dict[int, list[Batch]] = {}
         for flush in flushes:
             try:
@@ -2983,9 +2981,11 @@ class Group:
                 # Cannot be taken apart, so all of it is kept as one.
                 self._by_flush[flush.id] = []
                 reason = f"cannot be read back: {type(error).__name__}: {one_line(error)}"
-                self.unreadable.append(Quarantined("", None, None, reason, None, flush.text))
+                self.unfit.append(Quarantined("", None, None, reason, None, flush.text))
         self.batches = list(itertools.chain.from_iterable(self._by_flush.values()))
-        self.misfits = [(batch, problem) for batch in self.batches for problem in batch.problems]
+        for batch in self.batches:
+            if batch.problems:
+                self.unfit += batch.quarantined(batch.problems)
 
     def rows(self) -> list[tuple[TableIntake, str, Batch, int]]:
         """Return each row with its table, its batch and its place in that, in the order of the events."""
@@ -2999,23 +2999,19 @@ class Group:
             found += sorted(rows, key=lambda row: row[3])
         return found
 
-    def misfit(self, row: int, reason: str, column: str | None = None) -> Misfit:
-        _, _, batch, place = self.rows()[row]
-        return batch, Problem(place, column, reason)
+    def refuse(self, batch: Batch, problem: Problem) -> None:
+        """Take an event out that fits its table, and that the database does not store."""
+        batch.problems.append(problem)
+        batch.accepted -= 1
+        self.unfit += batch.quarantined([problem])
 
-    def take_out(self, misfits: Sequence[Misfit]) -> tuple[dict[int, str], list[Quarantined]]:
-        """Return what is left of the flushes that had misfits, by their ids, and these for the quarantine."""
-        items, self.unreadable = self.unreadable, []
-        for batch, found in itertools.groupby(misfits, lambda misfit: misfit[0]):
-            problems = [problem for _, problem in found]
-            batch.problems = list(dict.fromkeys([*batch.problems, *problems]))
-            items += batch.quarantined(problems)
-        texts = {
-            id_: f"[{','.join(batch.text() for batch in batches)}]"
+    def left(self) -> dict[int, str]:
+        """Return the JSON of what is left of the flushes that have had unfit events, by their ids."""
+        return {
+            id_: f"[{','.join(batch.text() for batch in batches if batch.events)}]"
             for id_, batches in self._by_flush.items()
             if not batches or any(batch.problems for batch in batches)
         }
-        return texts, items
 
     @staticmethod
     def _convert(raw: Any, intakes: Mapping[str, Intake]) -> Batch:
@@ -3031,21 +3027,19 @@ class Group:
         return batch
 
 
-def sift(
-    session: Session, group: Group, one_by_one: bool = False
-) -> tuple[Counter[tuple[str, ...]], list[tuple[Misfit, Fault]]]:
+def sift(session: Session, group: Group, one_by_one: bool) -> tuple[Counter[tuple[str, ...]], Counter[Fault]]:
     """Insert what the database takes of a group that it refused as a whole, by bisection; not committed yet.
 
-    Returns how many rows were there already, by table, and what is refused through whose fault. Each row is
-    tried after those before it, so that of two that are refused together the second one is found. Raises
-    DatabaseError; its `row` is the first of those that it came up with.
+    The group refuses the others. Returns how many rows were there already, by table, and how many are refused
+    through whose fault. Each row is tried after those before it, so that of two that are refused together the
+    second one is found. Raises DatabaseError; its `row` is the first of those that it came up with.
     """
     run = session.run
     run(f"{FLUSH_START}{SIFT_SETTINGS}{raise_sql(group.epoch, session.token, group.number)}")
     rows = group.rows()
     skipped: Counter[tuple[str, ...]] = Counter()
-    refused: list[tuple[Misfit, Fault]] = []
-    step = 1 if one_by_one else max(len(rows), 1)
+    refused: Counter[Fault] = Counter()
+    step = 1 if one_by_one else len(rows)
     parts = [range(start, start + step) for start in range(0, len(rows), step)][::-1]
     while parts:
         part = parts.pop()
@@ -3060,20 +3054,22 @@ def sift(
             if error.fault is Fault.AWAY:
                 raise
             run("ROLLBACK TO SAVEPOINT attempt")
-            middle = (part.start + part.stop) // 2
             if len(part) == 1:
-                refused.append((group.misfit(part.start, str(error), error.column), error.fault))
+                _, _, batch, place = rows[part.start]
+                group.refuse(batch, Problem(place, error.column, str(error)))
+                refused[error.fault] += 1
             else:
-                parts += [range(middle, part.stop), range(part.start, middle)]
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
     return skipped, refused
 
 
-def set_apart(spool: Spool, metrics: Metrics, group: Group, misfits: Sequence[Misfit]) -> None:
-    """Move events from their flushes to the quarantine, in one transaction. Raises SpoolError."""
-    if not misfits and not group.unreadable:
+def set_apart(spool: Spool, metrics: Metrics, group: Group) -> None:
+    """Move unfit events from their flushes to the quarantine, in one transaction. Raises SpoolError."""
+    items, group.unfit = group.unfit, []
+    if not items:
         return
-    texts, items = group.take_out(misfits)
-    spool.quarantine(items, texts)
+    spool.quarantine(items, group.left())
     metrics.count("events_quarantined_total", len(items))
     for item in items:
         # The reason may quote the event.
@@ -3257,10 +3253,9 @@ class Replayer:
         there = [flush for flush in flushes if flush.number <= session.stored.get(flush.epoch, 0)]
         group = Group(there or flushes, self.intakes)
         stuck = self._stuck if self._stuck.id == flushes[0].id else Stuck(flushes[0].id, self._clock())
-        refused = 0
         if not there:
             try:
-                refused = self._send(session, group, stuck)
+                self._send(session, group, stuck)
             except DatabaseError as error:
                 is_loss = len(flushes) == 1 and not error.sqlstate and str(error) != NO_ANSWER
                 row = error.row if is_loss else None
@@ -3270,42 +3265,42 @@ class Replayer:
                 raise
         # Deleted only after COMMIT: a crash here repeats the delete, never the events.
         self._spool.delete(group.flushes)
-        self._metrics.count("events_replayed_total", sum(batch.accepted for batch in group.batches) - refused)
+        self._metrics.count("events_replayed_total", sum(batch.accepted for batch in group.batches))
         self._backoff_s, self._obstacle, self._stuck = 0.0, "", Stuck()
         self._events_max = min(self._events_max * 2, REPLAY_EVENTS_MAX)
 
-    def _send(self, session: Session, group: Group, stuck: Stuck) -> int:
-        """Store a group; return how many of its rows went to the quarantine instead. Raises DatabaseError."""
-        set_apart(self._spool, self._metrics, group, group.misfits)
+    def _send(self, session: Session, group: Group, stuck: Stuck) -> None:
+        """Store a group, but for what goes to the quarantine instead. Raises DatabaseError."""
+        set_apart(self._spool, self._metrics, group)
         if stuck.losses >= LOSSES_MAX and stuck.row is not None:
+            _, _, batch, place = group.rows()[stuck.row]
             reason = "whenever it is stored, the connection to the database is lost"
-            set_apart(self._spool, self._metrics, group, [group.misfit(stuck.row, reason)])
+            group.refuse(batch, Problem(place, None, reason))
+            set_apart(self._spool, self._metrics, group)
             raise DatabaseError("an event cost the session each time", sqlstate="08000")
         if not any(batch.rows for batch in group.batches):
-            return 0
+            return
         # At the second try this session has seen that the tables are there and fit.
         is_again = stuck == self._stuck
         # A single flush cannot be divided: it may take longer.
         patient = is_again and len(group.flushes) == 1
-        refused: list[tuple[Misfit, Fault]] = []
         try:
             if stuck.losses >= LOSSES_MAX or stuck.row is not None:
                 raise DatabaseError("which row is it that costs the session?", Fault.DATA)
             parts = [batch.rows for batch in group.batches]
             skipped = session.store(group.epoch, group.number, parts, patient)
         except DatabaseError as error:
-            if error.fault is not Fault.DATA and not (error.fault is Fault.OPERATOR and is_again):
+            if error.fault is Fault.AWAY or (error.fault is Fault.OPERATOR and not is_again):
                 raise
             skipped, refused = sift(session, group, one_by_one=not error.sqlstate)
-            operators = sum(fault is Fault.OPERATOR for _, fault in refused)
+            operators = refused[Fault.OPERATOR]
             is_overdue = is_again and self._clock() - stuck.since > HELD_S_MAX
             if operators and not is_overdue and not (is_again and operators * 2 < len(group.rows())):
                 raise
             # Durable before COMMIT: afterwards nobody would look at these flushes again.
-            set_apart(self._spool, self._metrics, group, [misfit for misfit, _ in refused])
+            set_apart(self._spool, self._metrics, group)
             session.run("COMMIT")
         self._metrics.count_all("events_duplicate_total", skipped)
-        return len(refused)
 
 
 def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> list[Sequence[Batch]]:
@@ -3371,8 +3366,7 @@ class Writer:
 
         def why(text: str) -> str:
             group = Group([SpooledFlush(0, "", 0, 1, f"[{text}]")], self._replayer.intakes)
-            _, items = group.take_out(group.misfits)
-            return items[0].reason if items else ""
+            return group.unfit[0].reason if group.unfit else ""
 
         retried = self._spool.quarantined
         self._spool.retry(self._numbers, why)

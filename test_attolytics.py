@@ -3453,6 +3453,11 @@ class SpoolTest(BreakableCase):
         self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(6_001,)])
         self.post(server, mark(1000, "8", name), app="strict")
         server.stop()
+        with contextlib.closing(sqlite3.connect(self.spool)) as db, db:
+            # A batch without events shares a flush with others.
+            empty = '{"app":"app","received_at":0,"client_ip":"","headers":{},"events":[]}'
+            start = "substr(batches, 1, length(batches) - 1)"
+            db.execute(f"UPDATE attolytics_spool SET batches = {start} || ',' || ? || ']'", (empty,))
         other = schema.replace("  strict:", "  other:")
         self.schema_file.write_text(other.replace("name: text", "name: text, type: i32"))
         self.replay().stop()
