@@ -3462,7 +3462,8 @@ class Writer:
     def _store(self, session: Session, batches: Sequence[Batch]) -> None:
         """Store batches in the database: in one flush or, if it refuses some, in several."""
         deadline = batches[0].since + PATIENCE_S
-        parts, left = [batches], list[Batch]()
+        fate: DatabaseError | Session = session
+        parts, sent, left = [batches], list[tuple[int, Sequence[Batch]]](), list[Batch]()
         while parts:
             part = parts.pop()
             number, started = next(self._numbers), self._clock()
@@ -3472,20 +3473,19 @@ class Writer:
                 skipped = session.store(self._spool.epoch, number, rows, seconds=seconds)
             except DatabaseError as error:
                 if error.fault is not Fault.DATA:
-                    rest = [*itertools.chain(*reversed(parts)), *left]
-                    self._to_spool([(number, part), (0, rest)], fate=error)
-                    return
+                    sent, fate = [(number, part)], error
+                    break
                 parts += divide(part, error, left)
             else:
                 for batch in part:
                     batch.tell(DATABASE)
                 count_stored(self._metrics, part, DATABASE, self._clock() - started)
                 self._metrics.count_all("events_duplicate_total", skipped)
-            if parts and self._clock() > deadline:  # so many are refused that others would wait too long
-                left += itertools.chain(*reversed(parts))
+            if self._clock() > deadline:  # so many are refused that others would wait too long
                 break
-        if left:
-            self._to_spool([(0, left)], fate=session)
+        left += itertools.chain(*reversed(parts))
+        if sent or left:
+            self._to_spool([*sent, (0, left)], fate)
 
     def _to_spool(
         self, flushes: Sequence[tuple[int, Sequence[Batch]]], fate: DatabaseError | Session | None = None
@@ -3497,28 +3497,28 @@ class Writer:
         over, and stores the batches after all.
         """
         started = self._clock()
-        texts = [[batch.text() for batch in batches] for _, batches in flushes]
-        errors: list[SpoolError | None] = []
+        ready = [(number, batches, [b.text() for b in batches]) for number, batches in flushes if batches]
+        done: list[tuple[Sequence[Batch], SpoolError | None]] = []
         with self._spool.switch:
             session = self.session
             if fate or not session:
                 self.session = None
-                errors = [self._append(*flush, text) for flush, text in zip(flushes, texts, strict=True)]
-        for (_, batches), error in zip(flushes, errors, strict=bool(errors)):
+                done = [(batches, self._append(number, batches, texts)) for number, batches, texts in ready]
+        for batches, error in done:
             for batch in batches:
                 if error and batch.kept:  # the client will send them again
                     with contextlib.suppress(SpoolError):
                         self._spool.release(batch.kept)
                 batch.tell(cannot_store(error, batch.accepted) if error else SPOOL)
-            if batches and not error:
+            if not error:
                 count_stored(self._metrics, batches, SPOOL, self._clock() - started)
-        if session and not fate:
+        if session and fate:
+            self._give_up(session, fate)
+        elif session:
             for _, batches in flushes:
                 self._store(session, batches)
-        elif fate:
-            self._give_up(session, fate)
 
-    def _give_up(self, session: Session | None, fate: DatabaseError | Session) -> None:
+    def _give_up(self, session: Session, fate: DatabaseError | Session) -> None:
         if isinstance(fate, Session):
             self._replayer.take(fate)
             return
@@ -3526,15 +3526,13 @@ class Writer:
             level = logging.ERROR if fate.fault is Fault.OPERATOR else logging.WARNING
             text = f"the database cannot store events: {fate}; they go to {self._spool.path}"
             complain(level, text, f"cannot store {fate.sqlstate or fate}")
-        if session:
-            session.close()
+        session.close()
         self._replayer.take(None, str(fate))
 
     def _append(self, number: int, batches: Sequence[Batch], texts: Sequence[str]) -> SpoolError | None:
         events = sum(batch.accepted for batch in batches)
         try:
-            if batches:
-                self._spool.append(number or next(self._numbers), events, texts, given_up=number > 0)
+            self._spool.append(number or next(self._numbers), events, texts, given_up=number > 0)
         except SpoolError as error:
             return error
         return None
