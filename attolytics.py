@@ -3077,13 +3077,6 @@ def set_apart(spool: Spool, metrics: Metrics, group: Group) -> None:
         complain(logging.WARNING, f"a spooled event goes to the quarantine: {item.reason}", about)
 
 
-def report_retried(spool: Spool, retried: int, has_database: bool) -> None:
-    stay, where = spool.quarantined, "went through" if has_database else "fit by now"
-    log.info("quarantine: %d of %d events %s, %d stay", max(retried - stay, 0), retried, where, stay)
-    for reason, count in spool.quarantine_reasons():
-        log.warning("quarantine: %d stay: %s", count, reason)
-
-
 class Turns:
     """Lets a replay get on while clients send all they can: they could outrun it for ever."""
 
@@ -3170,6 +3163,14 @@ class Replayer:
         why = self.reason or self._obstacle or "the database has not answered yet"
         return f"the replay has been held up for {seconds:.0f} s: {why}"
 
+    def report_retried(self) -> None:
+        stay, where = self._spool.quarantined, "went through" if self.has_database else "fit by now"
+        moved = max(self.retried - stay, 0)
+        log.info("quarantine: %d of %d events %s, %d stay", moved, self.retried, where, stay)
+        for reason, count in self._spool.quarantine_reasons():
+            log.warning("quarantine: %d stay: %s", count, reason)
+        self.retried = 0
+
     def _work(self) -> None:
         session = self._wanted.get()
         while not self._stop.is_set():
@@ -3237,10 +3238,9 @@ class Replayer:
                 if replayed:
                     text = f"replayed all {replayed} events in {self._clock() - started:.1f} s"
                     complain(logging.INFO, text, "replayed")
-                if self.retried:
-                    report_retried(self._spool, self.retried, self.has_database)
-                    self.retried = 0
                 with contextlib.suppress(SpoolError):  # somebody reads it; another time
+                    if self.retried:
+                        self.report_retried()
                     self._spool.shrink()
                 return True
             else:
@@ -3368,13 +3368,11 @@ class Writer:
             group = Group([SpooledFlush(0, "", 0, 1, f"[{text}]")], self._replayer.intakes)
             return group.unfit[0].reason if group.unfit else ""
 
-        retried = self._spool.quarantined
+        retried = self._replayer.retried = self._spool.quarantined
         self._spool.retry(self._numbers, why)
         self._metrics.count("events_spooled_total", retried - self._spool.quarantined)
-        if self._spool.events and self._replayer.has_database:
-            self._replayer.retried = retried  # to be told when they have been replayed
-        else:
-            report_retried(self._spool, retried, self._replayer.has_database)
+        if not (self._spool.events and self._replayer.has_database):  # or else when they have been replayed
+            self._replayer.report_retried()
 
     def start(self, session: Session | None) -> threading.Thread:
         """Start the threads, with a session or (None) with the database away."""
