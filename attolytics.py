@@ -3126,7 +3126,6 @@ class Replayer:
         self.turns = Turns(clock)
         self.intakes = apps  # replaced as a whole by a reload
         self._spool, self._open, self._metrics, self._clock = spool, open_session, metrics, clock
-        self._hand_over: Callable[[Session], bool] = bool
         self._wanted: queue.SimpleQueue[Session | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         # These belong to the replayer's thread; others only look.
@@ -3138,8 +3137,7 @@ class Replayer:
 
     def start(self, hand_over: Callable[[Session], bool]) -> None:
         """Start the thread; `hand_over` gives a session to the writer, if the spool is empty."""
-        self._hand_over = hand_over
-        threading.Thread(target=self._work, name="replayer", daemon=True).start()
+        threading.Thread(target=self._work, args=[hand_over], name="replayer", daemon=True).start()
 
     def stop(self) -> None:
         """Begin nothing new; does not wait."""
@@ -3171,12 +3169,12 @@ class Replayer:
             log.warning("quarantine: %d stay: %s", count, reason)
         self.retried = 0
 
-    def _work(self) -> None:
+    def _work(self, hand_over: Callable[[Session], bool]) -> None:
         session = self._wanted.get()
         while not self._stop.is_set():
             try:
                 session = session or self._connect()
-                if session and self._replay(session):
+                if session and self._replay(session, hand_over):
                     session = self._wanted.get()
             except (DatabaseError, SpoolError) as error:
                 if session:
@@ -3212,7 +3210,7 @@ class Replayer:
             return session
         return None
 
-    def _replay(self, session: Session) -> bool:
+    def _replay(self, session: Session, hand_over: Callable[[Session], bool]) -> bool:
         """Store what is in the spool until the session is the writer's; return False after stop()."""
         started = logged = self._clock()
         replayed, slow_until = 0, 0.0
@@ -3233,7 +3231,7 @@ class Replayer:
                     text = "replayed %d events, %d left, %.0f per second, about %.0f s left"
                     log.info(text, replayed, left, rate, left / max(rate, 1))
             # A database that is slow would lose the writer's session at once.
-            elif self._clock() >= slow_until and self._hand_over(session):
+            elif self._clock() >= slow_until and hand_over(session):
                 self._got_on_at = None
                 if replayed:
                     text = f"replayed all {replayed} events in {self._clock() - started:.1f} s"
