@@ -2560,14 +2560,12 @@ def view_column(table: Table, column: Column) -> str:
         value = f"nullif(json_remove(e.value, {paths}), '{{}}')"
     elif column.header:
         value = sqlite_key("json_extract(b.value, '$.headers')", column.header)
-    elif column.source is Source.RECEIVED_AT:
-        value = readable_time("json_extract(b.value, '$.received_at')")
     elif column.source:
         key = "app" if column.source is Source.APP_ID else column.source
         value = f"nullif(json_extract(b.value, '$.{key}'), '')"
-    elif column.type is Type.TIMESTAMP:
+    if column.type is Type.TIMESTAMP:
         value = readable_time(value)
-    elif column.type is Type.JSON:
+    elif column.type is Type.JSON and not column.extra:
         value = f"CASE WHEN {value} IS NOT NULL THEN json_quote({value}) END"
     return f"{value} AS {identifier(column.name)}"
 
@@ -2628,9 +2626,8 @@ def check_spool(path: str, descriptor: int) -> None:
         return
     if head != b"SQLite format 3\0":
         raise OperatorError(f"--spool {path} is not a spool but some other file; it was left as it is")
-    check = (
-        "PRAGMA quick_check(1)" if os.fstat(descriptor).st_size <= QUICK_CHECK_BYTES_MAX else "SELECT 'ok'"
-    )
+    is_small = os.fstat(descriptor).st_size <= QUICK_CHECK_BYTES_MAX
+    check = "PRAGMA quick_check(1)" if is_small else "SELECT 'ok'"
     counting = "SELECT count(*) FROM sqlite_master"
     queries = (check, counting, "PRAGMA application_id", "PRAGMA user_version")
     try:
@@ -2809,11 +2806,9 @@ class Spool(SpoolFile):
 
     def oldest(self) -> float | None:
         """Return when the first event that waits was received, in seconds since the epoch."""
-        with self.translated():
-            start = self.one(
-                f"SELECT substr(batches, 1, {OLDEST_CHARS}) FROM attolytics_spool ORDER BY id LIMIT 1"
-            )
-        match = RECEIVED_AT.search(start or "")
+        query = "SELECT substr(batches, 1, ?) FROM attolytics_spool ORDER BY id LIMIT 1"
+        [(start,)] = self._all(query, OLDEST_CHARS) or [("",)]
+        match = RECEIVED_AT.search(start)
         return float(match[1]) if match else None
 
     def append(self, number: int, events: int, texts: Iterable[str], given_up: bool = False) -> None:
@@ -2875,9 +2870,8 @@ class Spool(SpoolFile):
     def newest_quarantined(self, chars: int, count: int) -> list[Any]:
         """Return when, for which app and table, and why the newest are there, with so much of each."""
         columns = "quarantined_at, app, table_name, reason, substr(event, 1, ?)"
-        return self._all(
-            f"SELECT {columns} FROM attolytics_quarantine ORDER BY id DESC LIMIT ?", chars, count
-        )
+        query = f"SELECT {columns} FROM attolytics_quarantine ORDER BY id DESC LIMIT ?"
+        return self._all(query, chars, count)
 
     def retry(self, numbers: Iterator[int], why: Callable[[str], str]) -> None:
         """Move the events in quarantine that fit into flushes of this process.
