@@ -3074,8 +3074,7 @@ def set_apart(spool: Spool, metrics: Metrics, group: Group) -> None:
 class Turns:
     """Lets a replay get on while clients send all they can: they could outrun it for ever."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         # Guards _allowance: how many new events may be spooled before more of the spool has been replayed.
         self._changed = threading.Condition()
         self._allowance = math.inf
@@ -3085,10 +3084,10 @@ class Turns:
             self._allowance = events
             self._changed.notify_all()
 
-    def wait(self, events: int, deadline: float) -> None:
-        """Take so many events of what is allowed, when anything is; wait until the deadline at most."""
+    def wait(self, events: int, seconds: float) -> None:
+        """Take so many events of what is allowed, when anything is; wait so long at most."""
         with self._changed:
-            self._changed.wait_for(lambda: self._allowance > 0, max(deadline - self._clock(), 0))
+            self._changed.wait_for(lambda: self._allowance > 0, seconds)
             self._allowance -= events
 
 
@@ -3117,14 +3116,14 @@ class Replayer:
         self.reason = ""  # why there is no session
         self.had_session = False  # ever
         self.retried = 0  # events of --retry_quarantine, of which is to be told
-        self.turns = Turns(clock)
+        self.turns = Turns()
         self.intakes = apps  # replaced as a whole by a reload
         self._spool, self._open, self._metrics, self._clock = spool, open_session, metrics, clock
         self._wanted: queue.SimpleQueue[Session | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         # These belong to the replayer's thread; others only look.
         self._backoff_s = 0.0
-        self._got_on_at: float | None = None  # None while the writer has the session
+        self._got_on_at = math.inf  # while the writer has the session
         self._obstacle = ""  # why the last group was not stored
         self._stuck = Stuck()
         self._events_max = REPLAY_EVENTS_MAX  # in a group; fewer after a failure
@@ -3149,7 +3148,7 @@ class Replayer:
 
     def held_up(self) -> str:
         """Return what holds the replay up, if it has not got on for HELD_UP_S, else ""."""
-        seconds = self._clock() - (self._got_on_at or math.inf)
+        seconds = self._clock() - self._got_on_at
         if seconds < HELD_UP_S or not self._spool.events:
             return ""
         why = self.reason or self._obstacle or "the database has not answered yet"
@@ -3226,7 +3225,7 @@ class Replayer:
                     log.info(text, replayed, left, rate, left / max(rate, 1))
             # A database that is slow would lose the writer's session at once.
             elif self._clock() >= slow_until and hand_over(session):
-                self._got_on_at = None
+                self._got_on_at = math.inf
                 if replayed:
                     text = f"replayed all {replayed} events in {self._clock() - started:.1f} s"
                     complain(logging.INFO, text, "replayed")
@@ -3285,9 +3284,9 @@ class Replayer:
             if error.fault is Fault.AWAY or (error.fault is Fault.OPERATOR and not is_again):
                 raise
             skipped, refused = sift(session, group, one_by_one=not error.sqlstate)
-            operators = refused[Fault.OPERATOR]
-            is_overdue = is_again and self._clock() - stuck.since > HELD_S_MAX
-            if operators and not is_overdue and not (is_again and operators * 2 < len(group.rows())):
+            are_few = refused[Fault.OPERATOR] * 2 < len(group.rows())
+            is_overdue = self._clock() - stuck.since > HELD_S_MAX
+            if refused[Fault.OPERATOR] and not (is_again and (are_few or is_overdue)):
                 raise
             # Durable before COMMIT: afterwards nobody would look at these flushes again.
             set_apart(self._spool, self._metrics, group)
@@ -3412,8 +3411,8 @@ class Writer:
             elif session := self.session:
                 self._store(session, batches)
             else:
-                events = sum(batch.accepted for batch in batches)
-                self._replayer.turns.wait(events, batches[0].since + TURN_PATIENCE_S)
+                events, waited_s = sum(b.accepted for b in batches), self._clock() - batches[0].since
+                self._replayer.turns.wait(events, TURN_PATIENCE_S - waited_s)
                 self._to_spool([(0, batches)])
         if self.session:
             self.session.close()
