@@ -6345,20 +6345,20 @@ class PartitionedTest(ProgramCase):
         columns["app"] = column("text")
         level = index("level")
         for key, found, expected in [
-            (["time"], [index("id", together=["id", "time"])], None),
-            (["time"], [index("time", together=["time", "id"])], None),
-            (["id"], [index("id", together=["id"])], None),
-            (["time"], [index("id", together=["id", "time"], valid=False)], way.ALTER),
-            (["time"], [index("id", together=["id", "time", "level"])], way.ALTER),
-            (["time", "level"], [index("id", together=["id", "time"])], way.ALTER),
-            (["time"], [index("id", unique=True, plain=False)], way.ALTER),  # of some rows, say
-            (["app"], [index("id", together=["id", "app"])], way.HAND),
-            (["elsewhere"], [index("id", together=["id", "elsewhere"])], way.HAND),
+            (["time"], [index("id", unique=True, columns=["id", "time"])], None),
+            (["time"], [index("time", unique=True, columns=["time", "id"])], None),
+            (["id"], [index("id", unique=True, columns=["id"])], None),
+            (["time"], [index("id", unique=True, columns=["id", "time"], valid=False)], way.ALTER),
+            (["time"], [index("id", unique=True, columns=["id", "time", "level"])], way.ALTER),
+            (["time", "level"], [index("id", unique=True, columns=["id", "time"])], way.ALTER),
+            (["time"], [index("id", unique=True)], way.ALTER),  # of some rows, say
+            (["app"], [index("id", unique=True, columns=["id", "app"])], way.HAND),
+            (["elsewhere"], [index("id", unique=True, columns=["id", "elsewhere"])], way.HAND),
             (["time", ""], [], way.HAND),
         ]:
             with self.subTest(key=key, found=found):
                 table = attolytics.ExistingTable(
-                    columns, [*found, level], partitioned=True, partition_key=key, is_empty=lambda: True
+                    columns, [*found, level], partition_key=key, is_empty=lambda: True
                 )
                 ledger = attolytics.ExistingTable({"session": column("uuid")})
                 catalog = {"visits": table, attolytics.LEDGER: ledger}
