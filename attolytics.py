@@ -1963,12 +1963,9 @@ class Metrics:
 
 # Whose fault an error is, by the beginning of its SQLSTATE (PostgreSQL manual, appendix A). Everything
 # else is the data's: values, constraints, and what triggers raise, codes of their own included.
-FAULTS: Mapping[Fault, tuple[str, ...]] = {
-    Fault.AWAY: ("08", "25006", "40", "53", "55P03", "57"),
-    Fault.OPERATOR: (
-        *("0A", "0L", "0P", "21", "25", "26", "28", "2B", "3D", "3F"),
-        *("42", "55", "58", "F0", "HV", "XX"),
-    ),
+FAULTS = {
+    Fault.AWAY: re.compile("08|25006|40|53|55P03|57"),
+    Fault.OPERATOR: re.compile("0A|0L|0P|21|25|26|28|2B|3D|3F|42|55|58|F0|HV|XX"),
 }
 MISSING_PARTITION = "23514"  # check_violation, when it names a table and no constraint
 
@@ -1976,7 +1973,7 @@ MISSING_PARTITION = "23514"  # check_violation, when it names a table and no con
 def server_error(fields: Mapping[str, str]) -> DatabaseError:
     """Return our error for the fields of an ErrorResponse (PostgreSQL manual, 55.8)."""
     sqlstate = fields.get("C", "")
-    fault = next((fault for fault, states in FAULTS.items() if sqlstate.startswith(states)), Fault.DATA)
+    fault = next((fault for fault, states in FAULTS.items() if states.match(sqlstate)), Fault.DATA)
     if sqlstate == MISSING_PARTITION and "t" in fields and "n" not in fields:
         fault = Fault.OPERATOR  # for whom it is to mend: the event is good
         fields = {**fields, "M": f"{fields.get('M')} ({fields.get('D', 'no detail')})"}  # for which time
@@ -1988,10 +1985,7 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
 
 
 # What pg8000 raises when the connection ends, or when the peer does not speak PostgreSQL's protocol.
-BROKEN = (
-    *(pg8000.exceptions.InterfaceError, OSError, struct.error),
-    *(KeyError, IndexError, ValueError, AttributeError),
-)
+BROKEN = (pg8000.exceptions.InterfaceError, OSError, struct.error, LookupError, ValueError, AttributeError)
 NO_ANSWER = "no answer in time"
 ROW_KINDS = (b"T", b"D")  # RowDescription, DataRow: nobody looks at those of a flush
 
