@@ -1990,6 +1990,15 @@ NO_ANSWER = "no answer in time"
 ROW_KINDS = (b"T", b"D")  # RowDescription, DataRow: nobody looks at those of a flush
 
 
+def lost(error: Exception, said: Mapping[str, str]) -> DatabaseError:
+    """Return our error for a connection that has ended, and the last error that the server sent over it."""
+    if said.get("S", said.get("V")) in ("FATAL", "PANIC"):
+        return DatabaseError(f"connection lost: {said.get('M')}")
+    if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
+        return DatabaseError(NO_ANSWER)
+    return DatabaseError(f"connection lost: {one_line(error.__cause__ or error)}")
+
+
 def skipped_rows(message: Message, tags: Iterable[str]) -> Counter[tuple[str, ...]]:
     inserted = [int(tag.rpartition(" ")[2]) for tag in tags if tag.startswith("INSERT ")]
     skipped: Counter[tuple[str, ...]] = Counter()
@@ -2011,7 +2020,6 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
     token = ""  # by which the ledger knows it
     stored: Mapping[str, int] = {}  # how far each epoch was stored when it took the ledger over
     partition_keys: Mapping[str, tuple[str, ...]] = {}  # of the tables, by name
-    _last_error: Mapping[str, str] = {}
 
     def run(self, message: str | Message, seconds: float | None = None) -> list[list[Any]]:
         """Send one message, or the SQL of one without COPY, and return the rows it brings.
@@ -2021,10 +2029,11 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         use any more.
         """
         message = Message(message) if isinstance(message, str) else message
+        context = pg8000.core.Context(message.sql)
         try:
-            context = self._ask(message, self.timeout_s if seconds is None else seconds)
+            self._ask(message, context, self.timeout_s if seconds is None else seconds)
         except BROKEN as error:
-            raise self._lost(error) from None
+            raise lost(error, context.error.args[0] if context.error else {}) from None
         if context.error:
             raise server_error(context.error.args[0])
         if message.sql.endswith("COMMIT") and self.tags[-1:] != ["COMMIT"]:
@@ -2086,12 +2095,11 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             self._usock.settimeout(POLL_S)  # PostgreSQL would notice anyway
             super().close()
 
-    def _ask(self, message: Message, seconds: float) -> Any:
+    def _ask(self, message: Message, context: Any, seconds: float) -> None:
         parts = [(b"Q", message.sql.encode() + b"\0")]
         for data in message.copies:
             parts += [(b"d", data), (b"c", b"")]
         self.tags = []
-        context = pg8000.core.Context(message.sql)
         self._usock.settimeout(seconds)
         self._usock.sendall(b"".join(kind + (len(data) + 4).to_bytes(4) + data for kind, data in parts))
         deadline, kind = time.monotonic() + seconds, b""
@@ -2108,25 +2116,12 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             kind = head[:1]
             if kind not in ROW_KINDS or not (message.copies or message.inserts):
                 self.message_types[kind](data, context)
-        return context
-
-    def _lost(self, error: Exception) -> DatabaseError:
-        said = self._last_error
-        if said.get("S", said.get("V")) in ("FATAL", "PANIC"):
-            return DatabaseError(f"connection lost: {said.get('M')}")
-        if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
-            return DatabaseError(NO_ANSWER)
-        return DatabaseError(f"connection lost: {one_line(error.__cause__ or error)}")
 
     def handle_COPY_IN_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802  # pg8000's name
         """Do nothing: the data is on its way already."""
 
     def handle_COMMAND_COMPLETE(self, data: bytes, context: Any) -> None:  # noqa: N802, ARG002
         self.tags = [*self.tags, data[:-1].decode()]
-
-    def handle_ERROR_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802
-        super().handle_ERROR_RESPONSE(data, context)
-        self._last_error = context.error.args[0]
 
 
 def os_user() -> str:
