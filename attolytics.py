@@ -2136,10 +2136,9 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
     """Return the ways to connect (PostgreSQL manual, 34.19), None without TLS. Raises OperatorError."""
     if target.socket or target.sslmode == "disable":
         return [None]
-    default_root = Path(os.path.expanduser("~/.postgresql/root.crt"))
-    root = target.sslrootcert or str(default_root)
+    root = target.sslrootcert or os.path.expanduser("~/.postgresql/root.crt")
     # As in libpq, a root certificate that is there turns `require` into `verify-ca`.
-    found = bool(target.sslrootcert) or default_root.exists()
+    found = bool(target.sslrootcert) or os.path.exists(root)
     verify = target.sslmode.startswith("verify") or (target.sslmode == "require" and found)
     context = ssl.create_default_context()
     try:
@@ -2156,32 +2155,28 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
     return {"allow": [None, context], "prefer": [context, None]}.get(target.sslmode, [context])
 
 
-PEER_HINT = """\
- (over a socket the role must be named like the system user; the dynamic user of a systemd unit is unknown to\
- PostgreSQL without the Debian package libnss-systemd)"""
-
-
 def session_error(target: Target, error: Exception) -> DatabaseError:
     """Return our error for a session that did not come about; only what can pass by itself is AWAY."""
     match error:
         case pg8000.exceptions.DatabaseError():
-            refusal = server_error(error.args[0])
-            missing = refusal.sqlstate == "28P01" and not target.password
-            hint = " (no password was given: put it in the URL, PGPASSWORD or .pgpass)" if missing else ""
-            hint = PEER_HINT if refusal.sqlstate == "28000" and target.socket else hint
+            refusal, hint = server_error(error.args[0]), ""
+            if refusal.sqlstate == "28P01" and not target.password:
+                hint = " (no password was given: put it in the URL, PGPASSWORD or .pgpass)"
+            if refusal.sqlstate == "28000" and target.socket:
+                hint = (
+                    " (over a socket the role must be named like the system user; the dynamic user of a"
+                    " systemd unit is unknown to PostgreSQL without the Debian package libnss-systemd)"
+                )
             fault = Fault.AWAY if refusal.fault is Fault.AWAY else Fault.OPERATOR
             return DatabaseError(f"{refusal}{hint}", fault, refusal.sqlstate)
-        case DatabaseError():
-            return error
         case TimeoutError():
             return DatabaseError(NO_ANSWER)
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
             return DatabaseError("the connection ended during the TLS handshake")
-        case ssl.SSLCertVerificationError():
-            words = f"the server's certificate is not valid: {error.verify_message}"
-            reason = f"TLS with {target.host} failed: {words}"
         case ssl.SSLError():
             words = (error.reason or one_line(error)).replace("_", " ").lower()
+            if isinstance(error, ssl.SSLCertVerificationError):
+                words = f"the server's certificate is not valid: {error.verify_message}"
             reason = f"TLS with {target.host} failed: {words}"
         case pg8000.core.scramp.ScramException():
             reason = f"the password cannot be used with SCRAM: {one_line(error)}"
@@ -2192,28 +2187,17 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
     return DatabaseError(reason, Fault.OPERATOR)
 
 
-def check_session(session: Session) -> None:
-    status = session.parameter_statuses
-    if status.get("standard_conforming_strings") != "on":
-        raise DatabaseError("standard_conforming_strings must be on", Fault.OPERATOR)
-    if status.get("client_encoding", "").upper().replace("-", "") not in ("UTF8", "UNICODE"):
-        raise DatabaseError("client_encoding must be UTF8", Fault.OPERATOR)
-    if session.run("SHOW transaction_read_only") != [["off"]]:
-        raise DatabaseError("the database is read-only", Fault.AWAY, "25006")
-
-
 def open_socket(target: Target, context: ssl.SSLContext | None) -> socket.socket:
     """Return a connected socket, encrypted if there is a context. Raises DatabaseError, OSError."""
     with contextlib.ExitStack() as at_error:
         try:
             if target.socket:
-                sock = socket.socket(socket.AF_UNIX)
-                at_error.callback(sock.close)
+                sock = at_error.enter_context(socket.socket(socket.AF_UNIX))
                 sock.settimeout(target.connect_timeout)
                 sock.connect(target.socket)
             else:
                 sock = socket.create_connection((target.host, target.port), target.connect_timeout)
-                at_error.callback(sock.close)
+                at_error.enter_context(sock)
                 # Without this every flush waits 40 ms for a delayed acknowledgement; pg8000 does not set it.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
@@ -2234,8 +2218,6 @@ def start_session(target: Target, context: ssl.SSLContext | None) -> Session:
     """Return a session, encrypted if there is a context. Raises DatabaseError."""
     # Settings that a server or a role may have changed, and that quoting relies on.
     settings = {"client_encoding": "UTF8", "standard_conforming_strings": "on"}
-    if target.options:
-        settings["options"] = target.options
     try:
         session = Session(
             target.user,
@@ -2245,13 +2227,19 @@ def start_session(target: Target, context: ssl.SSLContext | None) -> Session:
             password=target.password or "",
             application_name=target.application_name,
             ssl_context=False,  # done already
-            startup_params=settings,
+            startup_params={**settings, "options": target.options or None},
         )
-    except (DatabaseError, pg8000.exceptions.Error, pg8000.core.scramp.ScramException, *BROKEN) as error:
+    except (pg8000.exceptions.Error, pg8000.core.scramp.ScramException, *BROKEN) as error:
         raise session_error(target, error) from None
     session.timeout_s = target.connect_timeout
+    status = session.parameter_statuses
     try:
-        check_session(session)
+        if status.get("standard_conforming_strings") != "on":
+            raise DatabaseError("standard_conforming_strings must be on", Fault.OPERATOR)
+        if status.get("client_encoding", "").upper().replace("-", "") not in ("UTF8", "UNICODE"):
+            raise DatabaseError("client_encoding must be UTF8", Fault.OPERATOR)
+        if session.run("SHOW transaction_read_only") != [["off"]]:
+            raise DatabaseError("the database is read-only", Fault.AWAY, "25006")
     except DatabaseError:
         session.close()
         raise
