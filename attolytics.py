@@ -1509,8 +1509,6 @@ class Step:
 class Plan(tuple[Step, ...]):
     """What is to be done about a database."""
 
-    __slots__ = ()
-
     @property
     def reasons(self) -> list[str]:
         return [reason for step in self for reason in step.reasons]
@@ -2296,10 +2294,9 @@ def survey(session: Session, schema: Schema, user: str) -> Plan:
             table = table._replace(is_empty=partial(is_empty, name))
         catalog[name] = table._replace(partitions=partial(session.run, partitions_sql(name)))
     # Citus has such a table, and it lists what it does not leave to PostgreSQL alone.
-    if session.run("SELECT to_regclass('pg_dist_partition')") != [[None]]:
-        listed = f"SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass('{LEDGER}')"
-        if session.run(listed):
-            catalog[LEDGER] = catalog[LEDGER]._replace(kind="Citus table")
+    listed = f"SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass('{LEDGER}')"
+    if session.run("SELECT to_regclass('pg_dist_partition')") != [[None]] and session.run(listed):
+        catalog[LEDGER] = catalog[LEDGER]._replace(kind="Citus table")
     session.partition_keys = {name: (*table.partition_key,) for name, table in catalog.items()}
     return make_plan(schema, catalog, user)
 
