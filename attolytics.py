@@ -1490,8 +1490,7 @@ class Way(Enum):
 
     CREATE = auto()  # every start
     ALTER = auto()  # --migrate; without it the tables do not fit
-    DROP = auto()  # every start: what an interrupted build left behind
-    BUILD = auto()  # every start
+    BUILD = auto()  # every start; also drops what an interrupted build left behind
     HAND = auto()  # the operator: it blocks, rewrites, drops or grants something
 
 
@@ -1630,7 +1629,7 @@ def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
             if item[1:4] == ours and item.name in (plain, coded) and not item.busy:
                 left = f'table "{table.name}", index "{item.name}" was left behind by an interrupted build'
                 drop = f"DROP INDEX CONCURRENTLY IF EXISTS {item.sql_name}"
-                yield Step(Way.DROP, table.name, (left,), (drop,))
+                yield Step(Way.BUILD, table.name, (left,), (drop,))
         if any(item.serves_as(index) for item in existing.indexes):
             continue
         build = index.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(name)} ")
@@ -1672,15 +1671,9 @@ def make_plan(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -
     return Plan(sorted(steps, key=lambda step: step.way.value))
 
 
-def sql_lines(statements: Iterable[str]) -> str:
-    return "\n".join(f"  {statement};" for statement in statements)
-
-
-def misfits_text(plan: Plan, what: str, ways: str) -> str:
-    count = "a difference" if len(plan.reasons) == 1 else f"{len(plan.reasons)} differences"
-    reasons = "".join(f"  {reason}\n" for reason in plan.reasons)
-    head = f"the database does not fit the schema file, {count}{what}:"
-    return f"{head}\n{reasons}{ways} mend the tables with:\n{sql_lines(plan.statements)}"
+def to_run(text: str, statements: Iterable[str]) -> OperatorError:
+    """Return an error with the statements that mend it."""
+    return OperatorError("\n".join([text, *(f"  {statement};" for statement in statements)]))
 
 
 def comment(text: str) -> str:
@@ -1696,7 +1689,7 @@ def script(plan: Plan) -> str:
         lines += [f"{statement};" for statement in quick]
     if by_hand:
         lines += ["-- What --migrate leaves to you, because it blocks, rewrites, drops or grants something:"]
-        lines += [comment(sql_lines(by_hand))]
+        lines += [comment(f"  {statement};") for statement in by_hand]
     return "\n".join(lines)
 
 
@@ -2305,9 +2298,13 @@ def refuse_misfits(plan: Plan, migrates: bool) -> None:
     """Raise OperatorError for what a start may not mend by itself."""
     left = [Way.HAND] if migrates else [Way.HAND, Way.ALTER]
     if misfits := Plan(step for step in plan.by(*left) if step.way is Way.HAND or not step.index):
+        count = "a difference" if len(misfits.reasons) == 1 else f"{len(misfits.reasons)} differences"
         what = " that --migrate leaves to you (nothing was changed)" if migrates else ""
+        reasons = "".join(f"  {reason}\n" for reason in misfits.reasons)
         migrating = "" if misfits.by(Way.HAND) else "start with --migrate, "
-        raise OperatorError(misfits_text(misfits, what, f"Change the schema file, {migrating}or"))
+        text = f"the database does not fit the schema file, {count}{what}:\n{reasons}"
+        text += f"Change the schema file, {migrating}or mend the tables with:"
+        raise to_run(text, misfits.statements)
 
 
 def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> DatabaseError | OperatorError:
@@ -2316,7 +2313,7 @@ def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> Datab
         return DatabaseError(text, error.fault, error.sqlstate)
     detail = f" ({error.detail})" if error.detail else ""
     allow = f"Let the owner of the database run this, or allow user {identifier(user)} to:"
-    return OperatorError(f"{text}{detail}\n{allow}\n{sql_lines(statements)}")
+    return to_run(f"{text}{detail}\n{allow}", statements)
 
 
 def check_tables(session: Session, schema: Schema, user: str) -> None:
@@ -2326,10 +2323,8 @@ def check_tables(session: Session, schema: Schema, user: str) -> None:
     refuse_misfits(plan, migrates=False)
     # (ON CONFLICT needs its unique index.)
     if needed := Plan(step for step in plan if step.way is Way.CREATE or (step.index and step.index.unique)):
-        raise OperatorError(
-            "tables or indexes that events need are gone; bring them back, or create them with:\n"
-            + sql_lines(needed.statements)
-        )
+        text = "tables or indexes that events need are gone; bring them back, or create them with:"
+        raise to_run(text, needed.statements)
 
 
 def take(session: Session, step: Step, plan: Callable[[], Plan]) -> None:
@@ -2338,7 +2333,7 @@ def take(session: Session, step: Step, plan: Callable[[], Plan]) -> None:
     That lock is a transaction's. The build of an index cannot be in one: it is started right after it, under
     a name that another instance would choose as well, so that the second of two does nothing. PostgreSQL
     takes two builds at once for a deadlock and ends one of them after a second; the next plan clears up
-    behind it. Raises OperatorError for a build that took too long.
+    behind it.
     """
     session.run("BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '10s'")
     if step.way is not Way.CREATE:
@@ -2348,33 +2343,24 @@ def take(session: Session, step: Step, plan: Callable[[], Plan]) -> None:
     statements = step.statements if step in plan() else ()
     if step.way is Way.ALTER:
         session.run(ALTER_SETTINGS)
-    elif step.way is not Way.CREATE:
+    if step.way is Way.BUILD:
         session.run("COMMIT")
-    try:
-        for statement in statements:  # each alone: Citus hands all of an ALTER's message to its workers
-            log.info("database: %s", statement)
-            session.run(statement)
-    except DatabaseError as error:
-        if (
-            step.way is not Way.BUILD or error.sqlstate != "57014"
-        ):  # query_canceled: by a time-out of the role's
-            raise
-        raise OperatorError(
-            f"PostgreSQL gave up building an index: {error}; run this without a time-out, or let the"
-            f" URL say ?options=-c%20statement_timeout%3D0%20-c%20lock_timeout%3D0\n{sql_lines(statements)}"
-        ) from None
-    if step.way in (Way.CREATE, Way.ALTER):
+    for statement in statements:  # each alone: Citus hands all of an ALTER's message to its workers
+        log.info("database: %s", statement)
+        session.run(statement)
+    if step.way is not Way.BUILD:
         session.run("COMMIT")
 
 
 def repeated_values(index: Index, error: DatabaseError) -> OperatorError:
     table, column = identifier(index.table), identifier(index.column)
     find = f"SELECT {column}, count(*) FROM {table} GROUP BY {column} HAVING count(*) > 1"
-    return OperatorError(
+    text = (
         f'table "{index.table}", column "{index.column}" cannot become unique, because values are repeated in'
         f" it: {error.detail or error}\nFind them with the SELECT, remove them, and start again or run the"
-        f" rest:\n{sql_lines([find, index.sql('CONCURRENTLY ')])}"
+        " rest:"
     )
+    return to_run(text, [find, index.sql("CONCURRENTLY ")])
 
 
 def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: bool) -> None:
@@ -2388,14 +2374,20 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: 
             take(session, step, plan)
             taken[step] += 1
         except DatabaseError as error:
+            if step.way is Way.BUILD and error.sqlstate == "57014":  # query_canceled: a time-out of the role
+                text = (
+                    f"PostgreSQL gave up building an index: {error}; run this without a time-out, or let the"
+                    " URL say ?options=-c%20statement_timeout%3D0%20-c%20lock_timeout%3D0"
+                )
+                raise to_run(text, step.statements) from None
             if not error.sqlstate.startswith(TRY_AGAIN):
                 raise not_run(error, steps.statements, user) from None
             session.run("ROLLBACK")
             if step.index and step.index.unique and error.sqlstate == "23505":
                 repeated[step.index] = repeated_values(step.index, error)  # the next plan drops what is left
                 continue
-            # Behind a DROP or a BUILD nobody has to wait, and somebody's build may take long.
-            patience = PREPARE_TIMEOUT_S if step.way in (Way.DROP, Way.BUILD) else CHANGE_PATIENCE_S
+            # Behind a BUILD nobody has to wait, and somebody's build may take long.
+            patience = PREPARE_TIMEOUT_S if step.way is Way.BUILD else CHANGE_PATIENCE_S
             patience = patience if migrates else START_PATIENCE_S
             if step not in deadlines:
                 log.info('database: table "%s" is in use, waiting for it: %s', step.table, error)
@@ -2404,7 +2396,7 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: 
                 raise DatabaseError(reason + "; ".join(step.statements), Fault.AWAY, error.sqlstate) from None
             time.sleep(random.uniform(0.5, 1) * CHANGE_PAUSE_S)  # so that two do not meet again
         if taken[step] > 5:  # PostgreSQL takes it, and it has no effect
-            raise OperatorError(f"run {taken[step]} times without effect:\n{sql_lines(step.statements)}")
+            raise to_run(f"run {taken[step]} times without effect:", step.statements)
     if repeated:
         raise OperatorError("\n".join(map(str, repeated.values())))
 
@@ -2472,7 +2464,7 @@ class Opener:
             if not isinstance(error, DatabaseError) or error.sqlstate != "42501":  # insufficient_privilege
                 raise
             grant = f"GRANT SELECT, INSERT, UPDATE ON {LEDGER} TO {identifier(self.target.user)}"
-            raise OperatorError(f"cannot use the tables: {error}; run:\n{sql_lines([grant])}") from None
+            raise to_run(f"cannot use the tables: {error}; run:", [grant]) from None
 
     def prepare(self, schema: Schema) -> None:
         """Prepare or migrate the tables for another schema, over a connection of its own, then use it.
