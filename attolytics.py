@@ -1984,7 +1984,7 @@ ROW_KINDS = (b"T", b"D")  # RowDescription, DataRow: nobody looks at those of a 
 
 def lost(error: Exception, said: Mapping[str, str]) -> DatabaseError:
     """Return our error for a connection that has ended, and the last error that the server sent over it."""
-    if said.get("S", said.get("V")) in ("FATAL", "PANIC"):
+    if said.get("V", said.get("S")) in ("FATAL", "PANIC"):
         return DatabaseError(f"connection lost: {said.get('M')}")
     if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
         return DatabaseError(NO_ANSWER)
