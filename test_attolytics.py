@@ -1986,6 +1986,19 @@ class LedgerTest(DatabaseCase):
         beside.run("COMMIT")
         self.assertEqual(self.query("SELECT mark FROM plain"), [[1]])
 
+    def test_who_holds_the_row_and_may_not_be_ended_is_waited_for(self) -> None:
+        self.role("special")
+        self.query("GRANT ALL ON ALL TABLES IN SCHEMA public TO special")
+        self.take_over()
+        running = self.session()
+        running.run(self.flush(5, end=""))
+        impatient = attolytics.FLUSH_START.replace(str(attolytics.LOCK_TIMEOUT_MS), "300")
+        opener = attolytics.Opener(self.postgres.target(self.database, user="special"), self.schema)
+        patch = unittest.mock.patch.object(attolytics, "FLUSH_START", impatient)
+        with patch, self.assertRaisesRegex(DatabaseError, "lock timeout") as caught:
+            opener.open([self.epoch])
+        self.assertIs(caught.exception.fault, Fault.AWAY)
+
 
 @not_pooled("it is for sessions that nobody shares")
 class PreparedLedgerTest(LedgerTest):
