@@ -2432,8 +2432,8 @@ class Opener:
     def __init__(self, target: Target, schema: Schema, migrates: bool = False) -> None:
         self.target = target
         self._migrates = migrates
-        # Replaced as a whole: the schema, and whether its tables have been prepared.
-        self._state = (schema, False)
+        self._schema = schema
+        self._prepared: Mapping[str, Table] | None = None  # the tables that were there as they should be
         self._partition_keys: dict[str, tuple[str, ...]] = {}  # for the session that is open, too
 
     def open(self, epochs: Iterable[str]) -> Session:
@@ -2442,16 +2442,14 @@ class Opener:
         Finds out whether rows could be inserted into all tables, so that the writer need not. Raises
         DatabaseError or OperatorError.
         """
-        state = self._state
-        schema, is_prepared = state
+        schema = self._schema
         session = connect(self.target)
         try:
-            if is_prepared:
+            if schema.tables == self._prepared:
                 check_tables(session, schema, self.target.user)
             else:
                 prepare(session, schema, self.target.user, self._migrates)
-                if self._state is state:  # or else a reload has been quicker
-                    self._state = (schema, True)
+                self._prepared = schema.tables
             session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
             self._partition_keys.update(session.partition_keys)
             session.partition_keys = self._partition_keys
@@ -2474,19 +2472,19 @@ class Opener:
         While the database is away only the apps may be others. For any thread. Inserts go on meanwhile.
         Blocks and raises as open() does; the schema from before stays then.
         """
-        before, is_prepared = self._state
+        before = self._schema
         try:
             with contextlib.closing(connect(self.target)) as session:
                 prepare(session, relaxed(schema, before), self.target.user, self._migrates)
                 self._partition_keys.update(session.partition_keys)
-            is_prepared = True
+            self._prepared = schema.tables
         except DatabaseError as error:
             if error.fault is not Fault.AWAY:
                 raise
             if before.tables != schema.tables:
                 problem = f"the database cannot be compared with it: {error}; try again when it can"
                 raise OperatorError(problem) from None
-        self._state = (schema, is_prepared)
+        self._schema = schema
 
 
 # --- Spool --------------------------------------------------------------------
