@@ -1,6 +1,6 @@
 FROM python:3.13-slim
 
-RUN pip install --no-cache-dir --disable-pip-version-check "pg8000>=1.31,<2" "PyYAML>=6.0,<7" \
+RUN pip install --no-cache-dir --disable-pip-version-check "pg8000>=1.31.3,<2" "PyYAML>=6.0,<7" \
     && useradd --system --no-create-home --uid 10001 attolytics \
     && install -d -o attolytics -m 700 /var/lib/attolytics
 

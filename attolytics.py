@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["pg8000>=1.31,<2", "PyYAML>=6.0,<7"]
+# dependencies = ["pg8000>=1.31.3,<2", "PyYAML>=6.0,<7"]
 # ///
 """Attolytics receives analytics events over HTTP and inserts them into PostgreSQL.
 
