@@ -3701,14 +3701,13 @@ class Incoming:
         self._sock = sock
         self._clock = clock
         self._buffer = b""
-        self._at = 0  # what is before it has been taken
         self._waits_s = IDLE_SLICE_S  # what limit_wait() was told last, first by the listener
 
     def wait(self) -> bool | None:
         """Return whether the next request has begun; False at the end of input, None after IDLE_SLICE_S."""
-        if self._at == len(self._buffer):
+        if not self._buffer:
             try:
-                self._buffer, self._at = self._receive(self._clock() + IDLE_SLICE_S), 0
+                self._buffer = self._receive(self._clock() + IDLE_SLICE_S)
             except Refusal:
                 return None
         return bool(self._buffer)
@@ -3721,10 +3720,7 @@ class Incoming:
         return head
 
     def exactly(self, size: int, deadline: float) -> bytes:
-        parts = [self._buffer[self._at : self._at + size]]
-        self._at += len(parts[0])
-        if self._at == len(self._buffer):  # do not keep a large body while its events are stored
-            self._buffer, self._at = b"", 0
+        parts, self._buffer = [self._buffer[:size]], self._buffer[size:]
         missing = size - len(parts[0])
         while missing:
             data = self._receive(deadline, missing)
@@ -3770,30 +3766,28 @@ class Incoming:
 
     def _until(self, mark: bytes, check: Callable[[bytes], None], deadline: float) -> bytes:
         """Take what comes before a mark, and the mark; `check` may refuse the beginning of it."""
-        while (end := self._buffer.find(mark, self._at)) < 0:
-            check(self._buffer[self._at :])
+        while mark not in self._buffer:
+            check(self._buffer)
             data = self._receive(deadline)
             if not data:
                 raise Refusal("malformed_request", "the connection ended in the middle of the request")
-            self._buffer, self._at = self._buffer[self._at :] + data, 0
-        taken = self._buffer[self._at : end]
-        self._at = end + len(mark)
+            self._buffer += data
+        taken, _, self._buffer = self._buffer.partition(mark)
         return taken
 
     def _receive(self, deadline: float, size: int = 0) -> bytes:
         """Return what comes, at most RECEIVE_BYTES, b"" at the end; with a `size` wait for all of that."""
         seconds = math.ceil(deadline - self._clock())  # mostly what was set the last time
         try:
-            if seconds > 0 and seconds != self._waits_s:
+            if seconds <= 0:
+                raise BlockingIOError
+            if seconds != self._waits_s:
                 self._waits_s = seconds
                 limit_wait(self._sock, socket.SO_RCVTIMEO, seconds)
-            if seconds > 0:
-                # Not each piece of a large body wakes us, nor leaves a hole in the memory.
-                flags = socket.MSG_WAITALL if size else 0
-                return self._sock.recv(min(size, BODY_BYTES_MAX) or RECEIVE_BYTES, flags)
+            # Not each piece of a large body wakes us, nor leaves a hole in the memory.
+            return self._sock.recv(min(size, BODY_BYTES_MAX) or RECEIVE_BYTES, size and socket.MSG_WAITALL)
         except BlockingIOError:
-            pass
-        raise Refusal("too_slow", "the request did not arrive in time")
+            raise Refusal("too_slow", "the request did not arrive in time") from None
 
 
 class Pool:
