@@ -82,7 +82,7 @@ from decimal import Decimal
 from email.utils import formatdate
 from enum import Enum, StrEnum, auto
 from functools import lru_cache, partial
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler
@@ -3506,12 +3506,11 @@ STATUS_HEADERS: Mapping[HTTPStatus, str] = {
 EXPOSED = "Access-Control-Expose-Headers: Retry-After\r\n"
 ANY_ORIGIN = f"Access-Control-Allow-Origin: *\r\n{EXPOSED}"
 
-KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
 CODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate"}
 ONCE_ONLY = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "origin"}
 
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
-FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")  # RFC 9112, section 5
+REQUEST_LINE = re.compile(rf"({HEADER_NAME}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+FIELD = re.compile(rf"({HEADER_NAME}):[ \t]*([\t -~\x80-\xff]*)")  # RFC 9112, section 5
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?/apps/([^/?#]+)/events(?:\?[^#]*)?")
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*(?=\r\n|\Z)", re.IGNORECASE)
@@ -3619,7 +3618,7 @@ def parse_head(head: bytes) -> Head:
 
 
 def find_app(head: Head, apps: Mapping[str, Intake]) -> Intake:
-    if head.method not in KNOWN_METHODS:
+    if head.method not in HTTPMethod.__members__:
         raise Refusal("not_implemented", f"the method {show(head.method)} is not known")
     match = TARGET.fullmatch(head.target)
     if not match:
@@ -3751,9 +3750,13 @@ class Incoming:
         return bytes(body)
 
     def drain(self) -> None:
-        """Read and drop what still comes, until the client stops, for LINGER_S at most."""
+        """End our side; read and drop what still comes until the client stops, for LINGER_S at most.
+
+        Closing at once would reset the connection under the answer.
+        """
         deadline = self._clock() + LINGER_S
         with contextlib.suppress(Refusal, OSError):
+            self._sock.shutdown(socket.SHUT_WR)
             while self._receive(deadline):
                 pass
 
@@ -3808,8 +3811,8 @@ class Pool:
         Blocks at most PLACE_PATIENCE_S, and not while there have been too many for longer than that.
         """
         with self._released:
-            patience = self._full_since + PLACE_PATIENCE_S - time.monotonic() if self.is_full() else 0
-            if not self._released.wait_for(lambda: not self.is_full(), max(patience, 0)):
+            patience_s = self._full_since + PLACE_PATIENCE_S - time.monotonic()
+            if not self._released.wait_for(lambda: not self.is_full(), patience_s):
                 return False
             if self.busy == self._threads:
                 name = f"{self._name}-{self._threads}"
@@ -3935,8 +3938,6 @@ class Handler(BaseRequestHandler):
             if not self.has_parted:
                 self._finish_answer()
             if self._body_unread:
-                # Closing at once would reset the connection under the answer.
-                self.request.shutdown(socket.SHUT_WR)
                 self._incoming.drain()
         except OSError as error:  # the client is gone: nobody to answer
             log.debug("%s: %s", network_of(self.client_address[0]), reason_of(error))
@@ -4190,7 +4191,6 @@ class Server(Listener):
         with contextlib.suppress(OSError):  # the client is gone
             sock.send(answer_bytes(status, f"{headers}Connection: close\r\n", text), flags)
             if not flags:
-                sock.shutdown(socket.SHUT_WR)
                 incoming.drain()
         self.shutdown_request(sock)
 
