@@ -3653,11 +3653,9 @@ def check_request(head: Head, intake: Intake, body_bytes_max: int) -> None:
         raise Refusal("too_large", f"the body has {head.length} bytes; a request may have {body_bytes_max}")
 
 
-def cors_headers(intake: Intake | None, head: Head | None) -> str:
+def cors_headers(intake: Intake, head: Head) -> str:
     """Return the CORS header lines of an answer (fetch.spec.whatwg.org, 3.2)."""
     lines = ANY_ORIGIN
-    if not intake or not head:
-        return lines
     if intake.app.origins is not None:
         origin = head.headers.get("origin")
         if origin is None or not intake.app.allows(origin):
@@ -3673,9 +3671,19 @@ def cors_headers(intake: Intake | None, head: Head | None) -> str:
 http_date = lru_cache(1)(partial(formatdate, usegmt=True))  # RFC 9110, section 6.6.1; once a second
 
 
-def answer_text(**values: object) -> str:
-    """Return the JSON body of an answer, in ASCII, without the empty lists."""
-    return json.dumps({name: values[name] for name in values if values[name] != []}) + "\n"
+def answer_text(verdict: str | Refusal, batch: Batch | None = None) -> str:
+    """Return the JSON body of an answer, in ASCII: to a refused request, a stored batch or a preflight."""
+    values: dict[str, object]
+    if isinstance(verdict, Refusal):
+        values = {"error": verdict.reason, "events": [vars(problem) for problem in verdict.problems]}
+    elif batch is None:
+        return ""
+    elif batch.warnings or batch.problems:
+        values = {"accepted": batch.accepted, "stored": verdict, "warnings": [*batch.warnings]}
+        values["quarantined"] = [vars(problem) for problem in batch.problems[:PROBLEMS_MAX]]
+    else:
+        return f'{{"accepted": {batch.accepted}, "stored": "{verdict}"}}\n'  # half the time of json.dumps
+    return json.dumps({name: value for name, value in values.items() if value != []}) + "\n"
 
 
 def answer_bytes(status: HTTPStatus, headers: str, text: str) -> bytes:
@@ -3718,7 +3726,12 @@ class Incoming:
             head = self._until(b"\r\n\r\n", check_partial_head, deadline).removeprefix(b"\r\n")
         return head
 
-    def exactly(self, size: int, deadline: float) -> bytes:
+    def body(self, length: int | None, limit: int) -> bytes:
+        """Return a request's body, of a known length or (None) chunked, then of at most `limit` bytes."""
+        deadline = self._clock() + BODY_DEADLINE_S
+        return self._chunked(limit, deadline) if length is None else self._exactly(length, deadline)
+
+    def _exactly(self, size: int, deadline: float) -> bytes:
         parts, self._buffer = [self._buffer[:size]], self._buffer[size:]
         missing = size - len(parts[0])
         while missing:
@@ -3729,7 +3742,7 @@ class Incoming:
             missing -= len(data)
         return b"".join(parts)
 
-    def chunked(self, limit: int, deadline: float) -> bytes:
+    def _chunked(self, limit: int, deadline: float) -> bytes:
         """Return a chunked body (RFC 9112, section 7.1) of at most `limit` bytes."""
         body = bytearray()
         size = -1
@@ -3740,8 +3753,8 @@ class Incoming:
             size = int(match[1], 16)
             if len(body) + size > limit:
                 raise Refusal("too_large", f"the body has more than {limit} bytes")
-            body += self.exactly(size, deadline)
-            if size and self.exactly(2, deadline) != b"\r\n":
+            body += self._exactly(size, deadline)
+            if size and self._exactly(2, deadline) != b"\r\n":
                 raise Refusal("malformed_request", "a chunk is longer than its size says")
         trailers: list[str] = []
         while (line := self._line(HEADER_BYTES_MAX, deadline)) and len(trailers) <= HEADER_COUNT_MAX:
@@ -3917,19 +3930,19 @@ class Handler(BaseRequestHandler):
         self._incoming = Incoming(self.request, self._service.clock)
         # The last head that was let in, without its Content-Length, and what came of it: clients that keep
         # their connection repeat it byte for byte. Good for these apps only.
-        self._known: tuple[bytes, Mapping[str, Intake], Head, Intake] | None = None
+        self._known: tuple[bytes, Mapping[str, Intake], Head, Intake, str] | None = None
         # Held while the writer has a batch of ours, from submit() until its answer is sent.
         self._answered = threading.Lock()
         self._rest = b""  # of its answer, which the kernel did not take
         self.has_parted = False  # from its thread: the connection ends with that answer
-        # About the request that is served, or whose answer the writer has to send.
-        self._batch: Batch | None = None
-        self._head: Head | None = None
-        self._intake: Intake | None = None
-        self._body_unread = False
-        self._body = b""  # of a request that may yet be refused
+        self._batch: Batch | None = None  # which the writer has
         self._keeps = True  # the connection, after the last answer
-        self._started = 0.0
+        # About the request that is served, or whose answer the writer has to send.
+        self.head: Head | None = None
+        self.intake: Intake | None = None
+        self.body: bytes | None = b""  # None until it has been read, b"" after the answer
+        self.started = 0.0
+        self._cors = ANY_ORIGIN
 
     def handle(self) -> None:
         try:
@@ -3937,7 +3950,7 @@ class Handler(BaseRequestHandler):
                 pass
             if not self.has_parted:
                 self._finish_answer()
-            if self._body_unread:
+            if self.body is None:
                 self._incoming.drain()
         except OSError as error:  # the client is gone: nobody to answer
             log.debug("%s: %s", network_of(self.client_address[0]), reason_of(error))
@@ -3951,27 +3964,26 @@ class Handler(BaseRequestHandler):
         while (has_begun := self._incoming.wait()) is None:
             self._finish_answer()
             limit_s = IDLE_CROWDED_S if self.server.pool.is_full(0.75) else IDLE_S
-            limit_s = limit_s if self._head else HEAD_DEADLINE_S  # the first one
+            limit_s = limit_s if self.head else HEAD_DEADLINE_S  # the first one
             if self._service.ended or self._service.clock() - since > limit_s:
                 return False
         self._finish_answer()
         return has_begun and self._keeps
 
     def _exchange(self) -> bool:
-        self._started = self._service.clock()
-        self._head, self._intake, self._body_unread = None, None, True
+        self.started = self._service.clock()
+        self.head, self.intake, self.body, self._cors = None, None, None, ANY_ORIGIN
         try:
             batch = self._read_request()
         except Refusal as refusal:
-            self.request.sendall(self._refusal(refusal))
+            self.request.sendall(self._answer(refusal))
             return self._keeps
-        self._body = b""
         if batch is None:
-            self.request.sendall(self._answer(HTTPStatus.NO_CONTENT, ""))
+            self.request.sendall(self._answer())
             return self._keeps
         # The kernel may not take all of a long answer at once.
         self._batch, is_long = batch, bool(batch.problems)
-        keep_alive = bool(self._head and self._head.keep_alive)
+        keep_alive = bool(self.head and self.head.keep_alive)
         self._answered.acquire()
         self.has_parted = not keep_alive and not is_long  # the writer's thread has everything from here on
         self._service.writer.submit(batch, self._tell)
@@ -3983,21 +3995,7 @@ class Handler(BaseRequestHandler):
         """Send the answer to a batch. Called by the writer's thread; does not block."""
         batch, self._batch = self._batch, None
         assert batch is not None
-        if isinstance(verdict, Refusal):
-            self._body = batch.body
-            answer = self._refusal(verdict)
-        else:
-            if self._service.live:
-                self._service.live.note(self, verdict, batch)
-            text = f'{{"accepted": {batch.accepted}, "stored": "{verdict}"}}\n'  # half the time of json.dumps
-            if batch.warnings or batch.problems:
-                text = answer_text(
-                    accepted=batch.accepted,
-                    stored=verdict,
-                    warnings=list(batch.warnings),
-                    quarantined=[vars(problem) for problem in batch.problems[:PROBLEMS_MAX]],
-                )
-            answer = self._answer(HTTPStatus.OK, text)
+        answer = self._answer(verdict, batch)
         self._service.let_go(batch)
         try:
             sent = self.request.send(answer, socket.MSG_DONTWAIT)
@@ -4027,23 +4025,25 @@ class Handler(BaseRequestHandler):
                 self.request.sendall(self._rest)
                 self._rest = b""
 
-    def _refusal(self, refusal: Refusal) -> bytes:
-        self._service.metrics.refuse(refusal, self._intake.app.id if self._intake else "")
-        if self._service.live:
-            self._service.live.note(self, refusal)
-        self._body = b""
-        text = answer_text(error=refusal.reason, events=[vars(problem) for problem in refusal.problems])
-        return self._answer(refusal.status, text, refusal.reason)
+    def _answer(self, verdict: str | Refusal = "", batch: Batch | None = None) -> bytes:
+        """Return the answer to a refused request, to a stored batch or to a preflight; count and log it.
 
-    def _answer(self, status: HTTPStatus, text: str, reason: str = "") -> bytes:
-        """Return an answer; decide whether the connection stays open after it; count and log it."""
-        head, service = self._head, self._service
-        seconds = service.clock() - self._started
+        Decides whether the connection stays open after it.
+        """
+        service, head, intake = self._service, self.head, self.intake
+        status, reason = HTTPStatus.OK if batch else HTTPStatus.NO_CONTENT, ""
+        if isinstance(verdict, Refusal):
+            batch, status, reason = None, verdict.status, verdict.reason
+            service.metrics.refuse(verdict, intake.app.id if intake else "")
+        if service.live and verdict:
+            service.live.note(self, verdict, batch)
+        seconds = service.clock() - self.started
         service.metrics.count("http_requests_total", 1, f"{status}")
         service.metrics.observe("http_request_duration_seconds", seconds)
-        self._keeps = bool(head and head.keep_alive) and not self._body_unread and not service.draining
-        connection = f"Connection: {'keep-alive' if self._keeps else 'close'}\r\n"
-        answer = answer_bytes(status, cors_headers(self._intake, head) + connection, text)
+        self._keeps = bool(head and head.keep_alive) and self.body is not None and not service.draining
+        self.body = self.body and b""
+        headers = f"{self._cors}Connection: {'keep-alive' if self._keeps else 'close'}\r\n"
+        answer = answer_bytes(status, headers, answer_text(verdict, batch))
         if head and head.method == "HEAD":
             answer = answer[: answer.index(b"\r\n\r\n") + 4]
         if log.isEnabledFor(logging.DEBUG):
@@ -4058,20 +4058,21 @@ class Handler(BaseRequestHandler):
         field = CONTENT_LENGTH.search(raw)
         shape, length = (raw[: field.start()] + raw[field.end() :], int(field[1])) if field else (b"", 0)
         if field and self._known and self._known[:2] == (shape, apps) and length <= limit:
-            _, _, self._head, self._intake = self._known
-            return self._head, self._intake, length
-        head = self._head = parse_head(raw)
+            _, _, self.head, self.intake, self._cors = self._known
+            return self.head, self.intake, length
+        head = self.head = parse_head(raw)
         try:
-            intake = self._intake = find_app(head, apps)
+            intake = self.intake = find_app(head, apps)
+            self._cors = cors_headers(intake, head)
             check_request(head, intake, limit)
         except Refusal:
             # Read the body all the same, so that the connection can go on. Not if the client waits
             # for a go-ahead that it will not get, nor if the body is too large.
             if not head.expects_continue and (head.length or 0) <= limit:
-                self._read_body(head.length)
+                self.body = self._incoming.body(head.length, limit)
             raise
         if field and "content-length" not in intake.headers:
-            self._known = shape, apps, head, intake
+            self._known = shape, apps, head, intake, self._cors
         return head, intake, head.length
 
     def _read_request(self) -> Batch | None:
@@ -4079,20 +4080,12 @@ class Handler(BaseRequestHandler):
         service, (head, intake, length) = self._service, self._let_in()
         if head.expects_continue and length != 0:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_body(length)
+        body = self.body = self._incoming.body(length, service.body_bytes_max)
         if head.method == "OPTIONS":
             return None
         if coding := CODINGS[head.headers.get("content-encoding", "").lower()]:
-            body = self._body = inflate(body, coding, service.body_bytes_max)
+            body = self.body = inflate(body, coding, service.body_bytes_max)
         return service.batch(intake, body, Delivery(head.headers, self.client_address[0], time.time()))
-
-    def _read_body(self, length: int | None) -> bytes:
-        """Return the body, of a known length or (None) chunked."""
-        incoming, deadline = self._incoming, self._service.clock() + BODY_DEADLINE_S
-        limit = self._service.body_bytes_max
-        body = incoming.chunked(limit, deadline) if length is None else incoming.exactly(length, deadline)
-        self._body_unread, self._body = False, body
-        return body
 
 
 def describe_bug(error: BaseException | None) -> str:
@@ -4175,7 +4168,7 @@ class Server(Listener):
 
     def _turn_away(self, sock: socket.socket, flags: int = 0) -> None:
         refusal = Refusal("too_many_connections", "too many connections, try again later")
-        status, headers, text = refusal.status, ANY_ORIGIN, answer_text(error=refusal.reason)
+        status, headers, text = refusal.status, ANY_ORIGIN, answer_text(refusal)
         incoming = Incoming(sock, self.service.clock)
         with contextlib.suppress(Refusal, OSError):
             # Without an answer to its preflight a page cannot read the 503 that its request gets.
@@ -4495,11 +4488,11 @@ class Live:
         if self._room < 1 and batch and not batch.problems:
             self._last_id = next(self._ids)
             return
-        head, intake, body = handler._head, handler._intake, batch.body if batch else handler._body
+        head, intake, body = handler.head, handler.intake, handler.body or b""
         problems = batch.problems if batch else verdict.problems if isinstance(verdict, Refusal) else []
         row: dict[str, Any] = {"time": time.time(), "app": intake and intake.app.id, "bytes": len(body)}
         row["client"] = Delivery(head.headers if head else {}, handler.client_address[0], 0).client_ip()
-        row["ms"] = round((self._service.clock() - handler._started) * 1e3, 2)
+        row["ms"] = round((self._service.clock() - handler.started) * 1e3, 2)
         row["request"] = head.line() if head else None
         row |= {"verdict": "quarantined" if problems else verdict, "status": 200, "reason": None}
         if isinstance(verdict, Refusal):

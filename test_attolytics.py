@@ -4479,10 +4479,10 @@ class LiveTest(LiveCase):
             apps={}, clock=time.monotonic, metrics=attolytics.Metrics(self.schema)
         )
         live = attolytics.Live(service, types.SimpleNamespace(is_up=True))  # type: ignore[arg-type]
-        handler = types.SimpleNamespace(_head=None, _intake=None, client_address=("::1", 1), _started=0.0)
+        handler = types.SimpleNamespace(head=None, intake=None, client_address=("::1", 1), started=0.0)
         for size, count in ((10, 1), (5_000, 1_000), (200_000, 1_000)):
             refusal = Refusal("invalid_events", "no", [Problem(0, "x", "y" * 100)] * count)
-            handler._body = os.urandom(size)
+            handler.body = os.urandom(size)
             for _ in range(150):
                 live.note(handler, refusal)  # type: ignore[arg-type]
             notes = list(live._refused)
