@@ -83,9 +83,9 @@ from email.utils import formatdate
 from enum import Enum, StrEnum, auto
 from functools import lru_cache, partial
 from http import HTTPMethod, HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from socketserver import BaseRequestHandler
+from socketserver import BaseRequestHandler, TCPServer
 from typing import Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -4095,7 +4095,7 @@ def describe_bug(error: BaseException | None) -> str:
     return f"{type(error).__name__}{place}: {one_line(error)}" if error else "for no reason given"
 
 
-class Listener(ThreadingHTTPServer):
+class Listener(TCPServer):
     """A socket that listens; a pool serves its connections. Several may share one."""
 
     def __init__(self, sock: socket.socket, handler: type[BaseRequestHandler], pool: Pool) -> None:
@@ -4616,8 +4616,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hosts, path = self.headers.get_all("Host", []), self.path.partition("?")[0]
-        pages = {"/healthz": self.server.health, "/metrics": self.server.metrics, **self.server.live_pages}
-        page = pages.get(path)
+        page = self.server.pages.get(path)
         if not hosts and self.request_version != "HTTP/1.0":
             self._answer(HTTPStatus.BAD_REQUEST, "the Host header is missing\n")
         elif not all(map(LOCAL_HOST.fullmatch, hosts)):
@@ -4666,7 +4665,7 @@ class Monitor(Listener):
         self._replayer, self._clients = replayer, clients
         self._started_at, self._started = time.time(), service.clock()
         self.live = service.live = service.live or Live(service, replayer)
-        self.live_pages = self.live.pages(self.health)
+        self.pages = {"/healthz": self.health, "/metrics": self.metrics, **self.live.pages(self.health)}
 
     def service_actions(self) -> None:
         self.live.tick()
