@@ -3856,10 +3856,8 @@ class Pool:
 
     def _work(self) -> NoReturn:
         while True:
-            job = self.jobs.get()
-            if not job():
+            if not self.jobs.get()():  # not by a name, which would hold the connection until the next job
                 self.release()
-            del job  # it holds the connection
 
 
 @dataclass
@@ -4057,7 +4055,7 @@ class Handler(BaseRequestHandler):
         raw, apps, limit = self._incoming.head(), self._service.apps, self._service.body_bytes_max
         field = CONTENT_LENGTH.search(raw)
         shape, length = (raw[: field.start()] + raw[field.end() :], int(field[1])) if field else (b"", 0)
-        if field and self._known and self._known[:2] == (shape, apps) and length <= limit:
+        if self._known and self._known[:2] == (shape, apps) and length <= limit:
             _, _, self.head, self.intake, self._cors = self._known
             return self.head, self.intake, length
         head = self.head = parse_head(raw)
