@@ -3782,13 +3782,13 @@ class Incoming:
 
     def _until(self, mark: bytes, check: Callable[[bytes], None], deadline: float) -> bytes:
         """Take what comes before a mark, and the mark; `check` may refuse the beginning of it."""
-        while mark not in self._buffer:
+        while (end := self._buffer.find(mark)) < 0:
             check(self._buffer)
             data = self._receive(deadline)
             if not data:
                 raise Refusal("malformed_request", "the connection ended in the middle of the request")
             self._buffer += data
-        taken, _, self._buffer = self._buffer.partition(mark)
+        taken, self._buffer = self._buffer[:end], self._buffer[end + len(mark) :]
         return taken
 
     def _receive(self, deadline: float, size: int = 0) -> bytes:
@@ -3977,7 +3977,7 @@ class Handler(BaseRequestHandler):
             self.request.sendall(self._answer(refusal))
             return self._keeps
         if batch is None:
-            self.request.sendall(self._answer())
+            self.request.sendall(self._answer("", status=HTTPStatus.NO_CONTENT))
             return self._keeps
         # The kernel may not take all of a long answer at once.
         self._batch, is_long = batch, bool(batch.problems)
@@ -3991,18 +3991,16 @@ class Handler(BaseRequestHandler):
 
     def _tell(self, verdict: str | Refusal) -> None:
         """Send the answer to a batch. Called by the writer's thread; does not block."""
-        batch, self._batch = self._batch, None
+        batch, self._batch, has_parted = self._batch, None, self.has_parted
         assert batch is not None
         answer = self._answer(verdict, batch)
         self._service.let_go(batch)
         try:
-            sent = self.request.send(answer, socket.MSG_DONTWAIT)
+            self._rest = answer[self.request.send(answer, socket.MSG_DONTWAIT) :]
         except BlockingIOError:
-            sent = 0
+            self._rest = answer
         except OSError as error:
             log.debug("%s: %s", network_of(self.client_address[0]), reason_of(error))
-            sent = len(answer)
-        self._rest, has_parted = answer[sent:], self.has_parted
         self._answered.release()  # unless we have parted, the next request may be served from here on
         if has_parted and self._rest:
             self.server.pool.jobs.put(self._part)
@@ -4023,13 +4021,14 @@ class Handler(BaseRequestHandler):
                 self.request.sendall(self._rest)
                 self._rest = b""
 
-    def _answer(self, verdict: str | Refusal = "", batch: Batch | None = None) -> bytes:
+    def _answer(
+        self, verdict: str | Refusal, batch: Batch | None = None, status: HTTPStatus = HTTPStatus.OK
+    ) -> bytes:
         """Return the answer to a refused request, to a stored batch or to a preflight; count and log it.
 
         Decides whether the connection stays open after it.
         """
-        service, head, intake = self._service, self.head, self.intake
-        status, reason = HTTPStatus.OK if batch else HTTPStatus.NO_CONTENT, ""
+        service, head, intake, reason = self._service, self.head, self.intake, ""
         if isinstance(verdict, Refusal):
             batch, status, reason = None, verdict.status, verdict.reason
             service.metrics.refuse(verdict, intake.app.id if intake else "")
