@@ -83,9 +83,9 @@ from email.utils import formatdate
 from enum import Enum, StrEnum, auto
 from functools import lru_cache, partial
 from http import HTTPMethod, HTTPStatus
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from socketserver import BaseRequestHandler, TCPServer
+from socketserver import BaseRequestHandler
 from typing import Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -4092,7 +4092,7 @@ def describe_bug(error: BaseException | None) -> str:
     return f"{type(error).__name__}{place}: {one_line(error)}" if error else "for no reason given"
 
 
-class Listener(TCPServer):
+class Listener(ThreadingHTTPServer):
     """A socket that listens; a pool serves its connections. Several may share one."""
 
     def __init__(self, sock: socket.socket, handler: type[BaseRequestHandler], pool: Pool) -> None:
