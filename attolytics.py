@@ -3310,7 +3310,7 @@ class Writer:
         self.beat_at = clock()  # when the thread last got on; at least every IDLE_LOOK_S while it is well
         self.is_watched = False  # Somebody wants to know whether an idle database is there
         self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-        self._spool, self._replayer, self._metrics, self._clock = spool, replayer, metrics, clock
+        self.replayer, self._spool, self._metrics, self._clock = replayer, spool, metrics, clock
         # These belong to the writer's thread. Numbers of flushes only go up, and none is given twice.
         self._numbers = itertools.count(1)
         self._stopping = False
@@ -3319,21 +3319,21 @@ class Writer:
         """Try the events in quarantine again. Before start(). Raises SpoolError."""
 
         def why(text: str) -> str:
-            group = Group([SpooledFlush(0, "", 0, 1, f"[{text}]")], self._replayer.intakes)
+            group = Group([SpooledFlush(0, "", 0, 1, f"[{text}]")], self.replayer.intakes)
             return group.unfit[0].reason if group.unfit else ""
 
-        retried = self._replayer.retried = self._spool.quarantined
+        retried = self.replayer.retried = self._spool.quarantined
         self._spool.retry(self._numbers, why)
         self._metrics.count("events_spooled_total", retried - self._spool.quarantined)
-        if not (self._spool.events and self._replayer.has_database):  # or else when they have been replayed
-            self._replayer.report_retried()
+        if not (self._spool.events and self.replayer.has_database):  # or else when they have been replayed
+            self.replayer.report_retried()
 
     def start(self, session: Session | None) -> threading.Thread:
         """Start the threads, with a session or (None) with the database away."""
-        self._replayer.had_session = session is not None
-        self._replayer.start(self._accept)
-        if self._replayer.has_database and not (session and self._accept(session)):
-            self._replayer.take(session, "" if session else "it was away at the start")
+        self.replayer.had_session = session is not None
+        self.replayer.start(self._accept)
+        if self.replayer.has_database and not (session and self._accept(session)):
+            self.replayer.take(session, "" if session else "it was away at the start")
         thread = threading.Thread(target=self._work, name="writer", daemon=True)
         thread.start()
         return thread
@@ -3354,7 +3354,7 @@ class Writer:
 
     def stop(self) -> None:
         """End the thread after what is in the inbox. Does not wait; no submit() may follow."""
-        self._replayer.stop()
+        self.replayer.stop()
         self._inbox.put(None)
 
     def _accept(self, session: Session) -> bool:
@@ -3375,7 +3375,7 @@ class Writer:
                 self._store(session, batches)
             else:
                 events, waited_s = sum(b.accepted for b in batches), self._clock() - batches[0].since
-                self._replayer.turns.wait(events, TURN_PATIENCE_S - waited_s)
+                self.replayer.turns.wait(events, TURN_PATIENCE_S - waited_s)
                 self._to_spool([(0, batches)])
         if self.session:
             self.session.close()
@@ -3472,14 +3472,14 @@ class Writer:
 
     def _give_up(self, session: Session, fate: DatabaseError | Session) -> None:
         if isinstance(fate, Session):
-            self._replayer.take(fate)
+            self.replayer.take(fate)
             return
         if not self._stopping:
             level = logging.ERROR if fate.fault is Fault.OPERATOR else logging.WARNING
             text = f"the database cannot store events: {fate}; they go to {self._spool.path}"
             complain(level, text, f"cannot store {fate.sqlstate or fate}")
         session.close()
-        self._replayer.take(None, str(fate))
+        self.replayer.take(None, str(fate))
 
     def _append(self, number: int, batches: Sequence[Batch], texts: Sequence[str]) -> SpoolError | None:
         events = sum(batch.accepted for batch in batches)
@@ -4236,9 +4236,9 @@ def addresses_text(servers: Iterable[Listener]) -> str:
 
 
 # --- Live view ----------------------------------------------------------------
-# Every request with its verdict, as it comes: a page and a stream on the monitor port. HTTP threads and the
-# writer only note a request, if it was refused or somebody watches; what is shown of it is made in the
-# watcher's thread, of the few that are sent. Texts of clients go through without_keys() before they leave.
+# Every request with its verdict, as it comes: a page and a stream on the monitor port. Who answers notes it
+# if it was refused or somebody watches; what is shown, of the few that are sent, is made in the watcher's
+# thread. Texts of clients go through without_keys() before they leave.
 
 LIVE_WATCHERS_MAX = 8  # A thread each.
 LIVE_TICK_S, LIVE_ROWS = 0.25, 5  # So many rows are sent in that time, 20 per second; the rest is counted.
@@ -4384,17 +4384,15 @@ PAGE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Attolytic
 <select id="verdict" aria-label="Verdict"><option value="">every verdict<option value="database">stored
 <option value="spool">in the spool<option value="quarantined">partly quarantined<option>refused</select>
 <input id="text" type="search" aria-label="Text" placeholder="any text"><button id="pause">Pause</button>
-</div><ol id="rows"></ol></section>
-<section id="quarantine" aria-label="Quarantine"><p>The newest events that do not fit. Mend the schema
-file or the database, then start the server as always, but with one option more:</p>
-<code>python attolytics.py --retry_quarantine ...</code><ol id="items"></ol></section><section id="send"
-aria-label="Send one"><p>Put the app's key where the dots are.</p><ol id="examples"></ol></section></main>
-<script>{SCRIPT}</script></html>"""
+</div><ol id="rows"></ol></section><section id="quarantine" aria-label="Quarantine"><p>The newest events
+that do not fit. Mend the schema file or the database, then start the server as always, but with one option
+more:</p> <code>python attolytics.py --retry_quarantine ...</code><ol id="items"></ol></section>
+<section id="send" aria-label="Send one"><p>Put the app's key where the dots are.</p><ol id="examples"></ol>
+</section></main><script>{SCRIPT}</script></html>"""
 # Nothing but our own script and style may run, whatever clients send, and nothing be fetched from elsewhere.
-DIGESTS = [hashlib.sha256(text.encode()).digest() for text in (SCRIPT, STYLE)]
 POLICY = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'; "
 POLICY += "form-action 'none'; require-trusted-types-for 'script'; script-src '{}'; style-src '{}'"
-HASHES = [f"sha256-{base64.b64encode(digest).decode()}" for digest in DIGESTS]
+HASHES = [f"sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}" for s in (SCRIPT, STYLE)]
 PAGE_HEADERS = {"Content-Security-Policy": POLICY.format(*HASHES), "Referrer-Policy": "no-referrer"}
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\nretry: 1000\n\n"
 HIDDEN = "(secret key)"
@@ -4425,8 +4423,8 @@ def without_keys(text: str, keys: Iterable[str]) -> str:
     levels = range(3 if "\\" in text or "%" in text else 1)
     for pattern, level in itertools.product(key_patterns(frozenset(keys)), levels):
         plain = without_escapes(text, level) if level else text
-        found = pattern.sub(lambda m: (m[1] if m.lastindex else "") + HIDDEN, plain)
-        text = text if found == plain else found
+        if pattern.search(plain):
+            text = pattern.sub(lambda m: (m[1] if m.lastindex else "") + HIDDEN, plain)
     return text
 
 
@@ -4457,16 +4455,16 @@ def shown(note: Note, keys: Collection[str]) -> Any:
     first = sorted(range(len(events)), key=lambda index: index not in bad)[:LIVE_ITEMS_MAX]
     names = [event.get(TABLE_KEY) for event in events if isinstance(event, dict)]
     tables = row["tables"] or Counter(name for name in names if isinstance(name, str))
-    row = row | {"tables": tables, "problems": [vars(problem) for problem in problems]}
-    row |= {"events": [{"index": index, "event": events[index]} for index in first]}
-    return presentable(row | {"sent": None if events or row["status"] == HTTPStatus.OK else text}, keys)
+    sent = None if events or row["status"] == HTTPStatus.OK else text
+    row = row | {"tables": tables, "problems": [vars(problem) for problem in problems], "sent": sent}
+    return presentable(row | {"events": [{"index": i, "event": events[i]} for i in first]}, keys)
 
 
 class Live:
     """What is noted of the requests, for those who watch; for any thread."""
 
-    def __init__(self, service: Service, replayer: Replayer) -> None:
-        self._service, self._replayer = service, replayer
+    def __init__(self, service: Service) -> None:
+        self._service, self._replayer = service, service.writer.replayer
         self.address = "http://localhost:8000"  # where clients send to
         self._first_id = self._last_id = time.time_ns() // 1_000  # so that ids go up beyond a restart
         self._ids = itertools.count(self._first_id + 1)
@@ -4476,7 +4474,7 @@ class Live:
         self._lock = threading.Lock()  # Guards what is below, for moments
         self._refused, self._refused_bytes = deque[Note](), 0
         self._keys: Set[str] = frozenset()  # of all apps there have been
-        self._was_up, self._since = replayer.is_up, time.time()  # the database; since when it is that
+        self._was_up, self._since = self._replayer.is_up, time.time()  # the database; since when it is that
         self._samples = deque[tuple[float, float, float, list[float]]](maxlen=LIVE_SAMPLES_MAX)
         self.tick()
 
@@ -4654,14 +4652,12 @@ class MonitorHandler(BaseHTTPRequestHandler):
 class Monitor(Listener):
     """A listening socket of the monitor port; `clients` is the pool of those that it is asked about."""
 
-    def __init__(
-        self, sock: socket.socket, service: Service, replayer: Replayer, pool: Pool, clients: Pool
-    ) -> None:
+    def __init__(self, sock: socket.socket, service: Service, pool: Pool, clients: Pool) -> None:
         super().__init__(sock, MonitorHandler, pool)
         self._service, self._writer, self._spool = service, service.writer, service.spool
-        self._replayer, self._clients = replayer, clients
+        self._replayer, self._clients = service.writer.replayer, clients
         self._started_at, self._started = time.time(), service.clock()
-        self.live = service.live = service.live or Live(service, replayer)
+        self.live = service.live = service.live or Live(service)
         self.pages = {"/healthz": self.health, "/metrics": self.metrics, **self.live.pages(self.health)}
 
     def service_actions(self) -> None:
@@ -5061,7 +5057,6 @@ class Reloader:
     schema: Schema  # that is in use
     opener: Opener | None
     service: Service
-    replayer: Replayer
 
     def work(self, told: queue.SimpleQueue[int], notify: partial[None], status: str) -> None:
         """Reload whenever it is told to, until the server drains; `status` is for systemd in between."""
@@ -5091,7 +5086,7 @@ class Reloader:
             self.service.spool.create_views(schema)
         except SpoolError as error:
             log.warning("the views of the spool stay as they are: %s", error)
-        self.service.apps = self.replayer.intakes = intakes(schema)
+        self.service.apps = self.service.writer.replayer.intakes = intakes(schema)
         changed = changes(self.schema, schema)
         more = [f"{len(changed) - LISTED_MAX} more"] if len(changed) > LISTED_MAX else []
         log.info("schema file read again: %s", ", ".join([*changed[:LISTED_MAX], *more]) or "no change")
@@ -5156,12 +5151,12 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int,
     return 1, [*report, comment(f"{target}: {counted(len(plan.reasons), 'difference')}"), script(plan)]
 
 
-def open_monitors(port: int | None, service: Service, replayer: Replayer, clients: Pool) -> list[Monitor]:
+def open_monitors(port: int | None, service: Service, clients: Pool) -> list[Monitor]:
     if port is None:
         return []
     pool = Pool(MONITOR_CONNECTIONS_MAX + LIVE_WATCHERS_MAX, "monitor")
     sockets = listening_sockets("localhost", port, "--monitor_port")
-    return [Monitor(sock, service, replayer, pool, clients) for sock in sockets]
+    return [Monitor(sock, service, pool, clients) for sock in sockets]
 
 
 def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeats: Repeats) -> None:
@@ -5178,8 +5173,7 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     spool = Spool(options.spool, options.spool_limit, schema, str(uuid.uuid4()))
     metrics = Metrics(schema)
     apps = intakes(schema)
-    replayer = Replayer(apps, spool, opener.open if opener else None, metrics)
-    writer = Writer(spool, replayer, metrics)
+    writer = Writer(spool, Replayer(apps, spool, opener.open if opener else None, metrics), metrics)
     service = Service(apps, writer, spool, metrics, options.max_body, time.monotonic)
     pool, turning_away = Pool(options.max_connections, "http"), Pool(TURN_AWAY_THREADS, "turning-away")
     _claim = stay_on_one_cpu()  # until we end
@@ -5191,7 +5185,7 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
         Server(sock, service, pool, turning_away, is_inherited=bool(sockets))
         for sock in sockets or listening_sockets(options.host, options.port, reuse_port=options.reuse_port)
     ]
-    monitors = open_monitors(options.monitor_port, service, replayer, pool)
+    monitors = open_monitors(options.monitor_port, service, pool)
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, lambda number, _frame: news.put(signal.Signals(number).name))
     signal.setitimer(signal.ITIMER_REAL, 0)  # see main(); from here on we look ourselves
@@ -5210,7 +5204,7 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
         log.info("no database URL: read the events with sqlite3 %s", shlex.join(query))
     status = f"listening on {listening}"
     notify("READY=1", f"STATUS={status}")
-    reloader = Reloader(options.schema, schema, opener, service, replayer)
+    reloader = Reloader(options.schema, schema, opener, service)
     threading.Thread(target=reloader.work, args=(told, notify, status), name="reloader", daemon=True).start()
     reason = attend(news, repeats, writer, notify, watchdog_interval(environ, os.getpid()))
     log.info("stopping: %s", reason)

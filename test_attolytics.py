@@ -4475,10 +4475,10 @@ class LiveTest(LiveCase):
         self.assertEqual(watcher.row()["events"][0]["event"]["level"], 77)
 
     def test_they_take_at_most_a_mebibyte(self) -> None:
-        service = types.SimpleNamespace(
-            apps={}, clock=time.monotonic, metrics=attolytics.Metrics(self.schema)
-        )
-        live = attolytics.Live(service, types.SimpleNamespace(is_up=True))  # type: ignore[arg-type]
+        writer = types.SimpleNamespace(replayer=types.SimpleNamespace(is_up=True))
+        metrics = attolytics.Metrics(self.schema)
+        service = types.SimpleNamespace(apps={}, clock=time.monotonic, metrics=metrics, writer=writer)
+        live = attolytics.Live(service)  # type: ignore[arg-type]
         handler = types.SimpleNamespace(head=None, intake=None, client_address=("::1", 1), started=0.0)
         for size, count in ((10, 1), (5_000, 1_000), (200_000, 1_000)):
             refusal = Refusal("invalid_events", "no", [Problem(0, "x", "y" * 100)] * count)
