@@ -176,19 +176,6 @@ class SchemaTest(unittest.TestCase):
             attolytics.parse_schema(textwrap.dedent(text), "s.yaml")
         return list(caught.exception.problems)
 
-    def test_a_file_of_the_original_is_read_unchanged(self) -> None:
-        schema = schema_of(ORIGINAL_SCHEMA)
-        rest = {"time": {"type": Type.TIMESTAMP, "indexed": True}, "referer": {"header": "referer"}}
-        properties: dict[str, Any] = {**rest, "score": {"type": Type.I32}}
-        for name in ("platform", "version", "event_type"):
-            properties[name] = {"indexed": True, "required": True}
-        names = ("time", "referer", "platform", "version", "user_id", "event_type", "score")
-        columns = tuple(Column(name, **properties.get(name, {})) for name in names)
-        self.assertEqual(schema.tables["events"].columns, columns)
-        app = schema.apps["com.example.myapp"]
-        self.assertEqual((app.secret_key, app.origins), (KEY, {"http://example.com"}))
-        self.assertEqual(schema.database_url, "postgres://myuser:mypassword@localhost:5432/attolytics")
-
     def test_the_example_file_has_the_originals_table_and_app_and_every_type_and_property(self) -> None:
         path = HERE / "schema-example.conf.yaml"
         schema, original = attolytics.read_schema(str(path)), schema_of(ORIGINAL_SCHEMA)
@@ -196,6 +183,7 @@ class SchemaTest(unittest.TestCase):
         app, theirs = (each.apps["com.example.myapp"] for each in (schema, original))
         self.assertEqual((app.secret_key, app.origins), (theirs.secret_key, theirs.origins))
         self.assertIsNone(schema.database_url)
+        self.assertEqual(original.database_url, "postgres://myuser:mypassword@localhost:5432/attolytics")
         for word in [*Type, *Source, *attolytics.COLUMN_KEYS, *attolytics.APP_KEYS]:
             with self.subTest(word):
                 self.assertRegex(path.read_text(), rf"\b{word}\b")
@@ -393,6 +381,7 @@ class ConversionTest(unittest.TestCase):
         deep = json.loads("[" * 101 + "]" * 101)
         self.assertEqual(len(attolytics.CONVERTERS[Type.JSON](deep[0])), 200)
         years = "expected a time in the years 1 to 9999"
+        huge = [{"n": Decimal(text)} for text in ("1E+131072", "1E-16384", "1e140000")]
         times = [f"{day}T00:00:00Z" for day in ("2019-02-30", "2019-04-31", "0000-01-01")]
         refusals: list[tuple[str, str, Sequence[object]]] = [
             ("bool", "expected true or false, got 1", [1]),
@@ -423,11 +412,7 @@ class ConversionTest(unittest.TestCase):
             ("json", "contains a NUL character", [{"a\0": 1}, ["\\\0"]]),
             ("json", "half of a surrogate pair (\\udc00)", ["\udc00"]),
             ("json", "nested deeper than 100 levels", [deep, [LONG_NUMBER, deep]]),
-            (
-                "json",
-                "out of range",
-                [{"n": Decimal(text)} for text in ("1E+131072", "1E-16384", "1e140000")],
-            ),
+            ("json", "out of range", huge),
             ("uuid", "expected a UUID such as", ["123", 5, "123e4567-e89b12d3-a456-426614174000"]),
         ]
         for type_, reason, values in refusals:
@@ -442,6 +427,7 @@ class ConversionTest(unittest.TestCase):
         st.recursive(
             st.one_of(st.none(), st.booleans(), st.integers(), DECIMALS, DECODED_TEXT),
             lambda inner: st.lists(inner) | st.dictionaries(DECODED_TEXT, inner),
+            max_leaves=20,
         )
     )
     def test_exact_json_changes_nothing(self, value: object) -> None:
@@ -593,13 +579,6 @@ class BatchTest(unittest.TestCase):
         batch = self.batch(example(**{f"key{i}": i for i in range(5000)}), example(other=1))
         self.assertEqual(len(batch.warnings), attolytics.UNKNOWN_KEYS_MAX + 1)
 
-    def test_a_catch_all_column_takes_the_unknown_keys(self) -> None:
-        event = {"_t": "purchases", "id": "0" * 32, "product": "x", "color": "red", "n": [1]}
-        batch = self.batch(event)
-        self.assertIn(""",'{"color":"red","n":[1]}',""", self.rows(batch)["purchases"][0])
-        self.assertEqual(batch.warnings, [])
-        self.assertEqual(self.problems({**event, "color": "\0"})[0].column, "extra")
-
     def test_a_required_header_that_is_missing_refuses_the_events(self) -> None:
         columns = "[{name: h, header: X-A, required: true}]"
         apps = f"{{app: {{secret_key: {KEY}, tables: [t]}}}}"
@@ -733,7 +712,7 @@ class DatabaseUrlTest(unittest.TestCase):
         self.assertEqual(str(target), 'database "d" at [::1]:5432 as user "u"')
         self.assertNotIn("sesame", repr(target))
 
-    @hypothesis.settings(deadline=None)
+    @hypothesis.settings(deadline=None, max_examples=40)
     @hypothesis.given(*[st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)] * 3)
     def test_any_name_and_password_can_be_percent_encoded(self, user: str, password: str, name: str) -> None:
         u, p, d = (urllib.parse.quote(text, safe="") for text in (user, password, name))
@@ -1458,19 +1437,20 @@ table "marks", column "mark": PostgreSQL generates it"""
             self.open()
 
     @not_pooled("its connections would keep the setting")
-    def test_locks_do_not_hold_up_the_start_for_ever_and_time_outs_do_not_end_it(self) -> None:
+    def test_time_outs_do_not_end_the_start_and_locks_do_not_hold_it_up_for_ever(self) -> None:
         self.query("CREATE TABLE marks (mark int8, text text)")
         session = self.session()
         session.run("BEGIN; INSERT INTO marks VALUES (1)")
-        with self.impatient(), self.assertRaisesRegex(DatabaseError, "lock timeout") as caught:
-            self.open()
-        self.assertIs(caught.exception.fault, Fault.AWAY)
         self.query(f"ALTER DATABASE {self.database} SET statement_timeout = '500ms'")
         self.addCleanup(self.query, f"ALTER DATABASE {self.database} RESET statement_timeout")
         threading.Timer(1, session.run, ["COMMIT"]).start()  # which the index waits for
         with contextlib.closing(attolytics.connect(self.postgres.target(self.database))) as database:
             attolytics.prepare(database, self.schema, "postgres", migrates=False)
             self.assertEqual(database.run("SHOW statement_timeout"), [["500ms"]])
+        session.run("DROP INDEX marks_mark_idx; BEGIN; INSERT INTO marks VALUES (2)")
+        with self.impatient(), self.assertRaisesRegex(DatabaseError, "lock timeout") as caught:
+            self.open()
+        self.assertIs(caught.exception.fault, Fault.AWAY)
 
     def test_later_sessions_check_the_tables_before_they_take_the_ledger_over_and_create_none(self) -> None:
         opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
@@ -1985,25 +1965,19 @@ EVENTS = st.builds(
 )
 
 
-def same_json(a: object, b: object) -> bool:
-    """Compare JSON values; numbers by value, as jsonb does not keep 1.0 apart from 1."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same_json, a, b))
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    return (Decimal(repr(a)) if isinstance(a, float) else a) == b
+def read_json(text: str) -> Any:
+    """Return JSON as what compares well: a number by its value, as jsonb does not keep 1.0 apart from 1."""
+
+    def number(digits: str) -> tuple[str, Decimal]:
+        return "number", Decimal(digits)  # which no true is equal to
+
+    return json.loads(text, parse_int=number, parse_float=number)
 
 
 def is_json(body: bytes) -> bool:
     """Return whether a body is JSON as RFC 8259 has it; Python's own decoder also takes three words."""
-
-    def refuse(word: str) -> NoReturn:
-        raise ValueError(word)
-
     try:
-        json.loads(body.decode(), parse_constant=refuse)
+        json.loads(body.decode(), parse_constant=int)  # which takes none of them
     except (ValueError, RecursionError):  # a UnicodeDecodeError is one, too
         return False
     return True
@@ -2030,7 +2004,7 @@ class RoundTripTest(ServerCase):
         elif name == "f32":
             self.assertEqual(struct.pack("f", sent), struct.pack("f", got))
         elif name in ("j", "extra"):
-            self.assertTrue(same_json(sent, json.loads(got, parse_float=Decimal)), (sent, got))
+            self.assertEqual(read_json(got), read_json(json.dumps(sent)))
         elif name == "u":
             self.assertEqual(uuid.UUID(sent), uuid.UUID(got))
         elif name == "ts":
@@ -2062,6 +2036,7 @@ class RoundTripTest(ServerCase):
                 else:
                     self.assertLessEqual({problem["column"] for problem in problems}, {*FITTING, "extra"})
                 return
+            self.assertNotIn("warnings", answer.json)  # about unknown keys, which go to a column
             row = self.row(number)
             for name in FITTING:
                 self.check_column(name, event.get(name), row[name])
