@@ -2099,7 +2099,7 @@ class WriterCase(ServerCase):
     LIMITS: ClassVar = {
         "SPOOL_BUSY_S": 0.5,
         "COMPLAINT_S": 0,
-        "FLUSH_START": f"attolytics.FLUSH_START.replace('{attolytics.LOCK_TIMEOUT_MS}', '1500')",
+        "FLUSH_START": f"attolytics.FLUSH_START.replace('{attolytics.LOCK_TIMEOUT_MS}', '1000')",
     }
 
     def setUp(self) -> None:
@@ -2347,7 +2347,7 @@ class WriterTest(WriterCase):
                 self.wait_for_database()
                 self.query("TRUNCATE plain")
                 release, sent = self.hold("plain"), 0
-                end = time.monotonic() + (2.2 if isolation == "read committed" else 0.1)
+                end = time.monotonic() + (1.7 if isolation == "read committed" else 0.1)
                 while time.monotonic() < end:  # PostgreSQL gives the lock up meanwhile, and we try again
                     started = time.monotonic()
                     self.assertEqual(self.place(mark(sent, table="plain")), "spool")
@@ -2374,16 +2374,6 @@ class WriterTest(WriterCase):
         self.assertEqual(self.place({"_t": "everything", "id": 1}, *texts), "spool")
         self.assertLess(time.monotonic() - started, 1.9)
         wait_until(lambda: self.marks("plain") == list(range(90)))
-
-    def test_a_database_that_turns_read_only_and_back(self) -> None:
-        self.alter("default_transaction_read_only = on")
-        for number in range(5):
-            started = time.monotonic()
-            self.assertEqual(self.place(mark(number)), "spool")
-            self.assertLess(time.monotonic() - started, 0.7)
-        self.query(f"SET default_transaction_read_only = off; ALTER DATABASE {self.database} RESET ALL")
-        self.wait_for_database()
-        self.assertEqual(self.marks(), list(range(5)))
 
     def test_events_of_a_table_that_is_gone_wait_in_the_spool_until_it_is_back(self) -> None:
         self.query("ALTER TABLE plain RENAME TO away")
@@ -2500,14 +2490,14 @@ class LateTest(WriterCase):
 class HandOverTest(WriterCase):
     """Some time passes between a look at an empty spool and what is done about it."""
 
-    SLOW = "(lambda head: lambda *events: head(*events) or attolytics.time.sleep(0.6) or [])"
+    SLOW = "(lambda head: lambda *events: head(*events) or attolytics.time.sleep(0.3) or [])"
     LIMITS: ClassVar = {**WriterCase.LIMITS, "Spool.head": f"{SLOW}(attolytics.Spool.head)"}
 
     def test_what_is_spooled_just_before_the_hand_over_is_not_left_behind(self) -> None:
         release = self.hold("plain")
         self.assertEqual(self.place(mark(0, table="plain")), "spool")
         release()
-        sent, end = 1, time.monotonic() + 2.5
+        sent, end = 1, time.monotonic() + 1.7
         while time.monotonic() < end:
             self.place(mark(sent, table="plain"))
             sent += 1
@@ -2946,7 +2936,7 @@ class LateReaderTest(ServerCase):
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             requests = b"".join(self.request(number, "x" * 40) for number in range(60))
             sending = pool.submit(sock.sendall, requests)
-            for _ in range(20):
+            for _ in range(10):
                 started = time.monotonic()
                 self.assertEqual(self.post().status, 200)
                 self.assertLess(time.monotonic() - started, 1)
@@ -2964,7 +2954,7 @@ class LateReaderTest(ServerCase):
                 connections = ["keep-alive"] * (count - 1) + [last]
                 for number, connection in enumerate(connections):
                     sock.sendall(self.request(number, "\U0001f600" * 60, connection))
-                time.sleep(0.1)
+                time.sleep(0.05)
                 for number, connection in enumerate(connections):
                     self.check_answer(number, file, connection)
                 if last == "close":
