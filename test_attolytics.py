@@ -1447,7 +1447,8 @@ table "marks", column "mark": PostgreSQL generates it"""
         with contextlib.closing(attolytics.connect(self.postgres.target(self.database))) as database:
             attolytics.prepare(database, self.schema, "postgres", migrates=False)
             self.assertEqual(database.run("SHOW statement_timeout"), [["500ms"]])
-        session.run("DROP INDEX marks_mark_idx; BEGIN; INSERT INTO marks VALUES (2)")
+        self.query("DROP INDEX marks_mark_idx")
+        session.run("BEGIN; INSERT INTO marks VALUES (2)")
         with self.impatient(), self.assertRaisesRegex(DatabaseError, "lock timeout") as caught:
             self.open()
         self.assertIs(caught.exception.fault, Fault.AWAY)
@@ -2547,7 +2548,7 @@ Content-Length: 5~Content-Length: 5|Content-Length: 5~Content-Length: 6
 Content-Length: 5~Transfer-Encoding: chunked|Transfer-Encoding: chunked~Content-Length: 5
 Transfer-Encoding: chunked, chunked|Transfer-Encoding: chunked~Transfer-Encoding: chunked
 Content-Length : 5|Content-Length\t: 5| Content-Length: 5|X: a~ b|X: a~\tb|X|: 5|X: a\rContent-Length: 5
-X: a\0b|X: a\x7fb|X(: a|H\xf6st: a|Host: b|Host: a b
+X: a\0b|X: a\x7fb|X(: a|H\xf6st: a|Host: b
 """
 NO_REQUEST_LINES = """
 POST /|POST / HTTP/1.1 |POST  / HTTP/1.1| POST / HTTP/1.1|POST\t/ HTTP/1.1|POST / http/1.1|POST / HTTP/2.0
@@ -2659,7 +2660,7 @@ class HttpTest(ServerCase):
             *(["POST / HTTP/1.1", "Host: a", *more] for more in [["X: a\nContent-Length: 5"], *smuggled]),
             *([line, "Host: a"] for line in re.split(r"[|\n]", NO_REQUEST_LINES[1:-1])),
             ["POST / HTTP/1.0", "Transfer-Encoding: chunked"],
-            ["POST / HTTP/1.1", "X: there is no host"],
+            *(["POST / HTTP/1.1", line] for line in ("Host: a b", "X: there is no host")),
         ]:
             with self.subTest(lines):
                 answer = self.talk("\r\n".join([*lines, "", "[1,2]"]).encode("latin-1"))
