@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+import pwd
 import random
 import re
 import resource
@@ -106,11 +107,6 @@ apps:
     access_control_allow_origin: http://example.com
     tables: [events]
 """
-# What the original sent to create it.
-ORIGINAL_TABLE = (
-    'CREATE TABLE "events" (time timestamptz, referer varchar, platform varchar not null,'
-    " version varchar not null, user_id varchar, event_type varchar not null, score int4)"
-)
 ALL_TYPES = """
 tables:
   everything:
@@ -187,19 +183,6 @@ class SchemaTest(unittest.TestCase):
         for word in [*Type, *Source, *attolytics.COLUMN_KEYS, *attolytics.APP_KEYS]:
             with self.subTest(word):
                 self.assertRegex(path.read_text(), rf"\b{word}\b")
-
-    def test_origins_are_one_string_or_a_list_or_all(self) -> None:
-        for text, origins in [
-            ("", None),
-            (", access_control_allow_origin: '*'", None),
-            (", access_control_allow_origin: https://A.example/", {"https://a.example"}),
-            (", access_control_allow_origin: [http://a.b, 'https://c.d:1']", {"http://a.b", "https://c.d:1"}),
-            (", access_control_allow_origin: [http://a.b, '*']", None),
-        ]:
-            with self.subTest(text):
-                apps = f"{{x: {{secret_key: k, tables: [t]{text}}}}}"
-                schema = schema_of(f"{{tables: {{t: {{columns: [{{name: a}}]}}}}, apps: {apps}}}")
-                self.assertEqual(schema.apps["x"].origins, origins)
 
     def test_scalars_are_as_in_yaml_1_2_and_aliases_are_followed(self) -> None:
         schema = schema_of(
@@ -377,12 +360,11 @@ class ConversionTest(unittest.TestCase):
     def test_values_that_do_not_fit_are_refused_with_a_reason(self) -> None:
         deep = json.loads("[" * 101 + "]" * 101)
         self.assertEqual(len(attolytics.CONVERTERS[Type.JSON](deep[0])), 200)
-        years = "expected a time in the years 1 to 9999"
+        years, year_0 = "expected a time in the years 1 to 9999", "0001-01-01T00:00:00+01:00"
         huge = [{"n": Decimal(text)} for text in ("1E+131072", "1E-16384", "1e140000")]
         times = [f"{day}T00:00:00Z" for day in ("2019-02-30", "2019-04-31", "0000-01-01")]
         refusals: list[tuple[str, str, Sequence[object]]] = [
-            ("bool", "expected true or false, got 1", [1]),
-            ("bool", 'expected true or false, got "true"', ["true"]),
+            ("bool", "expected true or false, got ", [1, "true"]),
             ("i32", "expected an integer, got ", [True, 1.5, "5", NAN]),
             ("i32", "expected an integer from -2147483648 to 2147483647, got 2147483648", [2**31]),
             ("i32", "expected an integer", [Decimal("1e400")]),
@@ -398,8 +380,7 @@ class ConversionTest(unittest.TestCase):
             ("string", "contains a NUL character (\\u0000)", ["a\0b"]),
             ("string", "contains half of a surrogate pair (\\ud800)", ["\ud800"]),
             ("timestamp", "looks like milliseconds; send seconds", [1554130180000]),
-            ("timestamp", years, [1e300, NAN, -62135596801, Decimal("253402300799.9999999")]),
-            ("timestamp", years, ["0001-01-01T00:00:00+01:00"]),
+            ("timestamp", years, [1e300, NAN, -62135596801, Decimal("253402300799.9999999"), year_0]),
             ("timestamp", "expected seconds since 1970 or a string", [True]),
             ("timestamp", "an offset is missing, such as Z or +02:00", ["2019-04-01T14:49:40"]),
             ("timestamp", "expected RFC 3339", ["yesterday", "٢٠١٩-04-01T14:49:40Z"]),
@@ -505,7 +486,6 @@ class BatchTest(unittest.TestCase):
             (b'{"secret_key": 5, "events": []}', 'expected a string "secret_key", got 5'),
             (b'{"secret_key": "%s"}' % KEY.encode(), 'expected an array "events", got nothing'),
             (b'{"secret_key": "%s", "events": {}}' % KEY.encode(), 'array "events", got an object'),
-            (b'{"secret_key": "a", "secret_key": "b"}', 'the key "secret_key" stands twice'),
             (b'{"x": [NaN]}', "NaN is not JSON"),
             (b'{"a": "\xff"}', "not UTF-8: invalid start byte at byte 7"),
             (b"\xff\xfe{\0}\0", "not UTF-8"),
@@ -520,8 +500,7 @@ class BatchTest(unittest.TestCase):
         self.assertEqual(self.intake.batch(b"\xef\xbb\xbf" + body_of(example()), delivery()).accepted, 1)
 
     def test_every_bad_event_is_listed_with_its_column_and_the_reason(self) -> None:
-        without = example()
-        del without["platform"]
+        without = {"_t": "events", "version": "1", "event_type": "start"}
         bad = [example(score="x"), 5, example(), example(score=1.5, time=[]), without, example(platform=None)]
         reasons = [
             (0, "score", 'expected an integer, got "x"'),
@@ -666,10 +645,7 @@ class DatabaseUrlTest(unittest.TestCase):
             ("postgres://u:a?b#c@h/d", Target("u", "d", "h", 5432, None, "a?b#c")),
             ("postgres://u%40x:p%2Fw@h/d%20e", Target("u@x", "d e", "h", 5432, None, "p/w")),
             ("postgres://u:a+b@h", Target("u", "u", "h", 5432, None, "a+b")),
-            (
-                "postgres://h?user=%C3%A9&password=%25a+%26&dbname=%3D",
-                Target("é", "=", "h", 5432, None, "%a+&"),
-            ),
+            ("postgres://h?user=%C3%A9&password=%2541+&dbname=d", Target("é", "d", "h", 5432, None, "%41+")),
             ("postgres://[::1]:5/d", Target("me", "d", "::1", 5, None)),
             ("postgres://%2Frun%2Fpostgresql", on_socket),
             ("postgres:///me?host=/run/postgresql", on_socket),
@@ -833,14 +809,6 @@ def not_pooled(reason: str) -> Callable[[_Test], _Test]:
     return unittest.skipIf(POOLED, f"not through PgBouncer: {reason}")
 
 
-def is_stale(session: attolytics.Session) -> bool:
-    try:
-        session.check_idle()
-    except attolytics.DatabaseError:
-        return True
-    return False
-
-
 class PgBouncer:
     """A PgBouncer in transaction mode, with the defaults but for what short tests need."""
 
@@ -898,8 +866,6 @@ class Postgres:
             self.pooler = PgBouncer(self.directory / "pooler", self.port, self.user)
 
     def _other_user(self) -> str:
-        import pwd  # noqa: PLC0415
-
         names = {entry.pw_name for entry in pwd.getpwall()}
         return "postgres" if "postgres" in names else "nobody"
 
@@ -1336,7 +1302,10 @@ class PrepareTest(TablesCase):
         self.assertEqual(self.indexes("marks"), [("marks_mark_idx", True)])
 
     def test_tables_of_the_original_are_taken_and_get_their_indexes(self) -> None:
-        self.query(ORIGINAL_TABLE)
+        self.query(  # what the original sent
+            'CREATE TABLE "events" (time timestamptz, referer varchar, platform varchar not null,'
+            " version varchar not null, user_id varchar, event_type varchar not null, score int4)"
+        )
         self.query("INSERT INTO events (platform, version, event_type) VALUES ('a', 'b', 'c')")
         self.open(schema_of(ORIGINAL_SCHEMA))
         names = [f"events_{name}_idx" for name in ("event_type", "platform", "time", "version")]
@@ -1800,7 +1769,8 @@ class ConnectTest(DatabaseCase):
             target = self.postgres.target(self.database, sslmode=sslmode, **changes)
             with self.subTest(target=target), contextlib.closing(attolytics.connect(target)) as database:
                 in_use = database.run("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
-                self.assertEqual((in_use, is_stale(database)), ([[expected]], False))
+                self.assertEqual(in_use, [[expected]])
+                database.check_idle()  # which a session of which there is nothing to read passes
         with self.assertRaisesRegex(OperatorError, r"cannot read the certificates .*No such file"):
             self.open(sslmode="verify-full", sslrootcert="/nowhere/ca.pem")
 
@@ -2545,7 +2515,10 @@ POST / HTTP/0.9|POST / HTTP/1.10|POST /a b HTTP/1.1|POST /\xe9 HTTP/1.1|P(ST / H
 class HttpTest(ServerCase):
     HEADERS = "{ name: size, header: Content-Length }, { name: a, header: X-A }, { name: b, header: X-B }"
     SCHEMA = ALL_TYPES.replace("apps:", f"  headers: {{ columns: [{HEADERS}] }}\napps:")
-    SCHEMA += "  other: { secret_key: key, tables: [headers] }\n"
+    SCHEMA += (
+        "  other: { secret_key: key, tables: [headers], access_control_allow_origin: ['http://a.b', '*'] }\n"
+    )
+    SCHEMA += "  any: { secret_key: key, tables: [marks], access_control_allow_origin: '*' }\n"
     BODY = body_of(mark(1), key="key")
 
     def test_events_are_in_their_table_when_200_is_answered(self) -> None:
@@ -2737,7 +2710,7 @@ class HttpTest(ServerCase):
     def test_cors(self) -> None:
         preflight = ("Access-Control-Request-Method: POST", "Access-Control-Request-Headers: content-type")
         for app, origin, status, allowed, vary in [
-            ("app", "https://any.example", 204, "*", None),
+            *((app, "https://any.example", 204, "*", None) for app in ("app", "any", "other")),
             ("one", "https://one.example", 204, "https://one.example", "Origin"),
             ("one", "https://ONE.example", 204, "https://ONE.example", "Origin"),
             ("one", "http://one.example", 403, None, "Origin"),
