@@ -1433,8 +1433,10 @@ class MigrateTest(TablesCase):
         self.enterContext(unittest.mock.patch.object(attolytics, "CHANGE_PAUSE_S", 0.3))
 
     def migrate(self, **changes: Any) -> None:
+        """Migrate; then nothing is missing."""
         target = dataclasses.replace(self.target, **changes)
         attolytics.Opener(target, self.schema, migrates=True).open([str(uuid.uuid4())]).close()
+        self.assertEqual(self.report(), "")
 
     def migrating(self, count: int = 1) -> list[concurrent.futures.Future[None]]:
         """Migrate in threads."""
@@ -1542,7 +1544,6 @@ class MigrateTest(TablesCase):
         left = [("mine", False), ("t_b_idx", False), ("t_c_idx", False)]
         self.assertEqual(self.indexes("t"), left)
         self.migrate()
-        self.assertEqual(self.report(), "")
         # An index under another name is the operator's.
         self.assertEqual(self.indexes("t"), [("mine", False), *self.ALL_INDEXES])
 
@@ -1608,10 +1609,8 @@ class MigrateTest(TablesCase):
             with self.subTest(pooled=pooled):
                 self.setUp()
                 if pooled:
-                    program("pgbouncer")
-                    pooler = PgBouncer(
-                        self.postgres.directory / self.database, self.postgres.port, self.postgres.user
-                    )
+                    directory = self.postgres.directory / self.database
+                    pooler = PgBouncer(directory, self.postgres.port, self.postgres.user)
                     self.addCleanup(pooler.stop)
                     self.target = dataclasses.replace(self.target, port=pooler.port)
                 self.query("CREATE TABLE t (a int8 NOT NULL, c uuid)")
@@ -1639,7 +1638,6 @@ class MigrateTest(TablesCase):
         self.create()
         self.query("CREATE INDEX t_b_idx ON t (lower(b)); CREATE TABLE t_c_idx (x int)")
         self.migrate()
-        self.assertEqual(self.report(), "")
         others = [attolytics.Index("t", name, unique=name == "c").names()[1] for name in "bc"]
         self.assertEqual([name for name, _ in self.indexes("t")], ["t_a_idx", "t_b_idx", *others, "t_j_idx"])
         self.schema = schema_of(  # a name that two indexes would have
@@ -1648,13 +1646,11 @@ class MigrateTest(TablesCase):
         )
         self.query("CREATE TABLE a (b_c text); CREATE TABLE a_b (c text)")
         self.migrate()
-        self.assertEqual(self.report(), "")
 
     def test_indexes_of_a_partitioned_table_are_built_only_while_it_is_empty(self) -> None:
         self.create("PARTITION BY HASH (c)")
         self.query("CREATE TABLE t0 PARTITION OF t FOR VALUES WITH (MODULUS 1, REMAINDER 0)")
         self.migrate()
-        self.assertEqual(self.report(), "")
         self.query("DROP INDEX t_b_idx; INSERT INTO t (a) VALUES (1)")
         self.mend(self.migrate, "building it on a partitioned table blocks")
         self.assertEqual(self.report(), "")
@@ -2296,7 +2292,7 @@ class WriterTest(WriterCase):
         self.assertEqual(len(self.marks("plain")), 2000 * len(large))
 
     def test_while_a_table_is_locked_events_go_to_the_spool_and_then_on_in_their_order(self) -> None:
-        for isolation in ("read committed", "repeatable read", "serializable"):
+        for isolation in ("read committed", "serializable"):
             with self.subTest(isolation):
                 self.alter(f"default_transaction_isolation = '{isolation}'")
                 self.wait_for_database()
@@ -2458,24 +2454,22 @@ class HandOverTest(WriterCase):
 
 
 class ComplaintsTest(unittest.TestCase):
-    def setUp(self) -> None:
-        self.now = 100.0
-        self.repeats = attolytics.Repeats(lambda: self.now)
-        attolytics.log.addFilter(self.repeats)
-        self.addCleanup(attolytics.log.removeFilter, self.repeats)
-
     def test_what_goes_wrong_again_and_again_is_logged_once_a_minute_with_its_number(self) -> None:
+        self.now = 100.0
+        repeats = attolytics.Repeats(lambda: self.now)
+        attolytics.log.addFilter(repeats)
+        self.addCleanup(attolytics.log.removeFilter, repeats)
         with self.assertLogs("attolytics", "INFO") as logged:
             for second in range(0, 130, 2):
                 self.now = 100.0 + second
                 for _ in range(100):
                     attolytics.complain(logging.ERROR, "the disk is full")
-                self.repeats.summarise()
+                repeats.summarise()
             attolytics.log.info("no complaint")
             attolytics.log.info("no complaint")
             for _ in range(2):
                 self.now += 60
-                self.repeats.summarise()
+                repeats.summarise()
             for number in range(5):  # complaints about the same share a line
                 attolytics.complain(logging.WARNING, f"bad value {number}", "values")
             self.now += 60
