@@ -2372,6 +2372,8 @@ class WriterTest(WriterCase):
 class LateTest(WriterCase):
     """What was given up and may come late all the same, and what keeps the spool from being written."""
 
+    OPTIONS: ClassVar = [*WriterCase.OPTIONS, "--spool_limit", "1M"]
+
     @contextlib.contextmanager
     def locked_spool(self) -> Iterator[None]:
         with contextlib.closing(sqlite3.connect(self.spool)) as db:
@@ -2390,17 +2392,12 @@ class LateTest(WriterCase):
         self.assertEqual(self.marks("plain").count(3), 1)
 
     def test_a_full_spool_takes_what_was_given_up_but_nothing_new(self) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            server = self.another_server(Path(directory), "--spool_limit", "1M")
-            release = self.hold("plain")
-            events = [mark(n, "x" * (1 << 21), "plain") for n in (1, 2)]
-            answers = [server.post("/apps/app/events", body_of(event, key="key")) for event in events]
-            self.assertEqual([answer.status for answer in answers], [200, 503])
-            release()
-            wait_until(lambda: self.marks("plain") == [1])
-            probe = body_of(mark(3), key="key")
-            wait_until(lambda: "database" in server.post("/apps/app/events", probe).text)
-            server.stop()
+        release = self.hold("plain")
+        answers = [self.post(mark(n, "x" * (1 << 21), "plain")) for n in (1, 2)]
+        self.assertEqual([answer.status for answer in answers], [200, 503])
+        release()
+        wait_until(lambda: self.marks("plain") == [1])
+        self.wait_for_database()
 
     def test_what_was_not_sent_is_not_deleted_with_what_was(self) -> None:
         self.trigger(
