@@ -515,6 +515,7 @@ class BatchTest(unittest.TestCase):
         self.assertEqual(self.problems(*bad, {}, {"_t": 5}), [Problem(*reason) for reason in reasons])
         for each in (5, example(score="x")):
             self.assertEqual(len(self.problems(*[each] * 5000)), attolytics.PROBLEMS_MAX)
+        self.assertIn("10001 events", self.refusal(body_of(*[1] * 10_001)).reason)
 
     def test_a_table_that_the_app_has_not_is_another_refusal_unless_there_are_other_problems(self) -> None:
         problem = Problem(0, "_t", 'the app has no table "evnts", did you mean "events"?')
@@ -1289,11 +1290,9 @@ class TablesCase(SharedCase):
 
 class PrepareTest(TablesCase):
     def test_missing_tables_and_indexes_are_created_also_by_several_instances_at_once(self) -> None:
-        target = self.postgres.target(self.database)
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            openers = [attolytics.Opener(target, self.schema) for _ in range(8)]
-            for session in list(pool.map(lambda opener: opener.open([str(uuid.uuid4())]), openers)):
-                session.close()
+            for opening in [pool.submit(self.open) for _ in range(8)]:
+                opening.result()
         self.assertEqual(self.indexes("marks"), [("marks_mark_idx", True)])
 
     def test_tables_of_the_original_are_taken_and_get_their_indexes(self) -> None:
