@@ -2990,6 +2990,9 @@ def breakable() -> Postgres:
     return own
 
 
+PROGRAM = [sys.executable, str(HERE / "attolytics.py")]
+
+
 def connect(server: Attolytics) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(*server.listening()[0], timeout=30)
 
@@ -3921,9 +3924,8 @@ def metric_names(prefix: str, names: str) -> set[str]:
 METRICS = {
     "counter": metric_names("attolytics_events", "accepted refused spooled replayed quarantined duplicate")
     | {"attolytics_http_requests", "attolytics_database_reconnects", "process_cpu_seconds"},
-    "histogram": metric_names(
-        "attolytics", "http_request_duration_seconds flush_duration_seconds flush_events"
-    ),
+    "histogram": metric_names("attolytics_flush", "duration_seconds events")
+    | {"attolytics_http_request_duration_seconds"},
     "gauge": metric_names("attolytics_spool", "bytes events limit_bytes oldest_event_age_seconds")
     | metric_names("attolytics", "quarantine_events database_up http_connections build_info")
     | metric_names("process", "start_time_seconds resident_memory_bytes open_fds max_fds"),
@@ -4434,12 +4436,11 @@ class LiveTest(LiveCase):
                 bodies += 1
                 data = body if isinstance(body, bytes) else body.encode()
                 server.post("/apps/game/events?secret_key=" + percent, data, {"Content-Encoding": "identity"})
-            for body in (
-                gzip.compress(body_of(self.play("x"), key=key)),
-                zlib.compress(body_of(key=key)[:-1]),
-            ):
+            for coding, body in [
+                ("gzip", gzip.compress(body_of(self.play("x"), key=key))),
+                ("deflate", zlib.compress(body_of(key=key)[:-1])),
+            ]:
                 bodies += 1
-                coding = "gzip" if body[0] == 0x1F else "deflate"
                 server.post("/apps/game/events", body, {"Content-Encoding": coding})
         for key in (KEY, LIVE_KEY):  # where no key should be
             for event in (
@@ -4569,10 +4570,9 @@ class LivePageTest(LiveCase):
         super().setUpClass()
         driver = sync_playwright().start()
         cls.addClassCleanup(driver.stop)
-        switches = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
-        cls.browser = driver.chromium.launch(
-            executable_path=chromium, args=[*switches, "--disable-component-update"]
-        )
+        off = ("gpu", "quic", "background-networking", "component-update")
+        switches = ["--no-sandbox", *(f"--disable-{name}" for name in off)]
+        cls.browser = driver.chromium.launch(executable_path=chromium, args=switches)
         cls.addClassCleanup(cls.browser.close)
 
     def open_page(self, server: Attolytics, place: str = "", **how: Any) -> Any:
@@ -4885,6 +4885,15 @@ class SystemdTest(BreakableCase):
         attolytics.send_notice(self.path, "READY=1", "STATUS=" + "\U0001f600\udcff" * 5000)
         self.assertLess(len(self.sock.recv(100_000)), 4096)
 
+    def test_a_status_that_takes_one_file_too_many_does_no_harm(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with self.assertLogs("attolytics", "DEBUG") as logged:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+            attolytics.send_notice("/nowhere", "WATCHDOG=1")
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        self.assertIn("cannot notify systemd: Too many open files", logged.output[0])
+
     def test_what_is_for_another_process_or_gone_does_no_harm(self) -> None:
         server = self.serve(url="", env={"NOTIFY_SOCKET": "/nowhere", "LISTEN_PID": "1", "LISTEN_FDS": "1"})
         self.wait_for(server, "the sockets from systemd are for process")
@@ -5121,13 +5130,10 @@ class CommandTest(ProgramCase):
                 self.assertIn(text, said)
                 self.assertNotIn("\n", said)
         self.assertIn("does not exist", self.fail_to_start(url="", env={"ATTOLYTICS_DB_URL": nowhere}))
-        command = shlex.join([sys.executable, str(HERE / "attolytics.py")])
         for errors, text in [("2>&1", "cannot read the schema file schema.conf.yaml"), ("2>&-", "")]:
-            result = subprocess.run(
-                f"{command} {errors}", shell=True, capture_output=True, check=False, cwd="/"
-            )
-            self.assertEqual(result.returncode, 1)
-            self.assertIn(text, result.stdout.decode())
+            code, said = subprocess.getstatusoutput(f"cd /; {shlex.join(PROGRAM)} {errors}")
+            self.assertEqual(code, 1)
+            self.assertIn(text, said)
 
     def test_all_that_is_wrong_with_a_schema_or_a_database_is_listed(self) -> None:
         self.query("CREATE TABLE marks (mark text, text text)")
@@ -5200,24 +5206,16 @@ class CommandTest(ProgramCase):
             ("--help", "usage: attolytics .*--spool_limit LIMIT.*--migrate.*database URL:"),
             ("--version", rf"^attolytics {re.escape(attolytics.__version__)}\n$"),
         ]:
-            command = [sys.executable, str(HERE / "attolytics.py"), option]
-            result = subprocess.run(command, capture_output=True, text=True, check=True)
-            self.assertRegex(result.stdout, f"(?s){text}")
+            self.assertRegex(subprocess.check_output([*PROGRAM, option], text=True), f"(?s){text}")
 
 
 class CheckTest(ProgramCase):
     def check(self, *options: object, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
         """Run --check; return its exit code and what it wrote to standard output and standard error."""
-        command = [sys.executable, str(HERE / "attolytics.py"), "--check", "-s", str(self.schema_file)]
+        command = [*PROGRAM, "--check", "-s", str(self.schema_file), *map(str, options)]
         environ = {key: text for key, text in os.environ.items() if not key.startswith(("PG", "ATTOLYTICS"))}
-        result = subprocess.run(
-            [*command, *map(str, options)],
-            capture_output=True,
-            text=True,
-            env={**environ, **(env or {})},
-            cwd=self.directory,
-            check=False,
-        )
+        how: Any = {"env": environ | {**(env or {})}, "cwd": self.directory}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, **how)
         self.assertNotIn("Traceback", result.stderr)
         return result.returncode, result.stdout, result.stderr
 
@@ -5321,7 +5319,7 @@ class CheckTest(ProgramCase):
             self.assertIn(f' ON "{table}" ("a");', out)
 
     def test_a_reader_that_went_away_is_no_traceback(self) -> None:
-        command = [sys.executable, str(HERE / "attolytics.py"), "--check", "-s", str(self.schema_file)]
+        command = [*PROGRAM, "--check", "-s", str(self.schema_file)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout and process.stderr
             process.stdout.close()
@@ -5954,11 +5952,10 @@ class NetworkTest(ProgramCase):
 
     def serve_with(self, *sources: str, url: str = "") -> Attolytics:
         columns = ", ".join(f"{{name: {source}, source: {source}}}" for source in sources)
-        tables = (
-            f"tables: {{plain: {{columns: [{{name: mark, type: i64}}{f', {columns}' * bool(columns)}]}}}}"
+        self.schema_file.write_text(
+            f"tables: {{plain: {{columns: [{{name: mark, type: i64}}, {columns}]}}}}\n"
+            "apps: {app: {secret_key: key, tables: [plain], invalid_events: quarantine}}\n"
         )
-        app = "{secret_key: key, tables: [plain], invalid_events: quarantine}"
-        self.schema_file.write_text(f"{tables}\napps: {{app: {app}}}\n")
         return self.serve("-vv", url=url)
 
     def send(self, server: Attolytics, number: object, address: str) -> Answer:
@@ -6101,7 +6098,7 @@ class PartitionedTest(ProgramCase):
         index, column, way = attolytics.ExistingIndex, attolytics.ExistingColumn, attolytics.Way
         columns = {"id": column("uuid"), "time": column("timestamptz"), "level": column("int4")}
         columns["app"] = column("text")
-        level = index("level")
+        parts: Any = {"is_empty": lambda: True}
         for key, found, expected in [
             (["time"], [index("id", unique=True, columns=["id", "time"])], None),
             (["time"], [index("time", unique=True, columns=["time", "id"])], None),
@@ -6115,9 +6112,8 @@ class PartitionedTest(ProgramCase):
             (["time", ""], [], way.HAND),
         ]:
             with self.subTest(key=key, found=found):
-                table = attolytics.ExistingTable(
-                    columns, [*found, level], partition_key=key, is_empty=lambda: True
-                )
+                indexes = [*found, index("level")]
+                table = attolytics.ExistingTable(columns, indexes, partition_key=key, **parts)
                 ledger = attolytics.ExistingTable({"session": column("uuid")})
                 catalog = {"visits": table, attolytics.LEDGER: ledger}
                 plan = attolytics.make_plan(self.schema, catalog, "me")
@@ -6181,9 +6177,8 @@ class PartitionedTest(ProgramCase):
             left = [] if stop == len(statements) else statements
             self.assertEqual(plan.by(attolytics.Way.HAND).statements, left)
             self.assertEqual(len(plan.by(attolytics.Way.BUILD)), 0)
-        self.query(
-            "CREATE TABLE visits_3 PARTITION OF visits FOR VALUES FROM ('2026-03-01Z') TO ('2026-04-01Z')"
-        )
+        later = "FOR VALUES FROM ('2026-03-01Z') TO ('2026-04-01Z')"
+        self.query(f"CREATE TABLE visits_3 PARTITION OF visits {later}")
         server = self.serve()
         self.assertEqual(self.post(server, self.visit(1), self.visit(1)).json["stored"], "database")
         self.assertEqual(self.query(f"SELECT count(*) FROM visits WHERE id = '{uuid.UUID(int=1)}'"), [[1]])
@@ -6309,8 +6304,8 @@ class CitusTest(ExampleCase):
         options = re.search(r"\?options=[^\s'`]+", readme)
         assert options
         self.url += options[0]
-        command = [sys.executable, str(HERE / "attolytics.py"), "--check", "-s", str(self.schema_file)]
-        report = subprocess.run([*command, "-d", self.url], capture_output=True, text=True, check=False)
+        command = [*PROGRAM, "--check", "-s", str(self.schema_file), "-d", self.url]
+        report = subprocess.run(command, capture_output=True, text=True, check=False)
         for statement in re.findall("^([^-].*);$", report.stdout, re.MULTILINE):
             self.query(statement)
         self.psql("distribute.sql")
