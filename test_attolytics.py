@@ -3194,7 +3194,6 @@ class BreakableCase(ProgramCase):
 
 # --- Spool --------------------------------------------------------------------
 
-
 QUARANTINE_SCHEMA = """
 tables:
   marks: { columns: [{ name: mark, type: i64 }, { name: text }] }
@@ -3202,12 +3201,8 @@ apps:
   app: { secret_key: key, tables: [marks], invalid_events: quarantine }
   strict: { secret_key: key, tables: [marks] }
 """
-
-
 # What version 0.1.0 left behind: two flushes of a process, and an event in quarantine.
 FORMER_EPOCH = "3f7c99dd-495e-4680-8b9c-4d3d1d062ee8"
-
-
 FORMER_SPOOL = f"""
 CREATE TABLE attolytics_epoch (epoch TEXT PRIMARY KEY, is_finished INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE attolytics_spool (
@@ -3468,7 +3463,7 @@ class SpoolTest(BreakableCase):
                     accepted.append(number)
             server.end()
         server = self.serve(url="")
-        for number in range(100_000, 110_000, 500):
+        for number in range(100_000, 106_000, 500):
             self.post_marks(server, *range(number, number + 500))
         server.stop()
         for delay in (0.01, 0.05, 0.1):
@@ -3477,7 +3472,7 @@ class SpoolTest(BreakableCase):
             server.stop(signal.SIGKILL)
         self.wait_for_database(self.serve())
         self.assertGreater(len(accepted), 20)
-        self.check_exactly_once([*accepted, *range(100_000, 110_000)])
+        self.check_exactly_once([*accepted, *range(100_000, 106_000)])
 
 
 class SpoolTextTest(ProgramCase):
@@ -3608,12 +3603,19 @@ class FaultTest(BreakableCase):
         with Clients(4, server) as clients:
             wait_for_more(clients.accepted, 50)
             go_on = self.stop_backend()
+            wait_until(lambda: self.metrics(server)["database_reconnects_total"] == 1)
+            self.assertEqual(self.health(server)[0], 200)
             self.wait_for_database(server)
             wait_for_more(clients.accepted, 50)
             go_on()
         self.assertEqual(clients.failed, [])
         self.assertLess(clients.slowest, self.LATE_S)
         self.assertEqual(self.stored(), sorted(clients.accepted))
+        values = self.metrics(server)
+        accepted = values['events_accepted_total{app="app",table="plain"}']
+        self.assertEqual(accepted, len(clients.accepted))
+        self.assertEqual(values["events_spooled_total"], values["events_replayed_total"])
+        self.assertGreater(values["events_spooled_total"], 0)
 
     @not_pooled("it chooses the backend")
     def test_a_late_flush_does_not_store_what_is_in_the_quarantine_by_now(self) -> None:
@@ -3795,9 +3797,10 @@ class PartitionTest(ProgramCase):
         self.assertEqual(self.post_marks(self.attolytics, *range(10), 150).json["stored"], "spool")
         self.wait_for_database(self.attolytics)
         self.assertEqual(self.stored(), [*range(10)])
-        [(number, reason)] = self.quarantined().items()
-        self.assertEqual(number, 150)
-        self.assertIn("no partition", reason)
+        said = 'no partition of relation "plain" found for row'
+        said += " (Partition key of the failing row contains (mark) = (150).)"
+        self.assertEqual(self.quarantined(), {150: said})
+        self.assertGreaterEqual(len(self.said(self.attolytics, said)), 2)
         self.attolytics.stop()
         self.query(self.missing)
         self.wait_for_database(self.serve("--retry_quarantine"))
@@ -4046,24 +4049,6 @@ class MonitorTest(BreakableCase):
         self.check_metrics(server, expected)
         self.assertEqual((self.stored("marks"), self.stored()), ([1, 2, 3, 4], [5]))
         self.assertEqual(self.health(server)[1]["database"], "up")
-
-    @not_pooled("it chooses the backend")
-    def test_a_database_that_hangs_is_found_out_and_its_late_flush_is_counted_once(self) -> None:
-        server = self.serve()
-        go_on = self.stop_backend()
-        self.assertEqual(self.metrics(server)["database_up"], 1)  # asks the database for the next one
-        started = time.monotonic()
-        self.assertEqual(self.post(server, mark(1), mark(1)).json["stored"], "spool")
-        self.assertLess(time.monotonic() - started, attolytics.PATIENCE_S + 0.5)
-        wait_until(lambda: self.metrics(server)["database_reconnects_total"] == 1)
-        self.assertEqual(self.health(server)[0], 200)
-        wait_until(lambda: self.metrics(server)["spool_events"] == 0)
-        go_on()
-        expected = {'events_accepted_total{app="app",table="marks"}': 2}
-        self.check_metrics(server, expected | {"events_spooled_total": 2, "events_replayed_total": 2})
-        # What a late message has skipped nobody hears.
-        self.assertLessEqual(self.metrics(server)['events_duplicate_total{table="marks"}'], 1)
-        self.assertEqual(self.stored("marks"), [1])
 
     def test_bad_events_go_to_the_quarantine_where_the_app_says_so_and_are_counted(self) -> None:
         self.schema_file.write_text(QUARANTINE_SCHEMA.replace("type: i64", "type: i64, unique: true"))
@@ -4783,11 +4768,8 @@ class LivePageTest(LiveCase):
         for role in ("main", "banner", "tablist"):
             self.assertEqual(page.get_by_role(role).count(), 1, role)
         self.assertEqual(page.get_by_role("status").inner_text(), "live")
-        names = {
-            page.locator(f"#{place}").get_attribute("aria-label")
-            for place in ("app", "table", "verdict", "text")
-        }
-        self.assertNotIn(None, names)
+        for place in ("app", "table", "verdict", "text"):
+            self.assertTrue(page.locator(f"#{place}").get_attribute("aria-label"), place)
 
     def test_it_keeps_300_rows_and_reconnects(self) -> None:
         server = self.serve()
@@ -4915,12 +4897,12 @@ class SystemdTest(BreakableCase):
             go_on = self.stop_backend()
             os.kill(self.postgres.process.pid, signal.SIGSTOP)
             try:
-                self.assertGreaterEqual(self.pings(3), 2)
+                self.assertGreaterEqual(self.pings(2), 1)
             finally:
                 os.kill(self.postgres.process.pid, signal.SIGCONT)
             go_on()
             self.postgres.stop()
-            self.assertGreaterEqual(self.pings(1.5), 1)
+            self.assertGreaterEqual(self.pings(1), 1)
         self.assertEqual(clients.failed, [])
         self.postgres.start()
         self.assertEqual(server.stop(), 0)
@@ -5024,20 +5006,6 @@ class SystemdTest(BreakableCase):
 
 class CommandTest(ProgramCase):
     """Options, start and end."""
-
-    def test_signals_under_load_lose_nothing_that_was_answered(self) -> None:
-        for how, code in [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -signal.SIGKILL)]:
-            with self.subTest(how):
-                server = self.serve()
-                with Clients(8, server) as clients:
-                    wait_for_more(clients.accepted, 100)
-                    started = time.monotonic()
-                    self.assertEqual(server.stop(how), code)
-                    self.assertLess(time.monotonic() - started, 10)
-                self.check_exactly_once(clients.accepted)
-                self.query("TRUNCATE plain")
-                if not code:
-                    self.assertIn(f"stopping: {how.name}", server.lines[-1])
 
     def test_draining_answers_what_is_in_flight_and_closes_the_rest(self) -> None:
         server = self.serve(limits={"DRAIN_IDLE_S": 0.5, "DRAIN_S": 3})
@@ -5423,10 +5391,8 @@ apps:
             wait_for_more(clients.accepted, 500)
         self.assertEqual(clients.failed, [])
         self.assertLess(clients.slowest, 0.5)
-        self.assertEqual(
-            self.query("SELECT mark FROM plain WHERE mark >= 0 ORDER BY mark"),
-            [[number] for number in sorted(clients.accepted)],
-        )
+        new = self.query("SELECT mark FROM plain WHERE text <> 'old' ORDER BY mark")
+        self.assertEqual([number for [number] in new], sorted(clients.accepted))
         valid = "SELECT count(*) FROM pg_index WHERE indrelid = 'plain'::regclass AND indisvalid"
         self.assertEqual(self.query(valid), [[2]])
         self.assertEqual(self.status(server), 200)
@@ -5638,8 +5604,6 @@ SERIES = {
     *(f"{name}_total" for name in METRICS["counter"]),
     *(f"{name}_{part}" for name in METRICS["histogram"] for part in ("bucket", "sum", "count")),
 }
-
-
 ALERT_TEST = """
 rule_files: [{alerts}]
 evaluation_interval: 1m
@@ -5804,7 +5768,6 @@ class PgBouncerTest(unittest.TestCase):
 
 
 # --- The repository -----------------------------------------------------------
-
 
 README = HERE / "README.md"
 OPERATING = HERE / "docs" / "operating.md"
@@ -6032,14 +5995,18 @@ class ReusePortTest(ProgramCase):
         second = self.serve_at(first.port, "second", "--reuse_port", "-v")
         with Clients(16, first) as crowd:
             wait_for_more(crowd.accepted, 200)
-            self.assertEqual(second.stop(), 0)
+            started = time.monotonic()
+            self.assertEqual(second.stop(signal.SIGINT), 0)
+            self.assertLess(time.monotonic() - started, 10)
+            self.assertEqual(len(self.said(second, "stopping: SIGINT")), 1)
             wait_for_more(crowd.accepted, 100)
             second = self.serve_at(first.port, "second", "--reuse_port", "-v")
             wait_for_more(crowd.accepted, 500)
         # What had not quite connected when the second one closed its port; bench/reuse_port.py counts it.
         self.assertLessEqual(len(crowd.failed), 2, crowd.failed)
         self.assertEqual(second.stop(), 0)
-        self.assertTrue(any("-> 200" in line for line in second.lines))
+        self.assertTrue(self.said(second, "-> 200"))
+        self.assertTrue(self.said(second, "stopping: SIGTERM"))
         self.check_exactly_once(crowd.accepted)
 
     def test_both_need_the_option(self) -> None:
@@ -6152,17 +6119,6 @@ class PartitionedTest(ProgramCase):
             self.assertEqual(answer.json, {"accepted": 1, "stored": "database"})
         self.assertEqual(self.query("SELECT count(*) FROM other"), [[1]])
 
-    def test_what_lacks_a_partition_is_in_the_log_and_in_the_reason(self) -> None:
-        self.query(self.CREATE)
-        server = self.serve()
-        late = self.visit(1, "2027-01-02T03:04:05Z")
-        self.assertEqual(self.post(server, late, self.visit(2), self.visit(3)).json["stored"], "spool")
-        wait_until(lambda: self.query("SELECT count(*) FROM visits") == [[2]])
-        said = 'no partition of relation "visits" found for row (Partition key of the failing row contains'
-        said += ' ("time") = (2027-01-02 03:04:05+00).)'
-        wait_until(lambda: sum(said in line for line in server.lines) >= 2)
-        self.assertEqual(self.read("SELECT reason FROM quarantine"), [(said,)])
-
     def test_the_statements_that_build_an_index_may_be_run_again(self) -> None:
         self.query(self.CREATE)
         self.query("INSERT INTO visits VALUES (gen_random_uuid(), '2026-01-02Z', 1)")
@@ -6197,16 +6153,8 @@ class ExtendedPostgres(Postgres):
             file.writelines(f"{setting}\n" for setting in self._settings)
 
 
-def needs_extensions(*names: str) -> None:
-    """Skip the test if the PostgreSQL that is there lacks an extension."""
-    with contextlib.closing(postgres.connect("postgres")) as session:
-        there = {name for (name,) in session.run("SELECT name::text FROM pg_available_extensions")}
-    if missing := {*names} - there:
-        raise unittest.SkipTest(f"PostgreSQL has no {' and no '.join(sorted(missing))}")
-
-
 class ExampleCase(ProgramCase):
-    """Runs an example's files against a PostgreSQL of its own."""
+    """Runs an example's files against a PostgreSQL of its own, if the extensions are there."""
 
     NAME = ""
     EXTENSIONS: tuple[str, ...] = ()
@@ -6214,7 +6162,10 @@ class ExampleCase(ProgramCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        needs_extensions(*cls.EXTENSIONS)
+        with contextlib.closing(postgres.connect("postgres")) as session:
+            there = {name for [name] in session.run("SELECT name::text FROM pg_available_extensions")}
+        if missing := {*cls.EXTENSIONS} - there:
+            raise unittest.SkipTest(f"PostgreSQL has no {' and no '.join(sorted(missing))}")
         cls.server = ExtendedPostgres(*cls.SETTINGS)
         cls.addClassCleanup(cls.server.remove)
 
@@ -6341,19 +6292,19 @@ class CitusTest(ExampleCase):
         counts = "SELECT count(*), count(DISTINCT user_id) FROM events"
         wait_until(lambda: self.query(counts) == [[300, 300]], 100)
 
-    def test_what_a_worker_refuses_holds_the_replay_up_for_a_minute(self) -> None:
+    def test_what_a_worker_refuses_holds_the_replay_up_for_a_while(self) -> None:
         self.query("ALTER TABLE events ADD CONSTRAINT short CHECK (length(event_type) < 5)")
         server = self.serve()
         bad = {"_t": "events", "user_id": "a", "event_type": "too long"}
         self.assertEqual(server.post("/apps/app/events", body_of(bad, key="key")).json["stored"], "spool")
         server.stop(signal.SIGKILL)  # so that it is alone in an old epoch
-        server = self.serve()
+        server = self.serve(limits={"HELD_S_MAX": 8})
         good = bad | {"event_type": "good"}
         for _ in range(3):
             self.assertEqual(server.post("/apps/app/events", body_of(good, key="key")).status, 200)
         self.assertEqual(self.query("SELECT count(*) FROM events"), [[0]])
         wait_until(lambda: self.query("SELECT count(*) FROM events") == [[3]], 100)
-        self.assertTrue(any("goes to the quarantine" in line for line in server.lines))
+        self.assertTrue(self.said(server, "goes to the quarantine"))
 
     def test_a_ledger_that_is_not_local_is_refused(self) -> None:
         for statement in (
