@@ -4380,7 +4380,7 @@ class LiveTest(LiveCase):
         wait_until(lambda: self.monitors(server)[0] and "200 OK" in self.watch(server).head, 3)
 
     def test_the_keys_of_apps_are_in_no_answer(self) -> None:
-        server = self.serve()
+        server = self.serve(limits={"LIVE_ROWS": 200})
         watcher = self.watch(server)
         wrong = "a wrong/key, but secret"
         bodies = 0
