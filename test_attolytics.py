@@ -3426,7 +3426,7 @@ class SpoolTest(BreakableCase):
 
     def test_a_spool_that_cannot_be_used_is_refused_and_left_as_it_is(self) -> None:
         server = self.serve(url="")
-        for number in range(200):
+        for number in range(60):
             self.post(server, mark(number, "x" * 1000, "plain"))
         server.stop()
         good = self.spool.read_bytes()
@@ -3450,7 +3450,7 @@ class SpoolTest(BreakableCase):
         self.assertIn("with --spool PATH", self.fail_to_start("--spool", "/proc/nope/x"))
         self.spool.write_bytes(good)
         self.replay()
-        self.assertEqual(self.stored(), list(range(200)))
+        self.assertEqual(self.stored(), list(range(60)))
 
     def test_kill_9_at_any_moment_loses_and_doubles_nothing(self) -> None:
         accepted: list[int] = []
