@@ -1284,13 +1284,11 @@ def take_over_sql(epochs: Iterable[str], token: str) -> str:
     )
 
 
-def terminate_holders_sql(epochs: Iterable[str]) -> str:
-    """Return a query that ends the sessions which hold the ledger's rows of epochs, as far as we may."""
-    listed = ",".join(f"'{epoch}'" for epoch in epochs)
-    return (
-        f"SELECT pg_terminate_backend(k.pid) FROM {LEDGER} l JOIN pg_locks k ON k.transactionid = l.xmax"
-        f" WHERE k.locktype = 'transactionid' AND k.granted AND l.epoch IN ({listed})"
-    )
+# Ends the sessions that hold the ledger's rows of some epochs.
+TERMINATE_HOLDERS = (
+    f"SELECT pg_terminate_backend(k.pid) FROM {LEDGER} l JOIN pg_locks k ON k.transactionid = l.xmax"
+    " WHERE k.locktype = 'transactionid' AND k.granted AND l.epoch IN ({})"
+)
 
 
 @lru_cache  # for 128 tables
@@ -2262,7 +2260,7 @@ def take_over(session: Session, epochs: Iterable[str], token: str) -> None:
         if error.sqlstate == "55P03":  # lock_not_available
             session.run("ROLLBACK")
             with contextlib.suppress(DatabaseError):  # we may not, if they are a superuser's
-                ended = len(session.run(terminate_holders_sql(epochs)))
+                ended = len(session.run(TERMINATE_HOLDERS.format(",".join(map(quote, epochs)))))
                 log.warning("sessions that held the ledger for %d ms were ended: %d", LOCK_TIMEOUT_MS, ended)
         raise
     session.token, session.stored = token, {epoch: int(flush) for epoch, flush in rows}
@@ -2459,12 +2457,9 @@ class Opener:
             take_over(session, epochs, str(uuid.uuid4()))
             session.say_once()
             return session
-        except (DatabaseError, OperatorError) as error:
+        except (DatabaseError, OperatorError):
             session.close()
-            if not isinstance(error, DatabaseError) or error.sqlstate != "42501":  # insufficient_privilege
-                raise
-            grant = f"GRANT SELECT, INSERT, UPDATE ON {LEDGER} TO {identifier(self.target.user)}"
-            raise to_run(f"cannot use the tables: {error}; run:", [grant]) from None
+            raise
 
     def prepare(self, schema: Schema) -> None:
         """Prepare or migrate the tables for another schema, over a connection of its own, then use it.
@@ -3559,11 +3554,6 @@ def check_partial_head(head: bytes) -> None:
         raise Refusal("headers_too_large", f"the header fields have more than {HEADER_BYTES_MAX} bytes")
 
 
-def check_partial_line(limit: int, line: bytes) -> None:
-    if len(line) > limit:
-        raise Refusal("malformed_request", f"a line of more than {limit} bytes in a chunked body")
-
-
 def parse_fields(lines: Sequence[str]) -> dict[str, str]:
     if len(lines) > HEADER_COUNT_MAX:
         reason = f"{len(lines)} header fields; a request may have {HEADER_COUNT_MAX}"
@@ -3775,7 +3765,11 @@ class Incoming:
 
     def _line(self, limit: int, deadline: float) -> bytes:
         """Return a line of a chunked body without its CRLF."""
-        check = partial(check_partial_line, limit)
+
+        def check(line: bytes) -> None:
+            if len(line) > limit:
+                raise Refusal("malformed_request", f"a line of more than {limit} bytes in a chunked body")
+
         line = self._until(b"\r\n", check, deadline)
         check(line)
         return line
@@ -3950,8 +3944,6 @@ class Handler(BaseRequestHandler):
                 self._finish_answer()
             if self.body is None:
                 self._incoming.drain()
-        except OSError as error:  # the client is gone: nobody to answer
-            log.debug("%s: %s", network_of(self.client_address[0]), reason_of(error))
         finally:
             if not self.has_parted:
                 self._answered.acquire()  # it must not meet a closed socket, nor that of another client
@@ -4132,6 +4124,8 @@ class Listener(ThreadingHTTPServer):
             make: Any = self.RequestHandlerClass
             if make(request, client_address, self).has_parted:
                 return True
+        except OSError as error:  # the client is gone: nobody to answer
+            log.debug("%s: %s", network_of(client_address[0]), reason_of(error))
         except Exception:  # noqa: BLE001  # as socketserver does: a bug in one connection is not the others'
             bug = describe_bug(sys.exception())
             complain(logging.ERROR, f"a connection from {network_of(client_address[0])} was cut: {bug}", bug)
@@ -4602,12 +4596,6 @@ class MonitorHandler(BaseHTTPRequestHandler):
     protocol_version = default_request_version = "HTTP/1.1"  # so that every answer has a status line
     timeout = HEAD_DEADLINE_S
     has_parted = False
-
-    def handle(self) -> None:
-        try:
-            super().handle()
-        except OSError as error:
-            log.debug("the monitor's client is gone: %s", reason_of(error))
 
     def do_GET(self) -> None:
         hosts, path = self.headers.get_all("Host", []), self.path.partition("?")[0]
