@@ -81,7 +81,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from email.utils import formatdate
 from enum import Enum, StrEnum, auto
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from http import HTTPMethod, HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -2374,7 +2374,8 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: 
             take(session, step, plan)
             taken[step] += 1
         except DatabaseError as error:
-            if step.way is Way.BUILD and error.sqlstate == "57014":  # query_canceled: a time-out of the role
+            # query_canceled: a time-out of the role. (A DROP, which has no index, is tried again.)
+            if step.way is Way.BUILD and step.index and error.sqlstate == "57014":
                 text = (
                     f"PostgreSQL gave up building an index: {error}; run this without a time-out, or let the"
                     " URL say ?options=-c%20statement_timeout%3D0%20-c%20lock_timeout%3D0"
@@ -2758,8 +2759,9 @@ class Spool(SpoolFile):
             self.quarantined = self.one("SELECT count(*) FROM attolytics_quarantine")
         self.create_views(schema)
 
+    @cached_property  # the whole file is read for it, and no others come in while we run
     def epochs(self) -> set[str]:
-        """Return the present epoch and those that have flushes here."""
+        """The present epoch, and those that had flushes here at the start."""
         return {self.epoch, *(epoch for (epoch,) in self._all("SELECT DISTINCT epoch FROM attolytics_spool"))}
 
     def oldest(self) -> float | None:
@@ -2859,9 +2861,10 @@ class Spool(SpoolFile):
         """Replace the views of tables that another schema has changed."""
         views = {"quarantine": QUARANTINE_VIEW}  # names as SQLite compares them
         for table in schema.tables.values():
-            if table.name.lower() in views:
+            name = table.name.encode().lower().decode()  # of ASCII only, as in SQLite
+            if name in views:
                 log.warning('the spool has no view for the table "%s": another has the name', table.name)
-            views.setdefault(table.name.lower(), view_sql(table))
+            views.setdefault(name, view_sql(table))
         with self.transaction():
             there = dict(self._db.execute("SELECT lower(name), sql FROM sqlite_master WHERE type = 'view'"))
             for name, sql in views.items() - there.items():
@@ -3148,7 +3151,7 @@ class Replayer:
         while not self._stop.wait(self._backoff_s * random.uniform(0.5, 1)):
             self._backoff_s = min(max(self._backoff_s * 2, 0.1), BACKOFF_MAX_S)
             try:
-                session = self._open(self._spool.epochs())
+                session = self._open(self._spool.epochs)
             except (DatabaseError, OperatorError, SpoolError) as error:
                 self.reason = str(error)
                 complain(logging.WARNING, f"cannot use the database: {error}")
@@ -3201,7 +3204,9 @@ class Replayer:
         """Move flushes into the database, and what it does not take into the quarantine; delete them."""
         there = [flush for flush in flushes if flush.number <= session.stored.get(flush.epoch, 0)]
         group = Group(there or flushes, self.intakes)
-        stuck = self._stuck if self._stuck.id == flushes[0].id else Stuck(flushes[0].id, self._clock())
+        # When a reload makes events unfit, the rows behind them move up.
+        is_same = self._stuck.id == flushes[0].id and not group.unfit
+        stuck = self._stuck if is_same else Stuck(flushes[0].id, self._clock())
         if not there:
             try:
                 self._send(session, group, stuck)
@@ -5166,7 +5171,7 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     pool, turning_away = Pool(options.max_connections, "http"), Pool(TURN_AWAY_THREADS, "turning-away")
     _claim = stay_on_one_cpu()  # until we end
     use_memory_sparingly()
-    session = first_session(opener, spool.epochs()) if opener else None
+    session = first_session(opener, spool.epochs) if opener else None
     if options.retry_quarantine:
         writer.retry_quarantine()
     servers = [

@@ -5445,9 +5445,12 @@ apps:
     def test_without_a_database_the_views_of_the_spool_follow(self) -> None:
         server = self.serve(url="")
         self.assertEqual(self.status(server), 200)
-        self.reload(server, self.LARGE.replace("required: true, ", ""))
-        self.assertEqual(self.read("SELECT x FROM new"), [])
+        larger = self.LARGE.replace("required: true, ", "").replace("new", "Ärger")
+        self.reload(server, larger)
+        self.assertEqual(self.read("SELECT x FROM Ärger"), [])
         self.assertEqual(self.read("SELECT level, text, mark FROM plain"), [(None, "x", 1)])
+        self.reload(server, larger.replace("x, indexed: true", "y"))
+        self.assertEqual(self.read("SELECT y FROM Ärger"), [])
 
 
 # --- The examples -------------------------------------------------------------
