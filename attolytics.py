@@ -802,7 +802,9 @@ class Delivery(NamedTuple):
     def client_ip(self) -> str:
         """Return the client's IP address, from X-Real-IP or last in X-Forwarded-For if they are believed."""
         forwarded_for = self.headers.get("x-forwarded-for", "").rpartition(",")[2]
-        return believed_address(self.peer, self.headers.get("x-real-ip", ""), forwarded_for)
+        # Cut, because they are kept for later; an address has 45 characters, and perhaps a zone.
+        claims = self.headers.get("x-real-ip", ""), forwarded_for
+        return believed_address(self.peer, *(claim[:SHOWN_CHARS_MAX] for claim in claims))
 
 
 class Quarantined(NamedTuple):
@@ -1129,7 +1131,7 @@ class Intake:
         document = decode_body(body)
         key, events = document.get("secret_key"), document.get("events")
         if type(key) is not str:
-            got = show(key) if "secret_key" in document else "nothing"
+            got = "another type" if "secret_key" in document else "nothing"  # it may be the key
             raise Refusal("invalid_body", f'expected a string "secret_key", got {got}')
         if not hmac.compare_digest(key.encode(errors="surrogatepass"), self._key):
             raise Refusal("wrong_key", "the secret key is wrong")
@@ -3461,7 +3463,7 @@ class Writer:
                 if error and batch.kept:  # the client will send them again
                     with contextlib.suppress(SpoolError):
                         self._spool.release(batch.kept)
-                batch.tell(cannot_store(error, batch.accepted) if error else SPOOL)
+                batch.tell(cannot_store(error, batch.accepted + len(batch.kept)) if error else SPOOL)
             if not error:
                 count_stored(self._metrics, batches, SPOOL, self._clock() - started)
         if session and fate:
@@ -3541,7 +3543,7 @@ def parse_request_line(line: str) -> tuple[str, str, str]:
         raise Refusal("target_too_long", f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
-        raise Refusal("malformed_request", f"malformed request line {show(line)}")
+        raise Refusal("malformed_request", f"malformed request line {show(line.partition('?')[0])}")
     method, target, major, minor = match.groups()
     if major != "1":
         raise Refusal("malformed_request", f"HTTP/{major}.{minor} is not supported, use HTTP/1.1")
@@ -3957,7 +3959,9 @@ class Handler(BaseRequestHandler):
         """Return whether there is another request to serve."""
         since = self._service.clock()
         while (has_begun := self._incoming.wait()) is None:
-            self._finish_answer()
+            if self._answered.locked() or self._rest:  # a client that waits for its answer is not idle
+                self._finish_answer()
+                since = self._service.clock()
             limit_s = IDLE_CROWDED_S if self.server.pool.is_full(0.75) else IDLE_S
             limit_s = limit_s if self.head else HEAD_DEADLINE_S  # the first one
             if self._service.ended or self._service.clock() - since > limit_s:
@@ -3974,7 +3978,7 @@ class Handler(BaseRequestHandler):
             self.request.sendall(self._answer(refusal))
             return self._keeps
         if batch is None:
-            self.request.sendall(self._answer("", status=HTTPStatus.NO_CONTENT))
+            self.request.sendall(self._answer(""))
             return self._keeps
         # The kernel may not take all of a long answer at once.
         self._batch, is_long = batch, bool(batch.problems)
@@ -4018,14 +4022,13 @@ class Handler(BaseRequestHandler):
                 self.request.sendall(self._rest)
                 self._rest = b""
 
-    def _answer(
-        self, verdict: str | Refusal, batch: Batch | None = None, status: HTTPStatus = HTTPStatus.OK
-    ) -> bytes:
+    def _answer(self, verdict: str | Refusal, batch: Batch | None = None) -> bytes:
         """Return the answer to a refused request, to a stored batch or to a preflight; count and log it.
 
         Decides whether the connection stays open after it.
         """
         service, head, intake, reason = self._service, self.head, self.intake, ""
+        status = HTTPStatus.OK if batch else HTTPStatus.NO_CONTENT
         if isinstance(verdict, Refusal):
             batch, status, reason = None, verdict.status, verdict.reason
             service.metrics.refuse(verdict, intake.app.id if intake else "")
@@ -4395,8 +4398,8 @@ HASHES = [f"sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode
 PAGE_HEADERS = {"Content-Security-Policy": POLICY.format(*HASHES), "Referrer-Policy": "no-referrer"}
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\nretry: 1000\n\n"
 HIDDEN = "(secret key)"
-# What stands in a text where a key should, in whatever form, up to the events; and where a reason quotes it.
-NAMED_KEY = r"""(?is)(secret[ _-]?key\W{,6}[:=]|_key", got (?=-?\d))(?!\(secret).*?(?=\W*events\b|\Z)"""
+# What stands in a text where a key should, in whatever form, up to the events.
+NAMED_KEY = r"(?is)(secret[ _-]?key\W{,6}[:=])(?!\(secret).*?(?=\W*events\b|\Z)"
 NO_TEXT = re.compile("[\0-\x08\x0b-\x1f\x7f\ufffd]")
 Note = tuple[dict[str, Any], Sequence[Problem], bytes, int]  # Row, problems, body, size in memory
 
