@@ -1,12 +1,14 @@
 """What a watcher of the live view costs: .venv/bin/python bench/live.py [--rounds 5] [--seconds 10]
 
-In each round 64 clients send all they can, as in the scenario `keepalive` of ingest.py: while nobody
-watches, while a program reads /live, and while the page is open in Chromium. All of them share the machine.
+In each round 500 clients send about 10,000 requests per second and 64 clients all they can, as in the scenario
+`keepalive` of ingest.py: while nobody watches, while a program reads /live, and while the page is open in
+Chromium. All of them share the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import signal
 import statistics
@@ -25,6 +27,8 @@ from servers import attolytics_command
 PROGRAM = Path(__file__).parent.parent / "attolytics.py"
 SCHEMA = PROGRAM.parent / "schema-example.conf.yaml"
 WAYS = ("nobody", "stream", "page")
+# How many clients there are, and for how many milliseconds each of them pauses between two requests.
+LOADS = {"10,000 per second": (500, 28), "all they can": (64, 0)}
 
 
 @contextmanager
@@ -61,8 +65,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=10)
     options = parser.parse_args()
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
-    costs: dict[str, list[float]] = {way: [] for way in WAYS}
+    rates: dict[tuple[str, str], list[float]] = {(load, way): [] for load in LOADS for way in WAYS}
+    costs = {key: list[float]() for key in rates}
     with tempfile.TemporaryDirectory() as directory, sync_playwright() as driver:
         home = Path(directory)
         home.chmod(0o755)
@@ -70,7 +74,7 @@ def main() -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
         with private_postgres(home) as postgres:
-            script = write_script(home, Traffic())
+            script, paced = write_script(home, Traffic()), home / "paced.lua"
             port, monitor = free_port(), free_port()
             command = [*attolytics_command(PROGRAM, port, postgres.url, SCHEMA, home)]
             command += ["--monitor_port", str(monitor)]
@@ -78,8 +82,9 @@ def main() -> None:
                 child.wait_until(lambda: answers(port), "Attolytics")
                 run_wrk(port, script, 3)
                 for number in range(options.rounds):
-                    for place in range(len(WAYS)):
-                        way = WAYS[(number + place) % len(WAYS)]
+                    for name, place in itertools.product(LOADS, range(len(WAYS))):
+                        way, (clients, pause_ms) = WAYS[(number + place) % len(WAYS)], LOADS[name]
+                        paced.write_text(f"{script.read_text()}function delay() return {pause_ms} end\n")
                         watching = (
                             stream(monitor)
                             if way == "stream"
@@ -89,20 +94,19 @@ def main() -> None:
                         )
                         before = cpu_s(child.process.pid)
                         with watching:
-                            load = run_wrk(port, script, options.seconds)
-                        costs[way].append((cpu_s(child.process.pid) - before) / load.requests * 1e6)
+                            load = run_wrk(port, paced if pause_ms else script, options.seconds, clients)
                         check_load("Attolytics", load)
-                        rates[way].append(load.requests / load.seconds)
-                        sys.stderr.write(f"{way}: {rates[way][-1]:,.0f} requests/s, p99 {load.p99_us} us\n")
+                        costs[name, way].append((cpu_s(child.process.pid) - before) / load.requests * 1e6)
+                        rates[name, way].append(load.requests / load.seconds)
+                        said = f"{rates[name, way][-1]:,.0f} requests/s, p99 {load.p99_us} us"
+                        sys.stderr.write(f"{name}, {way}: {said}\n")
         browser.close()
-    for way in WAYS:
-        ratios = [one / none for one, none in zip(rates[way], rates["nobody"], strict=True)]
-        rate, ratio = statistics.median(rates[way]), statistics.median(ratios)
-        cost = statistics.median(costs[way])
-        text = (
-            f"{way}: {rate:,.0f} requests/s, {ratio:.3f} of nobody's; {cost:.1f} us of the server's CPU each"
-        )
-        sys.stdout.write(f"{text}\n")
+    for (name, way), measured in rates.items():
+        ratios = [one / none for one, none in zip(measured, rates[name, "nobody"], strict=True)]
+        rate, ratio = statistics.median(measured), statistics.median(ratios)
+        share = f"{ratio:.3f} of nobody's ({min(ratios):.2f} to {max(ratios):.2f})"
+        cost = f"{statistics.median(costs[name, way]):.1f} us of the server's CPU each"
+        sys.stdout.write(f"{name}, {way}: {rate:,.0f} requests/s, {share}; {cost}\n")
 
 
 if __name__ == "__main__":
