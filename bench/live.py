@@ -1,6 +1,6 @@
 """What a watcher of the live view costs: .venv/bin/python bench/live.py [--rounds 5] [--seconds 10]
 
-In each round 500 clients send about 10,000 requests per second and 64 clients all they can, as in the scenario
+In each round 500 clients send about 10,000 requests per second and 64 clients all they can, as in scenario
 `keepalive` of ingest.py: while nobody watches, while a program reads /live, and while the page is open in
 Chromium. All of them share the machine.
 """
