@@ -774,12 +774,9 @@ def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 
 @lru_cache(maxsize=4096)
 def believed_address(peer: str, *claims: str) -> str:
-    """Return the client's IP address, given what proxies say of it.
-
-    One on this machine or in a private network is believed; anybody else could say anything.
-    """
+    """Return the client's IP address, given what proxies say of it."""
     address = plain_address(peer)
-    if address and address.is_private:
+    if address and address.is_private:  # anybody else could say anything
         return str(next(filter(None, map(plain_address, claims)), address))
     return str(address or peer)
 
@@ -910,11 +907,8 @@ def decode_body(body: bytes) -> dict[str, object]:
 
 
 def inflate(body: bytes, coding: str, limit: int) -> bytes:
-    """Return a body without its content coding, which is gzip or deflate (RFC 9110, section 8.4.1).
-
-    Some clients send deflate without the zlib header; both are read. Raises Refusal for data that is
-    damaged or cut short, and when the result has more than `limit` bytes.
-    """
+    """Return a body of at most `limit` bytes without its content coding (RFC 9110, 8.4.1). Raises Refusal."""
+    # Some clients send deflate without the zlib header.
     zlib_header = len(body) >= 2 and body[0] & 15 == 8 and (body[0] << 8 | body[1]) % 31 == 0
     stream = zlib.decompressobj(31 if coding == "gzip" else 15 if zlib_header else -15)
     try:
@@ -955,10 +949,8 @@ COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r
 
 
 def quote(text: str) -> str:
-    """Return a string literal. Complete for text without NUL (PostgreSQL manual, 4.1.2.1).
-
-    Only with standard_conforming_strings = on, which every connection of ours asks for.
-    """
+    """Return a string literal of text without NUL (PostgreSQL manual, 4.1.2.1)."""
+    # That is all with standard_conforming_strings = on, which every connection of ours asks for.
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -1414,7 +1406,6 @@ class ExistingIndex(NamedTuple):
     unique: bool = False
     method: str = "btree"
     valid: bool = True  # if not, it is being built, or its build was interrupted
-    busy: bool = False  # not valid, and somebody holds the lock of a build on the table
     name: str = ""
     sql_name: str = ""  # quoted, and with its schema where it needs that
 
@@ -1456,11 +1447,7 @@ SELECT w.name,
             (SELECT coalesce(json_agg(k.attname), '[]') FROM pg_attribute k
                 WHERE i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL
                 AND k.attrelid = c.oid AND k.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])),
-            i.indisunique, m.amname, i.indisvalid,
-            NOT i.indisvalid AND EXISTS (SELECT FROM pg_locks l WHERE l.relation = c.oid AND l.granted
-                AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-                AND l.mode = 'ShareUpdateExclusiveLock' AND l.pid <> pg_backend_pid()),
-            x.relname, x.oid::regclass)), '[]')
+            i.indisunique, m.amname, i.indisvalid, x.relname, x.oid::regclass)), '[]')
         FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0] WHERE i.indrelid = c.oid),
     CASE c.relkind WHEN 'f' THEN 'foreign table' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence'
@@ -1502,7 +1489,7 @@ class Step:
     way: Way
     table: str
     reasons: tuple[str, ...]
-    statements: tuple[str, ...]  # none if only another schema mends it, or somebody else may be at it
+    statements: tuple[str, ...]  # none if only another schema mends it
     index: Index | None = None  # that it builds; if ALTER is the way then, any start takes it
 
 
@@ -1620,23 +1607,19 @@ def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
         if existing.partition_key:
             yield from partitioned_steps(table, existing, index, reason)
             continue
-        broken = [item for item in existing.indexes if item.column == index.column and not item.valid]
-        plain, coded = index.names()
-        is_taken = plain in existing.names and plain not in [item.name for item in broken]
-        name = coded if is_taken or len(plain.encode()) > NAME_BYTES_MAX else plain
-        ours = ([index.column], index.unique, index.method)
-        for item in broken:
-            # One of another kind or name is not ours to drop. What is left of ours only slows down inserts.
-            if item[1:4] == ours and item.name in (plain, coded) and not item.busy:
-                left = f'table "{table.name}", index "{item.name}" was left behind by an interrupted build'
-                drop = f"DROP INDEX CONCURRENTLY IF EXISTS {item.sql_name}"
-                yield Step(Way.BUILD, table.name, (left,), (drop,))
-        if any(item.serves_as(index) for item in existing.indexes):
-            continue
-        build = index.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(name)} ")
-        is_busy = any(item.busy for item in broken)
-        reason += " yet, and somebody builds one or vacuums the table" * is_busy
-        yield Step(Way.BUILD, table.name, (reason,), (build,) * (not is_busy), index)
+        kind = ([index.column], index.unique, index.method, False)
+        # One of another kind or name is not ours to drop. What is left of ours only slows down inserts.
+        left = [item for item in existing.indexes if item[1:5] == kind and item.name in index.names()]
+        for item in left:
+            state = f'table "{table.name}", index "{item.name}": its build goes on, or was interrupted'
+            drop = f"DROP INDEX CONCURRENTLY IF EXISTS {item.sql_name}"
+            yield Step(Way.BUILD, table.name, (state,), (drop,))
+        if not any(item.serves_as(index) for item in existing.indexes):
+            plain, coded = index.names()
+            is_taken = plain in existing.names and plain not in [item.name for item in left]
+            name = coded if is_taken or len(plain.encode()) > NAME_BYTES_MAX else plain
+            build = index.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(name)} ")
+            yield Step(Way.BUILD, table.name, (reason,), (build,), index)
 
 
 def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
@@ -1979,7 +1962,8 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
 # What pg8000 raises when the connection ends, or when the peer does not speak PostgreSQL's protocol.
 BROKEN = (pg8000.exceptions.InterfaceError, OSError, struct.error, LookupError, ValueError, AttributeError)
 NO_ANSWER = "no answer in time"
-ROW_KINDS = (b"T", b"D")  # RowDescription, DataRow: nobody looks at those of a flush
+COMMAND_COMPLETE, COPY_IN = b"C", b"G"  # Kinds of messages (PostgreSQL manual, 55.7) ...
+ROW_KINDS = (b"T", b"D")  # ... RowDescription, DataRow: nobody looks at those of a flush
 
 
 def lost(error: Exception, said: Mapping[str, str]) -> DatabaseError:
@@ -2000,14 +1984,12 @@ def skipped_rows(message: Message, tags: Iterable[str]) -> Counter[tuple[str, ..
 
 
 class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no type hints
-    """A connection, which stores rows in one round trip when it has taken the ledger over. For one thread.
+    """A connection, which stores rows in one round trip when it has taken the ledger over. For one thread."""
 
-    pg8000 by itself needs three round trips for a COPY, has no statements beside it in one message, knows
-    no deadline, and loses the text of a FATAL error, because the connection ends right after it.
-    """
-
+    # pg8000 by itself needs three round trips for a COPY, has no statements beside it in one message, knows
+    # no deadline, and loses the text of a FATAL error, because the connection ends right after it.
     timeout_s = float(CONNECT_TIMEOUT_S)  # for a message that is not told its own
-    tags: Sequence[str] = ()  # of the last message's statements, such as `INSERT 0 5` and `COMMIT`
+    tags: list[str]  # of the last message's statements, such as `INSERT 0 5` and `COMMIT`
     start: str  # with which a flush begins, and ...
     raising: str  # ... what raises the ledger then: see say_once()
     token = ""  # by which the ledger knows it
@@ -2066,10 +2048,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         return key is not None and self.run("SELECT pg_backend_pid()") == [[int.from_bytes(key[:4])]]
 
     def say_once(self) -> None:
-        """Say once what each flush would repeat, unless a pooler gives the session to others.
-
-        It is a fourth of PostgreSQL's work for a small flush.
-        """
+        """Say once what is a fourth of PostgreSQL's work for a small flush, if no pooler is between us."""
         self.start, self.raising = FLUSH_START, RAISE
         if self.is_direct():
             self.run(f"{FLUSH_START.replace('SET LOCAL', 'SET')}COMMIT")
@@ -2077,10 +2056,8 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             self.start, self.raising = "BEGIN;\n", EXECUTE_RAISE
 
     def check_idle(self) -> None:
-        """Raise DatabaseError if the server closed the idle connection, or says something unasked for.
-
-        Does not block. Noticing this before a flush is sent keeps its outcome from being unknown.
-        """
+        """Raise DatabaseError if the server closed the idle connection. Does not block."""
+        # Noticing this before a flush is sent keeps its outcome from being unknown.
         poll = select.poll()  # select() knows no descriptors from 1,024 on
         poll.register(self._usock, select.POLLIN)
         if poll.poll(0):
@@ -2110,14 +2087,11 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             if len(head) < 5 or len(data) < size:
                 raise ConnectionResetError("the server closed the connection")
             kind = head[:1]
-            if kind not in ROW_KINDS or not (message.copies or message.inserts):
+            if kind == COMMAND_COMPLETE:
+                self.tags.append(data[:-1].decode())
+            # The data of a COPY is on its way already.
+            elif kind != COPY_IN and (kind not in ROW_KINDS or not (message.copies or message.inserts)):
                 self.message_types[kind](data, context)
-
-    def handle_COPY_IN_RESPONSE(self, data: bytes, context: Any) -> None:  # noqa: N802  # pg8000's name
-        """Do nothing: the data is on its way already."""
-
-    def handle_COMMAND_COMPLETE(self, data: bytes, context: Any) -> None:  # noqa: N802, ARG002
-        self.tags = [*self.tags, data[:-1].decode()]
 
 
 def os_user() -> str:
@@ -2442,10 +2416,9 @@ class Opener:
         self._partition_keys: dict[str, tuple[str, ...]] = {}  # for the session that is open, too
 
     def open(self, epochs: Iterable[str]) -> Session:
-        """Return a session. Blocks, also while PostgreSQL builds indexes.
+        """Return a session, with which rows can be inserted into all tables. Blocks as prepare() does.
 
-        Finds out whether rows could be inserted into all tables, so that the writer need not. Raises
-        DatabaseError or OperatorError.
+        Raises DatabaseError or OperatorError.
         """
         schema = self._schema
         session = connect(self.target)
@@ -2546,9 +2519,6 @@ def view_sql(table: Table) -> str:
     )
 
 
-# Where a flush says when its first batch was received: behind an app and before a client's headers.
-OLDEST_CHARS = 2_000
-RECEIVED_AT = re.compile(r'"received_at":([0-9.e+]+)')
 APPLICATION_ID = 0x41_74_74_6F  # "Atto"; tells the file from other programs' (SQLite, application_id)
 SPOOL_VERSIONS = (1, 2)  # read; new files have the last (the first had another table, which nobody needs)
 
@@ -2617,16 +2587,13 @@ def check_spool(path: str, descriptor: int) -> None:
 def wait_for_lock(descriptor: int, path: str) -> None:
     """Lock the spool's file against other servers, of which one may be about to end. Raises OperatorError."""
     deadline = time.monotonic() + SPOOL_LOCK_S
-    while True:
-        try:
+    while time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                reason = f"another server uses the spool {path}: give each its own with --spool PATH"
-                raise OperatorError(reason) from None
         complain(logging.INFO, f"waiting for the server that uses the spool {path}")
         time.sleep(POLL_S)
+    raise OperatorError(f"another server uses the spool {path}: give each its own with --spool PATH")
 
 
 def open_database(path: str, bytes_max: int) -> sqlite3.Connection:
@@ -2649,10 +2616,7 @@ def open_database(path: str, bytes_max: int) -> sqlite3.Connection:
 
 
 class SpoolFile:
-    """An SQLite file that is ours alone: its lock, its room, its transactions. For any thread.
-
-    Methods block for the disk, and raise SpoolError when it fails them.
-    """
+    """An SQLite file that is ours alone; for any thread. Blocks for the disk, and raises SpoolError."""
 
     def __init__(self, path: str, bytes_max: int) -> None:
         self.path = path
@@ -2772,10 +2736,10 @@ class Spool(SpoolFile):
 
     def oldest(self) -> float | None:
         """Return when the first event that waits was received, in seconds since the epoch."""
-        query = "SELECT substr(batches, 1, ?) FROM attolytics_spool ORDER BY id LIMIT 1"
-        [(start,)] = self._all(query, OLDEST_CHARS) or [("",)]
-        match = RECEIVED_AT.search(start)
-        return float(match[1]) if match else None
+        query = "SELECT json_extract(batches, '$[0].received_at') FROM attolytics_spool ORDER BY id LIMIT 1"
+        with self.translated():
+            oldest: float | None = self.one(query)
+        return oldest
 
     def append(self, number: int, events: int, texts: Iterable[str], given_up: bool = False) -> None:
         """Keep a flush of this process, by the JSON of its batches.
@@ -2840,10 +2804,7 @@ class Spool(SpoolFile):
         return self._all(query, chars, count)
 
     def retry(self, numbers: Iterator[int], why: Callable[[str], str]) -> None:
-        """Move the events in quarantine that fit into flushes of this process.
-
-        `why` is asked, for the JSON of a batch, for the reason against it, which is noted if there is one.
-        """
+        """Move the events in quarantine that fit into flushes of ours; `why` says what is against a batch."""
         last = 0
         select = "SELECT id, batch, event FROM attolytics_quarantine WHERE id > ? ORDER BY id LIMIT 100"
         while found := self._all(select, last):
@@ -2901,20 +2862,13 @@ class Spool(SpoolFile):
 
 
 # --- Writer -------------------------------------------------------------------
-# Group commit: HTTP threads put batches into the inbox, and the writer stores all that
-# are there as one flush. Where the one session with PostgreSQL is says where they go:
+# Group commit. The session with PostgreSQL, and with it where new events go, moves under the spool's lock,
+# the switch, in three steps that nothing divides: "no flush is left, here is the session", "there is no
+# session: take a number and append", "give the session up and append what was sent".
 #
-#     with the writer                  to PostgreSQL; the spool is empty
-#     with the replayer, or nowhere    to the spool
-#
-# It moves under the spool's lock, the switch, in three steps that nothing divides:
-# "no flush is left, here is the session", "there is no session: take a number and
-# append", "give the session up and append what was sent".
-#
-# Exactly once: a process is an epoch, and numbers its flushes upwards. A transaction
-# raises the epoch's row in the ledger to its number. What was sent and not heard of is
-# spooled under its number: the next session takes the ledger over, which ends whatever
-# the last one has sent and says up to which number everything is there.
+# Exactly once: a process is an epoch, and numbers its flushes upwards. A transaction raises the epoch's row
+# in the ledger to its number. What was sent and not heard of is spooled under its number: the next session
+# takes the ledger over, which ends whatever the last one has sent and says up to which number all is there.
 
 DATABASE = "database"
 SPOOL = "spool"
@@ -2992,11 +2946,11 @@ def sift(session: Session, group: Group, one_by_one: bool) -> tuple[Counter[tupl
     """Insert what the database takes of a group that it refused as a whole, by bisection; not committed yet.
 
     The group refuses the others. Returns how many rows were there already, by table, and how many are refused
-    through whose fault. Each row is tried after those before it, so that of two that are refused together the
-    second one is found. Raises DatabaseError; its `row` is the first of those that it came up with.
+    through whose fault. Raises DatabaseError; its `row` is the first of those that it came up with.
     """
     run = session.run
     run(f"{FLUSH_START}{SIFT_SETTINGS}{raise_sql(group.epoch, session.token, group.number)}")
+    # Each is tried after those before it, so that of two that are refused together the second one is found.
     rows = group.rows()
     skipped: Counter[tuple[str, ...]] = Counter()
     refused: Counter[Fault] = Counter()
@@ -3347,8 +3301,8 @@ class Writer:
     def submit(self, batch: Batch, tell: Callable[[str | Refusal], object]) -> None:
         """Hand over a batch. Does not block.
 
-        `tell` is called by the writer's thread, with where the batch is committed, DATABASE or SPOOL, or
-        with a Refusal when it cannot be stored now or the database refuses it. It must not block or raise.
+        The writer's thread tells where it is committed, DATABASE or SPOOL, or a Refusal when it cannot be
+        stored now or the database refuses it. `tell` must not block or raise.
         """
         batch.tell, batch.since = tell, self._clock()
         self._inbox.put(batch)
@@ -3403,14 +3357,11 @@ class Writer:
         return batches
 
     def _look_at_session(self) -> None:
-        """Find out whether an idle session has ended, before an event has to.
-
-        A pooler keeps our connection when PostgreSQL goes away, and a stopped PostgreSQL says nothing: it is
-        asked when somebody watches.
-        """
+        """Find out whether an idle session has ended, before an event has to."""
         try:
             if self.session:
                 self.session.check_idle()
+                # A pooler keeps our connection, and a stopped PostgreSQL says nothing: somebody should ask.
                 if self.is_watched:
                     self.is_watched = False
                     self.session.run("SELECT 1", PATIENCE_MIN_S)
@@ -3694,11 +3645,8 @@ def answer_bytes(status: HTTPStatus, headers: str, text: str) -> bytes:
 
 
 def limit_wait(sock: socket.socket, option: int, seconds: int) -> None:
-    """Bound how long the kernel waits in recv (SO_RCVTIMEO) or send (SO_SNDTIMEO), as socket(7) says.
-
-    Past the time they raise BlockingIOError. Unlike settimeout() it leaves the socket blocking, so that the
-    writer's thread can send to it with MSG_DONTWAIT.
-    """
+    """Bound how long recv (SO_RCVTIMEO) or send (SO_SNDTIMEO) block until BlockingIOError, see socket(7)."""
+    # settimeout() would not leave the socket blocking: the writer's thread sends to it with MSG_DONTWAIT.
     sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", seconds, 0))
 
 
@@ -3764,10 +3712,8 @@ class Incoming:
         return bytes(body)
 
     def drain(self) -> None:
-        """End our side; read and drop what still comes until the client stops, for LINGER_S at most.
-
-        Closing at once would reset the connection under the answer.
-        """
+        """End our side; read and drop what still comes until the client stops, for LINGER_S at most."""
+        # Closing at once would reset the connection under the answer.
         deadline = self._clock() + LINGER_S
         with contextlib.suppress(Refusal, OSError):
             self._sock.shutdown(socket.SHUT_WR)
@@ -3816,7 +3762,7 @@ class Pool:
 
     def __init__(self, limit: int, name: str) -> None:
         self._limit, self._name = limit, name
-        self.jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # of those who have a place
+        self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # of those who have a place
         # Guards all below. Notified when busy shrinks.
         self._released = threading.Condition()
         self.busy = 0  # places that are taken; never more than there are threads
@@ -3824,11 +3770,9 @@ class Pool:
         self._full_since = 0.0  # when busy last reached the limit
 
     def run(self, job: Callable[[], object]) -> bool:
-        """Run a job in a thread soon; return False if there are too many, or no thread can be made.
-
-        Blocks at most PLACE_PATIENCE_S, and not while there have been too many for longer than that.
-        """
+        """Run a job in a thread soon; return False if none is to be had. Blocks at most PLACE_PATIENCE_S."""
         with self._released:
+            # Counted from when there were too many, so that a flood does not block us again and again.
             patience_s = self._full_since + PLACE_PATIENCE_S - time.monotonic()
             if not self._released.wait_for(lambda: not self.is_full(), patience_s):
                 return False
@@ -3843,7 +3787,7 @@ class Pool:
             self.busy += 1
             if self.is_full():
                 self._full_since = time.monotonic()
-        self.jobs.put(job)
+        self._jobs.put(job)
         return True
 
     def release(self) -> None:
@@ -3861,7 +3805,7 @@ class Pool:
 
     def _work(self) -> NoReturn:
         while True:
-            if not self.jobs.get()():  # not by a name, which would hold the connection until the next job
+            if not self._jobs.get()():  # not by a name, which would hold the connection until the next job
                 self.release()
 
 
@@ -3887,7 +3831,7 @@ class Service:
     live: Live | None = None  # with a monitor port
 
     def batch(self, intake: Intake, body: bytes, delivery: Delivery) -> Batch:
-        """Return the batch in a body, and call let_go() after it. Blocks while there are many large ones.
+        """Return the batch in a body; let_go() has to follow. Blocks while there are many large ones.
 
         Its bad events are in the quarantine before anything of it is stored. Raises Refusal.
         """
@@ -3974,7 +3918,7 @@ class Handler(BaseRequestHandler):
         return has_begun and self._keeps
 
     def _exchange(self) -> bool:
-        self.started = self._service.clock()
+        self.started, is_first = self._service.clock(), not self.head
         self.head, self.intake, self.body, self._cors = None, None, None, ANY_ORIGIN
         try:
             batch = self._read_request()
@@ -3984,11 +3928,12 @@ class Handler(BaseRequestHandler):
         if batch is None:
             self.request.sendall(self._answer(""))
             return self._keeps
-        # The kernel may not take all of a long answer at once.
+        # The kernel may not take all of a long answer at once, nor one behind others.
         self._batch, is_long = batch, bool(batch.problems)
         keep_alive = bool(self.head and self.head.keep_alive)
         self._answered.acquire()
-        self.has_parted = not keep_alive and not is_long  # the writer's thread has everything from here on
+        # The writer's thread has everything from here on.
+        self.has_parted = is_first and not keep_alive and not is_long
         self._service.writer.submit(batch, self._tell)
         if is_long:
             self._finish_answer()
@@ -4007,17 +3952,9 @@ class Handler(BaseRequestHandler):
         except OSError as error:
             log.debug("%s: %s", network_of(self.client_address[0]), reason_of(error))
         self._answered.release()  # unless we have parted, the next request may be served from here on
-        if has_parted and self._rest:
-            self.server.pool.jobs.put(self._part)
-        elif has_parted:
+        if has_parted:
             self.server.shutdown_request(self.request)
             self.server.pool.release()
-
-    def _part(self) -> None:
-        """Send the rest of a last answer, in a thread of the pool, and close the connection."""
-        with contextlib.suppress(OSError):
-            self._finish_answer()
-        self.server.shutdown_request(self.request)
 
     def _finish_answer(self) -> None:
         """Wait until the writer has answered, and send what the kernel did not take from it."""
@@ -4027,10 +3964,7 @@ class Handler(BaseRequestHandler):
                 self._rest = b""
 
     def _answer(self, verdict: str | Refusal, batch: Batch | None = None) -> bytes:
-        """Return the answer to a refused request, to a stored batch or to a preflight; count and log it.
-
-        Decides whether the connection stays open after it.
-        """
+        """Return the answer to a refused request, a stored batch or a preflight; count and log it."""
         service, head, intake, reason = self._service, self.head, self.intake, ""
         status = HTTPStatus.OK if batch else HTTPStatus.NO_CONTENT
         if isinstance(verdict, Refusal):
@@ -4211,8 +4145,7 @@ def listening_sockets(
 ) -> list[socket.socket]:
     """Return sockets that listen on every address of a host, if `reuse_port` beside those of others.
 
-    `localhost` is 127.0.0.1 and ::1. With port 0 the system chooses one, the same for all. Raises
-    OperatorError, which names the option that sets the port.
+    With port 0 the system chooses one. Raises OperatorError, with the option that sets the port.
     """
     hints = {
         errno.EADDRINUSE: f"the port is in use; stop the other program or choose another port with {option}",
@@ -4754,10 +4687,8 @@ def watchdog_interval(environ: Mapping[str, str], pid: int) -> float:
 
 
 def inherited_sockets(environ: MutableMapping[str, str], pid: int) -> list[socket.socket]:
-    """Return the listening sockets that systemd has opened for process `pid`. Raises OperatorError.
-
-    Takes the variables that tell of them out of `environ`: they are not for our children.
-    """
+    """Return the listening sockets that systemd has opened for process `pid`. Raises OperatorError."""
+    # What tells of them is not for our children.
     for_pid, count, _names = [environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     if not count:
         return []
