@@ -637,9 +637,7 @@ def to_string(value: object) -> str:
     return value
 
 
-RFC_3339 = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(\.\d+)?(?:[Zz]|([+-])(\d\d):(\d\d))", re.ASCII
-)
+RFC_3339 = re.compile(r"(?ai)(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")
 SECONDS_END = 253_402_300_800  # 10000-01-01, where Python's calendar ends; in milliseconds that is 1978
 MICROSECONDS_EXACT = 2**33  # Seconds up to which the last digits of a float are below a microsecond
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(-?)[0-9a-f]{4}\1[0-9a-f]{4}\1[0-9a-f]{4}\1[0-9a-f]{12}", re.IGNORECASE)
@@ -847,12 +845,10 @@ def exact_number(text: str) -> float | Decimal:
     return number if Decimal(repr(number)) == exact else exact
 
 
-make_decoder = partial(json.JSONDecoder, parse_float=exact_number)
-DECODER = make_decoder(object_pairs_hook=unique_object, parse_constant=refuse_flaw)
+decoder = partial(json.JSONDecoder, parse_float=exact_number)
+DECODER = decoder(object_pairs_hook=unique_object, parse_constant=refuse_flaw)
 # For a document that has flaws: they stand in it, so that they can be found.
-MARKING_DECODER = make_decoder(
-    object_pairs_hook=marked_object, parse_constant=lambda name: Flaw(f"{name} is not JSON")
-)
+MARKING_DECODER = decoder(object_pairs_hook=marked_object, parse_constant=lambda s: Flaw(f"{s} is not JSON"))
 
 
 def find_flaw(value: object) -> Flaw | None:
@@ -1045,6 +1041,9 @@ class TableIntake:
         if kind in (Type.STRING, Type.JSON):
             return lambda value: copy_text(convert(value))
         return convert  # The texts of all other types have nothing to escape.
+
+
+Rows = Mapping[TableIntake, Sequence[str]]
 
 
 def storable(text: str) -> str:
@@ -1252,8 +1251,7 @@ LEDGER_REFUSAL = "21000"  # cardinality_violation: the SQLSTATE of RAISE's subqu
 
 # Raises an epoch's row in the ledger to a flush, or fails the transaction: unless the row is there, belongs
 # to the session with this token and is below the number. A message that comes late, when its flush was given
-# up and replayed elsewhere, must not just update no row. (A constant such as 1/0 would be computed when the
-# statement is planned, and fail always.)
+# up and replayed elsewhere, must not just update no row. (1/0 would fail when the statement is planned.)
 RAISE = (
     f"WITH raised AS (UPDATE {LEDGER} SET flush = {{2}}, updated_at = {NOW_DURABLY}"
     " WHERE epoch = {0} AND session = {1} AND flush < {2} RETURNING 1)"
@@ -1301,10 +1299,7 @@ def insert_sql(table: TableIntake, partition_key: tuple[str, ...] = ()) -> tuple
 
 
 def insert_message(
-    start: str,
-    parts: Iterable[Mapping[TableIntake, Sequence[str]]],
-    end: str,
-    partition_keys: Mapping[str, tuple[str, ...]] = {},
+    start: str, parts: Iterable[Rows], end: str, partition_keys: Mapping[str, tuple[str, ...]] = {}
 ) -> Message:
     """Return the message that stores rows between two statements."""
     # By what makes them, not by names: while a schema is replaced, rows of both may meet.
@@ -1645,11 +1640,10 @@ def make_plan(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -
         if existing := catalog.get(table.name):
             steps += [*table_steps(table, existing, user), *index_steps(table, existing)]
             continue
-        columns = ", ".join(
-            f"{identifier(column.name)} {SQL_TYPES[column.type][0]}{' NOT NULL' * column.required}"
-            for column in table.columns
-        )
-        create = f"CREATE TABLE {identifier(table.name)} ({columns})"
+        columns = [
+            f"{identifier(c.name)} {SQL_TYPES[c.type][0]}{' NOT NULL' * c.required}" for c in table.columns
+        ]
+        create = f"CREATE TABLE {identifier(table.name)} ({', '.join(columns)})"
         statements = (create, *(index.sql() for index in wanted_indexes(table)))
         steps.append(Step(Way.CREATE, table.name, (f'there is no table "{table.name}"',), statements))
     return Plan(sorted(steps, key=lambda step: step.way.value))
@@ -2017,12 +2011,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         return context.rows or []
 
     def store(
-        self,
-        epoch: str,
-        number: int,
-        parts: Iterable[Mapping[TableIntake, Sequence[str]]],
-        patient: bool = False,
-        seconds: float = 0,
+        self, epoch: str, number: int, parts: Iterable[Rows], patient: bool = False, seconds: float = 0
     ) -> Counter[tuple[str, ...]]:
         """Store rows as a flush of an epoch, in one round trip; return how many were there already, by table.
 
@@ -2202,17 +2191,9 @@ def start_session(target: Target, context: ssl.SSLContext | None) -> Session:
     except (pg8000.exceptions.Error, pg8000.core.scramp.ScramException, *BROKEN) as error:
         raise session_error(target, error) from None
     session.timeout_s = target.connect_timeout
-    status = session.parameter_statuses
-    try:
-        if status.get("standard_conforming_strings") != "on":
-            raise DatabaseError("standard_conforming_strings must be on", Fault.OPERATOR)
-        if status.get("client_encoding", "").upper().replace("-", "") not in ("UTF8", "UNICODE"):
-            raise DatabaseError("client_encoding must be UTF8", Fault.OPERATOR)
-        if session.run("SHOW transaction_read_only") != [["off"]]:
-            raise DatabaseError("the database is read-only", Fault.AWAY, "25006")
-    except DatabaseError:
+    if session.parameter_statuses.get("standard_conforming_strings") != "on":
         session.close()
-        raise
+        raise DatabaseError("standard_conforming_strings must be on", Fault.OPERATOR)
     return session
 
 
@@ -2310,10 +2291,9 @@ def check_tables(session: Session, schema: Schema, user: str) -> None:
 def take(session: Session, step: Step, plan: Callable[[], Plan]) -> None:
     """Take a step, unless others have by the time that a lock keeps them from it. Raises DatabaseError.
 
-    That lock is a transaction's. The build of an index cannot be in one: it is started right after it, under
-    a name that another instance would choose as well, so that the second of two does nothing. PostgreSQL
-    takes two builds at once for a deadlock and ends one of them after a second; the next plan clears up
-    behind it.
+    The build of an index cannot be in the lock's transaction: it is started right after it, under a name that
+    another instance would choose as well, so that the second of two does nothing. PostgreSQL takes two builds
+    at once for a deadlock and ends one of them after a second; the next plan clears up behind it.
     """
     session.run("BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '10s'")
     if step.way is not Way.CREATE:
@@ -2356,10 +2336,7 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: 
         except DatabaseError as error:
             # query_canceled: a time-out of the role. (A DROP, which has no index, is tried again.)
             if step.way is Way.BUILD and step.index and error.sqlstate == "57014":
-                text = (
-                    f"PostgreSQL gave up building an index: {error}; run this without a time-out, or let the"
-                    " URL say ?options=-c%20statement_timeout%3D0%20-c%20lock_timeout%3D0"
-                )
+                text = f"PostgreSQL gave up building an index: {error}; run this without a time-out:"
                 raise to_run(text, step.statements) from None
             if not error.sqlstate.startswith(TRY_AGAIN):
                 raise not_run(error, steps.statements, user) from None
@@ -2385,10 +2362,9 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: 
 def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None:
     """Create what is missing; if it `migrates` columns too, and drop NOT NULL where nothing requires it.
 
-    Blocks as long as PostgreSQL needs to build indexes. Inserts of others go on: no lock that stops them is
-    held or waited for longer than half a second. Raises OperatorError with everything that does not fit and
-    the SQL for it, before anything is done; DatabaseError when the database went away or a table stayed in
-    use for long: what was done until then stays, and trying again goes on from there.
+    Blocks while PostgreSQL builds indexes; inserts of others wait for half a second at most. Raises
+    OperatorError with everything that does not fit and the SQL for it, before anything is done; DatabaseError
+    when the database went away or a table stayed in use for long: trying again goes on from there.
     """
     session.timeout_s = PREPARE_TIMEOUT_S
     plan = survey(session, schema, user)
@@ -2744,8 +2720,8 @@ class Spool(SpoolFile):
     def append(self, number: int, events: int, texts: Iterable[str], given_up: bool = False) -> None:
         """Keep a flush of this process, by the JSON of its batches.
 
-        One that was given up may use the room that is kept for it beyond the limit: a late message may
-        store it all the same, and then its client must not have been asked to send it again.
+        One that was given up may exceed the limit: a late message may store it all the same, and then its
+        client must not have been asked to send it again.
         """
         text = f"[{','.join(texts)}]"
         with self.transaction(events):
@@ -3865,8 +3841,7 @@ class Service:
 class Handler(BaseRequestHandler):
     """Serves one client connection: request after request, until one of us closes it.
 
-    The writer's thread sends the answers to batches, so that this one sleeps once per request and not
-    twice: it waits for the next request right away, and for the answer only when one comes.
+    The writer's thread sends the answers to batches: this one waits for the next request right away.
     """
 
     server: Server
@@ -4140,9 +4115,7 @@ def shown_address(host: object, port: object) -> str:
     return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 
 
-def listening_sockets(
-    host: str, port: int, option: str = "--port", reuse_port: bool = False
-) -> list[socket.socket]:
+def listen(host: str, port: int, option: str = "--port", reuse_port: bool = False) -> list[socket.socket]:
     """Return sockets that listen on every address of a host, if `reuse_port` beside those of others.
 
     With port 0 the system chooses one. Raises OperatorError, with the option that sets the port.
@@ -4812,39 +4785,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Repeats:
-    """Filters the log: a complaint passes once; says how often it came up again in each COMPLAINT_S."""
+class Repeats(logging.Filter):
+    """A complaint passes once in COMPLAINT_S, and says how often it has come up in between."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
         self._clock = clock
-        # Guards _open; never held while a line is logged.
+        # Guards _known: by what complaints are about, when one passed, and how many were kept back since.
         self._lock = threading.Lock()
-        # By what they are about: the last record, since when it counts, and how many were kept back.
-        self._open: dict[str, tuple[logging.LogRecord, float, int]] = {}
+        self._known: dict[str, tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        about = getattr(record, "about", None)  # see complain()
+        now, about = self._clock(), getattr(record, "about", None)  # see complain()
         if about is None:
             return True
-        self.summarise()
         with self._lock:
-            _, since, more = self._open.get(about, (record, self._clock(), -1))
-            self._open[about] = record, since, more + 1
-        return more < 0
-
-    def summarise(self) -> None:
-        """Log how often the older complaints came up again. To be called now and then."""
-        now = self._clock()
-        with self._lock:
-            due = {about: known for about, known in self._open.items() if now - known[1] >= COMPLAINT_S}
-            for about, (record, _, more) in due.items():
-                del self._open[about]
-                if more:
-                    self._open[about] = record, now, 0
-        for record, since, more in due.values():
-            if more:
-                text = record.getMessage()
-                log.log(record.levelno, "%s (and %s more in the last %.0f s)", text, f"{more:,}", now - since)
+            since, more = self._known.get(about, (-math.inf, 0))
+            passes = now - since >= COMPLAINT_S
+            self._known[about] = (now, 0) if passes else (since, more + 1)
+            if passes:  # what came up once need not be known for ever
+                self._known = {k: v for k, v in self._known.items() if v[1] or now - v[0] < COMPLAINT_S}
+        if passes and more:
+            record.msg = f"%s (and {more:,} more in the last {now - since:.0f} s)"  # complain() gives the %s
+        return passes
 
 
 class JournalFormatter(logging.Formatter):
@@ -4965,13 +4928,10 @@ def end_for_bug(news: queue.SimpleQueue[str], args: threading.ExceptHookArgs) ->
     news.put(BUG)
 
 
-def attend(
-    news: queue.SimpleQueue[str], repeats: Repeats, writer: Writer, notify: partial[None], interval_s: float
-) -> str:
-    """Until there is news sum up complaints, and ping the watchdog while the writer gets on; return it."""
+def attend(news: queue.SimpleQueue[str], writer: Writer, notify: partial[None], interval_s: float) -> str:
+    """Ping the watchdog while the writer gets on, until there is news; return it."""
     pinged_at = time.monotonic()
     while True:
-        repeats.summarise()
         if time.monotonic() - pinged_at >= interval_s / 2 and writer.beat_at > pinged_at:
             notify("WATCHDOG=1")
             pinged_at = time.monotonic()
@@ -5086,11 +5046,11 @@ def open_monitors(port: int | None, service: Service, clients: Pool) -> list[Mon
     if port is None:
         return []
     pool = Pool(MONITOR_CONNECTIONS_MAX + LIVE_WATCHERS_MAX, "monitor")
-    sockets = listening_sockets("localhost", port, "--monitor_port")
+    sockets = listen("localhost", port, "--monitor_port")
     return [Monitor(sock, service, pool, clients) for sock in sockets]
 
 
-def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeats: Repeats) -> None:
+def serve(options: argparse.Namespace, environ: MutableMapping[str, str]) -> None:
     """Run the server until SIGTERM or SIGINT. Raises OperatorError when it cannot start or go on."""
     # Made for handlers of signals: why we are to end, and when to read the schema file again.
     news: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -5114,12 +5074,11 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
         writer.retry_quarantine()
     servers = [
         Server(sock, service, pool, turning_away, is_inherited=bool(sockets))
-        for sock in sockets or listening_sockets(options.host, options.port, reuse_port=options.reuse_port)
+        for sock in sockets or listen(options.host, options.port, reuse_port=options.reuse_port)
     ]
     monitors = open_monitors(options.monitor_port, service, pool)
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, lambda number, _frame: news.put(signal.Signals(number).name))
-    signal.setitimer(signal.ITIMER_REAL, 0)  # see main(); from here on we look ourselves
     threading.excepthook = partial(end_for_bug, news)
     writing = writer.start(session)
     for listener in (*servers, *monitors):
@@ -5137,7 +5096,7 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
     notify("READY=1", f"STATUS={status}")
     reloader = Reloader(options.schema, schema, opener, service)
     threading.Thread(target=reloader.work, args=(told, notify, status), name="reloader", daemon=True).start()
-    reason = attend(news, repeats, writer, notify, watchdog_interval(environ, os.getpid()))
+    reason = attend(news, writer, notify, watchdog_interval(environ, os.getpid()))
     log.info("stopping: %s", reason)
     service.draining = True
     notify("STOPPING=1", "STATUS=answering the requests in flight")
@@ -5149,26 +5108,23 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str], repeat
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     journal = under_systemd(os.environ.get("JOURNAL_STREAM"))
-    handler, repeats = logging.StreamHandler(), Repeats(time.monotonic)
+    handler = logging.StreamHandler()
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JournalFormatter("%(message)s") if journal else plain)
     logging.addLevelName(TRACE, "TRACE")
     log.addHandler(handler)
-    log.addFilter(repeats)
+    log.addFilter(Repeats(time.monotonic))
     levels = (logging.INFO, logging.DEBUG, TRACE)
     log.setLevel(logging.WARNING if options.quiet else levels[min(options.verbose, 2)])
-    # Until there are requests to answer SIGTERM ends the start as Ctrl-C does, PID 1 included. One that
-    # arrives just before a system call waits does not interrupt it; the next alarm does.
+    # Until there are requests to answer SIGTERM ends the start as Ctrl-C does, PID 1 included.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGALRM, lambda _number, _frame: None)
-    signal.setitimer(signal.ITIMER_REAL, SIGNAL_CHECK_S, SIGNAL_CHECK_S)
     try:
         if options.check:
             code, report = check(options, os.environ)
             write_report(report)
             return code
         raise_file_limit(options.max_connections)
-        serve(options, os.environ, repeats)
+        serve(options, os.environ)
     except (OperatorError, SpoolError) as error:
         send_notice(os.environ.get("NOTIFY_SOCKET"), f"STATUS={error}")  # for systemctl status
         if journal:
@@ -5178,8 +5134,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         log.info("stopped before it was up")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # or else it might ring when nobody listens any more
     return 0
 
 
