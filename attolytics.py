@@ -199,22 +199,22 @@ class Problem:
     reason: str
 
 
-# Why requests are refused: a label for the metrics, and its status.
-REFUSALS: Mapping[str, HTTPStatus] = {
-    # malformed_request: not HTTP that we accept, so it is unknown where the next one starts
-    **dict.fromkeys(("malformed_request", "invalid_body", "invalid_events"), HTTPStatus.BAD_REQUEST),
-    **dict.fromkeys(("wrong_key", "origin"), HTTPStatus.FORBIDDEN),
-    **dict.fromkeys(("unknown_path", "unknown_table"), HTTPStatus.NOT_FOUND),
-    "method": HTTPStatus.METHOD_NOT_ALLOWED,
-    "too_slow": HTTPStatus.REQUEST_TIMEOUT,
-    "length_missing": HTTPStatus.LENGTH_REQUIRED,
-    "too_large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    "target_too_long": HTTPStatus.REQUEST_URI_TOO_LONG,
-    "media": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-    "headers_too_large": HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-    "not_implemented": HTTPStatus.NOT_IMPLEMENTED,
-    **dict.fromkeys(("storage_away", "too_many_connections"), HTTPStatus.SERVICE_UNAVAILABLE),
+# Why requests are refused: labels for the metrics, by status.
+REFUSALS = {
+    400: ("malformed_request", "invalid_body", "invalid_events"),
+    403: ("wrong_key", "origin"),
+    404: ("unknown_path", "unknown_table"),
+    405: ("method",),
+    408: ("too_slow",),
+    411: ("length_missing",),
+    413: ("too_large",),
+    414: ("target_too_long",),
+    415: ("media",),
+    431: ("headers_too_large",),
+    501: ("not_implemented",),
+    503: ("storage_away", "too_many_connections"),
 }
+STATUSES = {label: HTTPStatus(status) for status, labels in REFUSALS.items() for label in labels}
 
 
 class Refusal(Exception):
@@ -222,7 +222,7 @@ class Refusal(Exception):
 
     def __init__(self, label: str, reason: str, problems: Sequence[Problem] = (), events: int = 1) -> None:
         super().__init__(reason)
-        self.label, self.status, self.reason = label, REFUSALS[label], reason
+        self.label, self.status, self.reason = label, STATUSES[label], reason
         self.problems, self.events = problems, events  # and how many are refused with the request
 
 
@@ -973,8 +973,7 @@ class TableIntake:
         self.extra = next((c.name for c in own if c.extra), "")
         self._null, self._separator = ("\\N", "\t") if self.is_copied else ("NULL", ",")
         self._filled = [(column, self._field(column.type)) for column in filled]
-        # Of each column: name, whether it is required, whether most texts are their own field, and what
-        # makes the field.
+        # Of each column: name, whether it is required, whether texts may be fields as they are, what makes it
         self._own = [
             (c.name, c.required, self.is_copied and c.type is Type.STRING, self._field(c.type)) for c in own
         ]
@@ -1804,13 +1803,11 @@ def find_password(passfile: str, target: Target, socket_dir: str) -> str | None:
 # histograms, the others gauges. All but the usual ones of processes get the prefix attolytics_.
 FAMILIES = {
     "events_accepted_total app table": "Events answered with 200: stored in the database or the spool.",
-    "events_refused_total app reason": "Events answered with another status than 200; 1 for a request refused"
-    " before its events were counted. The app is empty if the request named none of the schema file.",
+    "events_refused_total app reason": "Events with another answer than 200; 1 for those not counted.",
     "events_spooled_total": "Events stored in the spool, those that --retry_quarantine moved there included.",
     "events_replayed_total": "Events that left the spool because they are in the database.",
     "events_quarantined_total": "Events that went to the quarantine, from requests and from the spool.",
-    "events_duplicate_total table": "Accepted events that were not inserted, because a unique column had"
-    " their value already.",
+    "events_duplicate_total table": "Accepted events skipped, as a unique column had their value already.",
     "http_requests_total status": "Requests answered, and clients turned away, by HTTP status.",
     "database_reconnects_total": "Sessions with the database after the first one.",
     "http_request_duration_seconds": "Time from the first bytes of a request to its answer.",
@@ -1820,8 +1817,7 @@ FAMILIES = {
     "spool_bytes": "Size of the spool's files.",
     "spool_events": "Events in the spool that wait for their replay.",
     "spool_limit_bytes": "How large the spool may grow.",
-    "spool_oldest_event_age_seconds": "Time since the first event in the spool was received; 0 for an empty"
-    " spool.",
+    "spool_oldest_event_age_seconds": "Time since the first event in the spool was received, else 0.",
     "quarantine_events": "Events in the quarantine.",
     "http_connections": "Client connections that are open.",
     "database_up": "1 if the database could be used the last time, else 0.",
@@ -2133,10 +2129,7 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
             return DatabaseError("the connection ended during the TLS handshake")
         case ssl.SSLError():
-            words = (error.reason or one_line(error)).replace("_", " ").lower()
-            if isinstance(error, ssl.SSLCertVerificationError):
-                words = f"the server's certificate is not valid: {error.verify_message}"
-            reason = f"TLS with {target.host} failed: {words}"
+            reason = f"TLS with {target.host} failed: {one_line(error)}"
         case pg8000.core.scramp.ScramException():
             reason = f"the password cannot be used with SCRAM: {one_line(error)}"
         case pg8000.exceptions.InterfaceError() if "Authentication method" in str(error):
@@ -2439,9 +2432,8 @@ class Opener:
 
 
 # --- Spool --------------------------------------------------------------------
-# The SQLite file that keeps events while no database can take them, and the ones in
-# quarantine. A flush is one row, its batches as JSON: they are converted when they are
-# replayed, by the schema of that day. First the pure part: SQL of views.
+# The SQLite file that keeps events while no database can take them, and those in quarantine. A flush is one
+# row, its batches as JSON, which are converted when they are replayed, by the schema of that day.
 
 
 def json_path(name: str) -> str | None:
@@ -2879,16 +2871,13 @@ class Group:
                 self.unfit += batch.quarantined(batch.problems)
 
     def rows(self) -> list[tuple[TableIntake, str, Batch, int]]:
-        """Return each row with its table, its batch and its place in that, in the order of the events."""
-        found = []
-        for batch in self.batches:
-            rows = [
-                (table, row, batch, place)
-                for table, texts in batch.rows.items()
-                for row, place in zip(texts, batch.places[table], strict=True)
-            ]
-            found += sorted(rows, key=lambda row: row[3])
-        return found
+        """Return each row with its table, its batch and its place in that."""
+        return [
+            (table, row, batch, place)
+            for batch in self.batches
+            for table, rows in batch.rows.items()
+            for row, place in zip(rows, batch.places[table], strict=True)
+        ]
 
     def refuse(self, batch: Batch, problem: Problem) -> None:
         """Take an event out that fits its table, and that the database does not store."""
@@ -2924,8 +2913,7 @@ def sift(session: Session, group: Group, one_by_one: bool) -> tuple[Counter[tupl
     The group refuses the others. Returns how many rows were there already, by table, and how many are refused
     through whose fault. Raises DatabaseError; its `row` is the first of those that it came up with.
     """
-    run = session.run
-    run(f"{FLUSH_START}{SIFT_SETTINGS}{raise_sql(group.epoch, session.token, group.number)}")
+    session.run(f"{FLUSH_START}{SIFT_SETTINGS}{raise_sql(group.epoch, session.token, group.number)}")
     # Each is tried after those before it, so that of two that are refused together the second one is found.
     rows = group.rows()
     skipped: Counter[tuple[str, ...]] = Counter()
@@ -2938,13 +2926,13 @@ def sift(session: Session, group: Group, one_by_one: bool) -> tuple[Counter[tupl
         end = f"{CHECK_CONSTRAINTS}RELEASE attempt"
         message = insert_message("SAVEPOINT attempt;\n", tried, end, session.partition_keys)
         try:
-            run(message)
+            session.run(message)
             skipped += skipped_rows(message, session.tags)
         except DatabaseError as error:
             error.row = part.start
             if error.fault is Fault.AWAY:
                 raise
-            run("ROLLBACK TO SAVEPOINT attempt")
+            session.run("ROLLBACK TO SAVEPOINT attempt")
             if len(part) == 1:
                 _, _, batch, place = rows[part.start]
                 group.refuse(batch, Problem(place, error.column, str(error)))
@@ -3962,40 +3950,38 @@ class Handler(BaseRequestHandler):
             log.debug("%s %s -> %d, %.1f ms %s", client, line, status, seconds * 1e3, reason)
         return answer
 
-    def _let_in(self) -> tuple[Head, Intake, int | None]:
-        """Read a request's head; return it, its app and the body's length. Raises Refusal."""
-        raw, apps, limit = self._incoming.head(), self._service.apps, self._service.body_bytes_max
-        field = CONTENT_LENGTH.search(raw)
-        shape, length = (raw[: field.start()] + raw[field.end() :], int(field[1])) if field else (b"", 0)
-        if self._known and self._known[:2] == (shape, apps) and length <= limit:
-            _, _, self.head, self.intake, self._cors = self._known
-            return self.head, self.intake, length
-        head = self.head = parse_head(raw)
-        try:
-            intake = self.intake = find_app(head, apps)
-            self._cors = cors_headers(intake, head)
-            check_request(head, intake, limit)
-        except Refusal:
-            # Read the body all the same, so that the connection can go on. Not if the client waits
-            # for a go-ahead that it will not get, nor if the body is too large.
-            if not head.expects_continue and (head.length or 0) <= limit:
-                self.body = self._incoming.body(head.length, limit)
-            raise
-        if field and "content-length" not in intake.headers:
-            self._known = shape, apps, head, intake, self._cors
-        return head, intake, head.length
-
     def _read_request(self) -> Batch | None:
         """Return the batch of a request, or None for a preflight that is allowed. Raises Refusal."""
-        service, (head, intake, length) = self._service, self._let_in()
+        raw, apps, limit = self._incoming.head(), self._service.apps, self._service.body_bytes_max
+        field = CONTENT_LENGTH.search(raw)
+        length: int | None
+        shape, length = (raw[: field.start()] + raw[field.end() :], int(field[1])) if field else (b"", 0)
+        if self._known and self._known[:2] == (shape, apps) and length <= limit:
+            _, _, head, intake, self._cors = self._known
+            self.head, self.intake = head, intake
+        else:
+            head = self.head = parse_head(raw)
+            length = head.length
+            try:
+                intake = self.intake = find_app(head, apps)
+                self._cors = cors_headers(intake, head)
+                check_request(head, intake, limit)
+            except Refusal:
+                # Read the body all the same, so that the connection can go on. Not if the client waits
+                # for a go-ahead that it will not get, nor if the body is too large.
+                if not head.expects_continue and (length or 0) <= limit:
+                    self.body = self._incoming.body(length, limit)
+                raise
+            if field and "content-length" not in intake.headers:
+                self._known = shape, apps, head, intake, self._cors
         if head.expects_continue and length != 0:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.body = self._incoming.body(length, service.body_bytes_max)
+        body = self.body = self._incoming.body(length, limit)
         if head.method == "OPTIONS":
             return None
         if coding := CODINGS[head.headers.get("content-encoding", "").lower()]:
-            body = self.body = inflate(body, coding, service.body_bytes_max)
-        return service.batch(intake, body, Delivery(head.headers, self.client_address[0], time.time()))
+            body = self.body = inflate(body, coding, limit)
+        return self._service.batch(intake, body, Delivery(head.headers, self.client_address[0], time.time()))
 
 
 def describe_bug(error: BaseException | None) -> str:
@@ -4978,9 +4964,7 @@ class Reloader:
         except SpoolError as error:
             log.warning("the views of the spool stay as they are: %s", error)
         self.service.apps = self.service.writer.replayer.intakes = intakes(schema)
-        changed = changes(self.schema, schema)
-        more = [f"{len(changed) - LISTED_MAX} more"] if len(changed) > LISTED_MAX else []
-        log.info("schema file read again: %s", ", ".join([*changed[:LISTED_MAX], *more]) or "no change")
+        log.info("schema file read again: %s", ", ".join(changes(self.schema, schema)) or "no change")
         if schema.database_url != self.schema.database_url:
             log.warning("database_url in the schema file has changed, which only a restart takes over")
         self.schema = schema

@@ -1736,7 +1736,7 @@ class ConnectTest(DatabaseCase):
         ca = str(self.postgres.directory / "ca.pem")
         other_ca = str(self.postgres.directory / "other.pem")
         Path(other_ca).write_bytes(trustme.CA().cert_pem.bytes())
-        rejected, invalid = "pg_hba.conf rejects connection", "certificate is not valid"
+        rejected, invalid = "pg_hba.conf rejects connection", "certificate verify failed"
         for sslmode, changes, expected in [
             ("disable", {}, False),
             ("disable", {"user": "tls_only"}, rejected),
