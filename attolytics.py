@@ -152,7 +152,6 @@ SPOOL_LOCK_S = 3  # Our predecessor may be writing its last events, or being end
 SPOOL_BUSY_S = 0.4  # How long somebody with the sqlite3 program may hold the spool's lock.
 QUICK_CHECK_BYTES_MAX = 256 << 20  # A spool up to this size is checked at start; that takes a second.
 REPLAY_EVENTS_MAX = 4_000  # In one transaction: about 50 ms.
-REPLAY_ALLOWANCE = 2_000  # New events for each such transaction; more wait for the next.
 TURN_PATIENCE_S = 0.4  # So long at most new events wait for their turn, or for the end of a replay.
 REPLAY_TURN_S = 0.3  # A transaction that takes longer has had its turn: the database is slow, or away.
 SLOW_S = 1  # So long after one the writer does not get the session.
@@ -2956,26 +2955,6 @@ def set_apart(spool: Spool, metrics: Metrics, group: Group) -> None:
         complain(logging.WARNING, f"a spooled event goes to the quarantine: {item.reason}", about)
 
 
-class Turns:
-    """Lets a replay get on while clients send all they can: they could outrun it for ever."""
-
-    def __init__(self) -> None:
-        # Guards _allowance: how many new events may be spooled before more of the spool has been replayed.
-        self._changed = threading.Condition()
-        self._allowance = math.inf
-
-    def allow(self, events: float) -> None:
-        with self._changed:
-            self._allowance = events
-            self._changed.notify_all()
-
-    def wait(self, events: int, seconds: float) -> None:
-        """Take so many events of what is allowed, when anything is; wait so long at most."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._allowance > 0, seconds)
-            self._allowance -= events
-
-
 class Stuck(NamedTuple):
     """A flush at the head of the spool that could not be stored."""
 
@@ -3001,7 +2980,8 @@ class Replayer:
         self.reason = ""  # why there is no session
         self.had_session = False  # ever
         self.retried = 0  # events of --retry_quarantine, of which is to be told
-        self.turns = Turns()
+        self.turn = threading.Event()  # when new events may go to the spool; before it they wait a little
+        self.turn.set()
         self.intakes = apps  # replaced as a whole by a reload
         self._spool, self._open, self._metrics, self._clock = spool, open_session, metrics, clock
         self._wanted: queue.SimpleQueue[Session | None] = queue.SimpleQueue()
@@ -3064,7 +3044,7 @@ class Replayer:
                     level = logging.WARNING if is_away else logging.ERROR
                     complain(level, f"the replay is held up: {error}", "held up")
             finally:
-                self.turns.allow(math.inf)
+                self.turn.set()
         if session:
             session.close()
 
@@ -3091,19 +3071,24 @@ class Replayer:
     def _replay(self, session: Session, hand_over: Callable[[Session], bool]) -> bool:
         """Store what is in the spool until the session is the writer's; return False after stop()."""
         started = logged = self._clock()
-        replayed, slow_until = 0, 0.0
+        replayed, slow_until, is_outrun = 0, 0.0, False
         if left := self._spool.events:
-            self.turns.allow(REPLAY_ALLOWANCE)
             complain(logging.INFO, f"replaying {left} events from the spool", "replaying")
         while not self._stop.is_set():
             if flushes := self._spool.head(self._events_max):
-                began = self._clock()
+                began, events = self._clock(), sum(flush.events for flush in flushes)
                 self._store(session, flushes)
                 now = self._got_on_at = self._clock()
-                replayed, left = replayed + sum(flush.events for flush in flushes), self._spool.events
+                came = self._spool.events - (left - events)
+                replayed, left = replayed + events, self._spool.events
                 slow_until = now + SLOW_S if now - began > REPLAY_TURN_S else 0.0
-                # When little is left, new events wait a little for the end.
-                self.turns.allow(REPLAY_ALLOWANCE if left > REPLAY_ALLOWANCE else 0)
+                # Clients that send all they can would outrun it for ever: what they send has a turn between
+                # two transactions. When little is left, new events wait a little for the end.
+                is_outrun = is_outrun or came > events / 2
+                if left > FLUSH_EVENTS_MAX:
+                    self.turn.set()
+                if left <= FLUSH_EVENTS_MAX or is_outrun:
+                    self.turn.clear()
                 if now - logged > 5:
                     logged, rate = now, replayed / (now - started)
                     text = "replayed %d events, %d left, %.0f per second, about %.0f s left"
@@ -3111,6 +3096,7 @@ class Replayer:
             # A database that is slow would lose the writer's session at once.
             elif self._clock() >= slow_until and hand_over(session):
                 self._got_on_at = math.inf
+                self.turn.set()
                 if replayed:
                     text = f"replayed all {replayed} events in {self._clock() - started:.1f} s"
                     complain(logging.INFO, text, "replayed")
@@ -3120,7 +3106,7 @@ class Replayer:
                     self._spool.shrink()
                 return True
             else:
-                self.turns.allow(math.inf)
+                self.turn.set()
                 self._stop.wait(POLL_S)
         return False
 
@@ -3298,8 +3284,7 @@ class Writer:
             elif session := self.session:
                 self._store(session, batches)
             else:
-                events, waited_s = sum(b.accepted for b in batches), self._clock() - batches[0].since
-                self.replayer.turns.wait(events, TURN_PATIENCE_S - waited_s)
+                self.replayer.turn.wait(batches[0].since + TURN_PATIENCE_S - self._clock())
                 self._to_spool([(0, batches)])
         if self.session:
             self.session.close()
