@@ -254,9 +254,9 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def reason_of(error: OSError) -> str:
+def reason_of(error: Exception) -> str:
     """Return why a system call failed, without the numbers and paths that Python adds."""
-    return error.strerror or one_line(error)
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def complain(level: int, text: str, about: str = "") -> None:
@@ -1069,7 +1069,7 @@ class Batch:
     quarantines: bool = False
     kept: Sequence[int] = ()
     since: float = 0.0
-    tell: Callable[[str | Refusal], object] = bool
+    tell: Callable[[Batch, str | Refusal], object] = lambda *_: None
 
     def about(self) -> str:
         """Return as JSON what is kept of the request with events: what columns of the app's tables need."""
@@ -1891,10 +1891,6 @@ class Metrics:
         with self._lock:
             return list(map(sum, zip(*self._numbers[name].values(), strict=True)))
 
-    def refuse(self, refusal: Refusal, app_id: str = "") -> None:
-        """Count events that are refused; `app_id` is an app of the schema or "", never a client's text."""
-        self.count("events_refused_total", refusal.events, app_id, refusal.label)
-
     def exposition(self, gauges: Mapping[str, float]) -> str:
         """Return all that is counted, and what was looked up, in Prometheus' text format, version 0.0.4."""
         lines: list[str] = []
@@ -2648,12 +2644,9 @@ class SpoolFile:
 
     def close(self) -> None:
         """Close the file, and let others use it."""
-        with self.switch:
-            try:
-                self._db.close()
-            except sqlite3.Error as error:
-                log.warning("the spool %s: %s", self.path, one_line(error))
-            os.close(self._descriptor)
+        with self.switch, contextlib.suppress(sqlite3.Error):  # what is in it stays
+            self._db.close()
+        os.close(self._descriptor)
 
     def one(self, sql: str) -> Any:
         """Return the first value that a query brings, None for nothing."""
@@ -3183,7 +3176,7 @@ def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> li
         left.append(culprit)
     else:
         problem = Problem(index, error.column, f"the database refuses it: {error}")
-        culprit.tell(refused_events([problem], culprit.accepted))
+        culprit.tell(culprit, refused_events([problem], culprit.accepted))
     others = [batch for batch in part if batch is not culprit]
     return [others] if others else []
 
@@ -3248,7 +3241,7 @@ class Writer:
         thread.start()
         return thread
 
-    def submit(self, batch: Batch, tell: Callable[[str | Refusal], object]) -> None:
+    def submit(self, batch: Batch, tell: Callable[[Batch, str | Refusal], object]) -> None:
         """Hand over a batch. Does not block.
 
         The writer's thread tells where it is committed, DATABASE or SPOOL, or a Refusal when it cannot be
@@ -3336,7 +3329,7 @@ class Writer:
                 parts += divide(part, error, left)
             else:
                 for batch in part:
-                    batch.tell(DATABASE)
+                    batch.tell(batch, DATABASE)
                 count_stored(self._metrics, part, DATABASE, self._clock() - started)
                 self._metrics.count_all("events_duplicate_total", skipped)
             if self._clock() > deadline:  # so many are refused that others would wait too long
@@ -3367,7 +3360,8 @@ class Writer:
                 if error and batch.kept:  # the client will send them again
                     with contextlib.suppress(SpoolError):
                         self._spool.release(batch.kept)
-                batch.tell(cannot_store(error, batch.accepted + len(batch.kept)) if error else SPOOL)
+                verdict = cannot_store(error, batch.accepted + len(batch.kept)) if error else SPOOL
+                batch.tell(batch, verdict)
             if not error:
                 count_stored(self._metrics, batches, SPOOL, self._clock() - started)
         if session and fate:
@@ -3830,7 +3824,6 @@ class Handler(BaseRequestHandler):
         self._answered = threading.Lock()
         self._rest = b""  # of its answer, which the kernel did not take
         self.has_parted = False  # from its thread: the connection ends with that answer
-        self._batch: Batch | None = None  # which the writer has
         self._keeps = True  # the connection, after the last answer
         # About the request that is served, or whose answer the writer has to send.
         self.head: Head | None = None
@@ -3877,7 +3870,7 @@ class Handler(BaseRequestHandler):
             self.request.sendall(self._answer(""))
             return self._keeps
         # The kernel may not take all of a long answer at once, nor one behind others.
-        self._batch, is_long = batch, bool(batch.problems)
+        is_long = bool(batch.problems)
         keep_alive = bool(self.head and self.head.keep_alive)
         self._answered.acquire()
         # The writer's thread has everything from here on.
@@ -3887,11 +3880,9 @@ class Handler(BaseRequestHandler):
             self._finish_answer()
         return keep_alive
 
-    def _tell(self, verdict: str | Refusal) -> None:
+    def _tell(self, batch: Batch, verdict: str | Refusal) -> None:
         """Send the answer to a batch. Called by the writer's thread; does not block."""
-        batch, self._batch, has_parted = self._batch, None, self.has_parted
-        assert batch is not None
-        answer = self._answer(verdict, batch)
+        answer, has_parted = self._answer(verdict, batch), self.has_parted
         self._service.let_go(batch)
         try:
             self._rest = answer[self.request.send(answer, socket.MSG_DONTWAIT) :]
@@ -3917,7 +3908,8 @@ class Handler(BaseRequestHandler):
         status = HTTPStatus.OK if batch else HTTPStatus.NO_CONTENT
         if isinstance(verdict, Refusal):
             batch, status, reason = None, verdict.status, verdict.reason
-            service.metrics.refuse(verdict, intake.app.id if intake else "")
+            app_id = intake.app.id if intake else ""  # never a client's text
+            service.metrics.count("events_refused_total", verdict.events, app_id, verdict.label)
         if service.live and verdict:
             service.live.note(self, verdict, batch)
         seconds = service.clock() - self.started
@@ -4062,7 +4054,7 @@ class Server(Listener):
                 if head.method == "OPTIONS":
                     status, headers, text = HTTPStatus.NO_CONTENT, cors_headers(intake, head), ""
         if text:
-            self.service.metrics.refuse(refusal)
+            self.service.metrics.count("events_refused_total", 1, "", refusal.label)
         self.service.metrics.count("http_requests_total", 1, f"{status}")
         with contextlib.suppress(OSError):  # the client is gone
             sock.send(answer_bytes(status, f"{headers}Connection: close\r\n", text), flags)
@@ -4077,8 +4069,7 @@ def addresses(host: str, port: int) -> list[tuple[int, str]]:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        reason = reason_of(error) if isinstance(error, OSError) else "not a host name"
-        raise OperatorError(f"cannot listen on {show(host)}: {reason}") from None
+        raise OperatorError(f"cannot listen on {show(host)}: {reason_of(error)}") from None
     return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
 
 
@@ -4802,11 +4793,8 @@ def read_schema(path: str) -> Schema:
     """Return the schema in a file. Raises OperatorError."""
     try:
         return parse_schema(Path(path).read_text("utf-8-sig"), path)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise OperatorError(f"cannot read the schema file {path}: {reason_of(error)}") from None
-    except UnicodeDecodeError as error:
-        reason = f"{error.reason} at byte {error.start}"
-        raise OperatorError(f"the schema file {path} is not UTF-8: {reason}") from None
 
 
 def find_target(options: argparse.Namespace, environ: Mapping[str, str], schema: Schema) -> Target | None:
