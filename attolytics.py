@@ -159,7 +159,7 @@ HELD_UP_S = 10  # A replay that has not got on for so long is said to be held up
 HELD_S_MAX = 50  # An event that is refused for a reason that is not the data's holds others up for so long.
 LOSSES_MAX = 3  # Sessions that an event may cost before it is looked for.
 SIFT_IDLE_S = 5  # PostgreSQL ends the transaction of a sift that has heard nothing for so long.
-LISTED_MAX = 20  # Reasons, changes: what one look at the log takes in.
+LISTED_MAX = 20  # Reasons: what one look at the log takes in.
 
 POLL_S = 0.05  # How often something is looked at that can only be asked.
 STALLED_S = 10  # A writer that is silent for so long is stuck, or shrinks a huge spool.
@@ -249,14 +249,9 @@ class DatabaseError(Exception):
         self.row: int | None = None  # of a group that was tried row by row
 
 
-def one_line(error: BaseException) -> str:
-    """Return an exception's message without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def reason_of(error: Exception) -> str:
-    """Return why a system call failed, without the numbers and paths that Python adds."""
-    return getattr(error, "strerror", None) or one_line(error)
+def reason_of(error: BaseException) -> str:
+    """Return an exception's message in one line; a system call's without the numbers and paths in it."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def complain(level: int, text: str, about: str = "") -> None:
@@ -540,7 +535,7 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
     try:
         node = yaml.compose(text, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else f"not YAML: {one_line(error)}"
+        reason = "nested too deeply" if isinstance(error, RecursionError) else f"not YAML: {reason_of(error)}"
         raise SchemaError([f"{file}: {reason}"]) from None
     root = Part([], node)
     parts = root.section("tables and apps", ("tables", "apps", "database_url"))
@@ -663,7 +658,7 @@ def parse_rfc_3339(text: str) -> datetime:
     except OverflowError:
         raise ValueError(f"expected a time in the years 1 to 9999, got {show(text)}") from None
     except ValueError as error:
-        raise ValueError(f"no such time: {one_line(error)}, got {show(text)}") from None
+        raise ValueError(f"no such time: {reason_of(error)}, got {show(text)}") from None
 
 
 @lru_cache(maxsize=4096)  # Events come with times close together.
@@ -812,16 +807,12 @@ class Quarantined(NamedTuple):
     event: str  # its JSON
 
 
-class Flaw(str):
-    """Stands in the place of a value that is no JSON, or that JSON leaves undefined; says why."""
-
-
-class Flawed(ValueError):
-    """A document has a Flaw somewhere."""
+class Flaw(ValueError):
+    """A value is no JSON, or JSON leaves it undefined. Raised, or put in its place to find it; says why."""
 
 
 def refuse_flaw(*_: object) -> NoReturn:
-    raise Flawed
+    raise Flaw
 
 
 def unique_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -884,7 +875,7 @@ def decode_body(body: bytes) -> dict[str, object]:
         text = body.decode().removeprefix("\ufeff")
         try:
             document = DECODER.decode(text)
-        except Flawed:
+        except Flaw:
             raise flaws(MARKING_DECODER.decode(text)) from None
     except UnicodeDecodeError as error:
         reason = f"the body is not UTF-8: {error.reason} at byte {error.start}"
@@ -909,7 +900,7 @@ def inflate(body: bytes, coding: str, limit: int) -> bytes:
     try:
         result = stream.decompress(body, limit + 1)
     except zlib.error as error:
-        raise Refusal("invalid_body", f"the body is not {coding}: {one_line(error)}") from None
+        raise Refusal("invalid_body", f"the body is not {coding}: {reason_of(error)}") from None
     if len(result) > limit:
         raise Refusal("too_large", f"the body inflates to more than {limit} bytes")
     if not stream.eof:
@@ -1957,7 +1948,7 @@ def lost(error: Exception, said: Mapping[str, str]) -> DatabaseError:
         return DatabaseError(f"connection lost: {said.get('M')}")
     if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
         return DatabaseError(NO_ANSWER)
-    return DatabaseError(f"connection lost: {one_line(error.__cause__ or error)}")
+    return DatabaseError(f"connection lost: {reason_of(error.__cause__ or error)}")
 
 
 def skipped_rows(message: Message, tags: Iterable[str]) -> Counter[tuple[str, ...]]:
@@ -2098,8 +2089,7 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
             context.load_cert_chain(target.sslcert, target.sslkey)
     except OSError as error:  # ssl.SSLError is one
         files = ", ".join(filter(None, (root if verify else None, target.sslcert, target.sslkey)))
-        problem = f"cannot read the certificates for sslmode={target.sslmode} ({files})"
-        raise OperatorError(f"{problem}: {reason_of(error)}") from None
+        raise OperatorError(f"cannot read the certificates {files}: {reason_of(error)}") from None
     context.check_hostname = target.sslmode == "verify-full"
     context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
     return {"allow": [None, context], "prefer": [context, None]}.get(target.sslmode, [context])
@@ -2124,13 +2114,13 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
             return DatabaseError("the connection ended during the TLS handshake")
         case ssl.SSLError():
-            reason = f"TLS with {target.host} failed: {one_line(error)}"
+            reason = f"TLS with {target.host} failed: {reason_of(error)}"
         case pg8000.core.scramp.ScramException():
-            reason = f"the password cannot be used with SCRAM: {one_line(error)}"
+            reason = f"the password cannot be used with SCRAM: {reason_of(error)}"
         case pg8000.exceptions.InterfaceError() if "Authentication method" in str(error):
-            reason = one_line(error)
+            reason = reason_of(error)
         case _:
-            return DatabaseError(f"the connection ended early: {one_line(error)}")
+            return DatabaseError(f"the connection ended early: {reason_of(error)}")
     return DatabaseError(reason, Fault.OPERATOR)
 
 
@@ -2534,7 +2524,7 @@ def check_spool(path: str, descriptor: int) -> None:
     except sqlite3.Error as error:
         if error.sqlite_errorname == "SQLITE_READONLY_ROLLBACK":  # we were killed while we created it
             return
-        reason = f"--spool {path} is damaged or cannot be read: {one_line(error)}; it was left as it is"
+        reason = f"--spool {path} is damaged or cannot be read: {reason_of(error)}; it was left as it is"
         raise OperatorError(reason) from None
     if found != "ok":
         raise OperatorError(
@@ -2602,7 +2592,7 @@ class SpoolFile:
             self._db = open_database(path, bytes_max)
         except (sqlite3.Error, OSError) as error:  # nothing is closed: it is the end of the process
             needs = f"SQLite needs more files beside it, {hint}"
-            raise OperatorError(f"cannot use the spool {path}: {one_line(error)}; {needs}") from None
+            raise OperatorError(f"cannot use the spool {path}: {reason_of(error)}; {needs}") from None
 
     def check(self) -> None:
         """Raise SpoolError if no events can be stored now. After a failure, find out by writing."""
@@ -2661,7 +2651,7 @@ class SpoolFile:
             # What SQLite cannot hold, a text of a gigabyte say, is a ValueError or an OverflowError.
             except (sqlite3.Error, OSError, ValueError, OverflowError) as error:
                 self._failed = True
-                raise SpoolError(f"the spool {self.path} fails: {one_line(error)}") from None
+                raise SpoolError(f"the spool {self.path} fails: {reason_of(error)}") from None
 
     @contextlib.contextmanager
     def transaction(self, events: int = 0, quarantined: int = 0) -> Iterator[None]:
@@ -2718,8 +2708,7 @@ class Spool(SpoolFile):
 
         Those of a replay are here already: `left` is the JSON of their flushes without them, by their ids.
         """
-        columns = "quarantined_at, app, table_name, column_name, reason, batch, event"
-        insert = f"INSERT INTO attolytics_quarantine ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        insert = "INSERT INTO attolytics_quarantine VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)"
         update = "UPDATE attolytics_spool SET batches = ? WHERE id = ?"
         now, ids = time.time(), []
         with self.transaction(quarantined=len(items)):
@@ -2799,7 +2788,7 @@ class Spool(SpoolFile):
                     self._db.execute(f"DROP VIEW IF EXISTS {identifier(name)}")
                     self._db.execute(sql)
                 except sqlite3.OperationalError as error:  # a name that SQLite keeps for itself, say
-                    log.warning('the spool cannot have a view for the table "%s": %s', name, one_line(error))
+                    log.warning('the spool cannot have a view for the table "%s": %s', name, reason_of(error))
 
     def _all(self, sql: str, *values: int) -> list[Any]:
         with self.translated():
@@ -2812,10 +2801,8 @@ class Spool(SpoolFile):
     def _insert_flush(self, number: int, events: int, text: str) -> None:
         assert number > self._last_number  # the replay relies on their order
         self._last_number = number
-        self._db.execute(
-            "INSERT INTO attolytics_spool (epoch, flush, events, total, batches) VALUES (?, ?, ?, ?, ?)",
-            (self.epoch, number, events, self._total() + events, text),
-        )
+        row = self.epoch, number, events, self._total() + events, text
+        self._db.execute("INSERT INTO attolytics_spool VALUES (NULL, ?, ?, ?, ?, ?)", row)
 
     def _delete_quarantined(self, ids: Iterable[int]) -> None:
         self._db.executemany("DELETE FROM attolytics_quarantine WHERE id = ?", [(id_,) for id_ in ids])
@@ -2855,7 +2842,7 @@ class Group:
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 # Cannot be taken apart, so all of it is kept as one.
                 self._by_flush[flush.id] = []
-                reason = f"cannot be read back: {type(error).__name__}: {one_line(error)}"
+                reason = f"cannot be read back: {type(error).__name__}: {reason_of(error)}"
                 self.unfit.append(Quarantined("", None, None, reason, None, flush.text))
         self.batches = list(itertools.chain.from_iterable(self._by_flush.values()))
         for batch in self.batches:
@@ -3396,12 +3383,10 @@ class Writer:
 # and Transfer-Encoding disagree and drops headers after a malformed line, all of which smuggle requests.
 
 # What a status brings with it (RFC 9110, sections 15.5.6, 15.5.16 and 15.6.4).
-STATUS_HEADERS: Mapping[HTTPStatus, str] = {
-    HTTPStatus.METHOD_NOT_ALLOWED: "Allow: POST, OPTIONS\r\n",
-    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: (
-        "Accept: application/json, text/plain\r\nAccept-Encoding: gzip, deflate\r\n"
-    ),
-    HTTPStatus.SERVICE_UNAVAILABLE: f"Retry-After: {RETRY_AFTER_S}\r\n",
+STATUS_HEADERS = {
+    405: "Allow: POST, OPTIONS\r\n",
+    415: "Accept: application/json, text/plain\r\nAccept-Encoding: gzip, deflate\r\n",
+    503: f"Retry-After: {RETRY_AFTER_S}\r\n",
 }
 EXPOSED = "Access-Control-Expose-Headers: Retry-After\r\n"
 ANY_ORIGIN = f"Access-Control-Allow-Origin: *\r\n{EXPOSED}"
@@ -3768,8 +3753,7 @@ class Service:
     # Held while a large body is converted: their events would fill the memory, and small requests would wait
     # for all of them in turn to let go of the interpreter.
     _converting: threading.Lock = field(default_factory=threading.Lock)
-    # Counts the large batches that may still be converted and stored: their rows and events take more memory
-    # than their bodies.
+    # Counts the large batches that may still be converted and stored: they take more memory than bodies.
     _large: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(LARGE_BATCHES_MAX))
     live: Live | None = None  # with a monitor port
 
@@ -3965,7 +3949,7 @@ def describe_bug(error: BaseException | None) -> str:
     """Return an exception that nobody expected, and where it was raised, in one line."""
     trace = traceback.extract_tb(error.__traceback__) if error else []
     place = f" at {Path(trace[-1].filename).name}:{trace[-1].lineno}" if trace else ""
-    return f"{type(error).__name__}{place}: {one_line(error)}" if error else "for no reason given"
+    return f"{type(error).__name__}{place}: {reason_of(error)}" if error else "for no reason given"
 
 
 class Listener(ThreadingHTTPServer):
@@ -4815,7 +4799,7 @@ def find_target(options: argparse.Namespace, environ: Mapping[str, str], schema:
     except FileNotFoundError:
         pass
     except (OSError, UnicodeDecodeError) as error:
-        log.warning("cannot read %s: %s", passfile, one_line(error))
+        log.warning("cannot read %s: %s", passfile, reason_of(error))
     return target
 
 
@@ -4854,7 +4838,7 @@ def stay_on_one_cpu() -> socket.socket:
         # the interpreter's lock. Worth another tenth.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     except (AttributeError, OSError) as error:  # not on Linux, or not allowed
-        log.debug("cannot choose how to be scheduled: %s", one_line(error))
+        log.debug("cannot choose how to be scheduled: %s", reason_of(error))
     return claim
 
 
@@ -4999,14 +4983,6 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int,
     return 1, [*report, comment(f"{target}: {counted(len(plan.reasons), 'difference')}"), script(plan)]
 
 
-def open_monitors(port: int | None, service: Service, clients: Pool) -> list[Monitor]:
-    if port is None:
-        return []
-    pool = Pool(MONITOR_CONNECTIONS_MAX + LIVE_WATCHERS_MAX, "monitor")
-    sockets = listen("localhost", port, "--monitor_port")
-    return [Monitor(sock, service, pool, clients) for sock in sockets]
-
-
 def serve(options: argparse.Namespace, environ: MutableMapping[str, str]) -> None:
     """Run the server until SIGTERM or SIGINT. Raises OperatorError when it cannot start or go on."""
     # Made for handlers of signals: why we are to end, and when to read the schema file again.
@@ -5033,7 +5009,11 @@ def serve(options: argparse.Namespace, environ: MutableMapping[str, str]) -> Non
         Server(sock, service, pool, turning_away, is_inherited=bool(sockets))
         for sock in sockets or listen(options.host, options.port, reuse_port=options.reuse_port)
     ]
-    monitors = open_monitors(options.monitor_port, service, pool)
+    monitors: list[Monitor] = []
+    if options.monitor_port is not None:
+        watching = Pool(MONITOR_CONNECTIONS_MAX + LIVE_WATCHERS_MAX, "monitor")
+        local = listen("localhost", options.monitor_port, "--monitor_port")
+        monitors = [Monitor(sock, service, watching, pool) for sock in local]
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, lambda number, _frame: news.put(signal.Signals(number).name))
     threading.excepthook = partial(end_for_bug, news)
