@@ -62,23 +62,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 import attolytics
-from attolytics import (
-    Batch,
-    Column,
-    DatabaseError,
-    Delivery,
-    Fault,
-    OperatorError,
-    Problem,
-    Refusal,
-    Schema,
-    SchemaError,
-    Session,
-    Source,
-    Table,
-    Target,
-    Type,
-)
+from attolytics import Column, DatabaseError, Fault, OperatorError, Problem, Schema, Source, Target, Type
 
 _Test = TypeVar("_Test", bound=Callable[..., None] | type)
 HERE = Path(__file__).parent
@@ -159,8 +143,8 @@ def body_of(*events: object, key: str = KEY) -> bytes:
     return json.dumps({"secret_key": key, "events": events}).encode()
 
 
-def delivery(headers: Mapping[str, str] | None = None, peer: str = "192.0.2.1") -> Delivery:
-    return Delivery(headers or {}, peer, 1554130180.25)
+def delivery(headers: Mapping[str, str] | None = None, peer: str = "192.0.2.1") -> attolytics.Delivery:
+    return attolytics.Delivery(headers or {}, peer, 1554130180.25)
 
 
 # --- Schema -------------------------------------------------------------------
@@ -168,7 +152,7 @@ def delivery(headers: Mapping[str, str] | None = None, peer: str = "192.0.2.1") 
 
 class SchemaTest(unittest.TestCase):
     def mistakes(self, text: str) -> list[str]:
-        with self.assertRaises(SchemaError) as caught:
+        with self.assertRaises(attolytics.SchemaError) as caught:
             attolytics.parse_schema(textwrap.dedent(text), "s.yaml")
         return list(caught.exception.problems)
 
@@ -445,14 +429,14 @@ class BatchTest(unittest.TestCase):
         schema = attolytics.read_schema(str(HERE / "schema-example.conf.yaml"))
         self.intake = attolytics.intakes(schema)["com.example.myapp"]
 
-    def batch(self, *events: object, headers: Mapping[str, str] | None = None) -> Batch:
+    def batch(self, *events: object, headers: Mapping[str, str] | None = None) -> attolytics.Batch:
         return self.intake.batch(body_of(*events), delivery(headers))
 
-    def rows(self, batch: Batch) -> dict[str, list[str]]:
+    def rows(self, batch: attolytics.Batch) -> dict[str, list[str]]:
         return {table.name: rows for table, rows in batch.rows.items()}
 
-    def refusal(self, body: bytes) -> Refusal:
-        with self.assertRaises(Refusal) as caught:
+    def refusal(self, body: bytes) -> attolytics.Refusal:
+        with self.assertRaises(attolytics.Refusal) as caught:
             self.intake.batch(body, delivery())
         return caught.exception
 
@@ -587,7 +571,7 @@ class SqlTest(unittest.TestCase):
     def test_a_flush_is_one_transaction_over_all_tables_and_over_two_schemas(self) -> None:
         def table(name: str, **columns: dict[str, Any]) -> attolytics.TableIntake:
             made = tuple(Column(column, **properties) for column, properties in columns.items())
-            return attolytics.TableIntake(Table(name, made))
+            return attolytics.TableIntake(attolytics.Table(name, made))
 
         unique = {"unique": True}
         marks, both = table("marks", a=unique, b={}), table("both", a=unique, b=unique)
@@ -606,7 +590,7 @@ class SqlTest(unittest.TestCase):
 
     def test_the_line_that_copy_names_is_found_in_any_language_and_only_in_our_tables(self) -> None:
         plain, odd, again = (
-            attolytics.TableIntake(Table(name, (Column("a"),))) for name in ("t", "t, line 9", "t")
+            attolytics.TableIntake(attolytics.Table(name, (Column("a"),))) for name in ("t", "t, line 9", "t")
         )
         for context, found in [
             ('COPY t, line 3, column a: "x"', (plain, 2)),
@@ -1004,7 +988,7 @@ class DatabaseCase(unittest.TestCase):
         self.query(f"CREATE ROLE {name} LOGIN {attributes}")
         self.addCleanup(self.query, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
-    def open(self, schema: Schema | None = None, **changes: Any) -> Session:
+    def open(self, schema: Schema | None = None, **changes: Any) -> attolytics.Session:
         """Return a prepared connection, closed when the test ends."""
         target = self.postgres.target(self.database, **changes)
         session = attolytics.Opener(target, schema or self.schema).open([str(uuid.uuid4())])
