@@ -996,20 +996,30 @@ class DatabaseCase(unittest.TestCase):
         self.query(f"CREATE ROLE {name} LOGIN {attributes}")
         self.addCleanup(self.query, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
-    def open(self, schema: Schema | None = None, **changes: Any) -> attolytics.Session:
+    def trigger(
+        self, body: str, what: str = "BEFORE INSERT ON plain", kind: str = "", each: str = "ROW"
+    ) -> None:
+        """Let a table do something with each new row until the test ends."""
+        name = f"f_{uuid.uuid4().hex}"
+        self.query(
+            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN {body}; RETURN NEW; END $$; CREATE {kind} TRIGGER {name}"
+            f" {what} FOR EACH {each} EXECUTE FUNCTION {name}()"
+        )
+        self.addCleanup(self.query, f"DROP FUNCTION {name} CASCADE")
+
+    def open(self, schema: Schema | None = None, epoch: str = "", **changes: Any) -> attolytics.Session:
         """Return a prepared connection, closed when the test ends."""
         target = self.postgres.target(self.database, **changes)
-        session = attolytics.Opener(target, schema or self.schema).open([str(uuid.uuid4())])
+        session = attolytics.Opener(target, schema or self.schema).open([epoch or str(uuid.uuid4())])
         self.addCleanup(session.close)
         return session
 
     def store(self, *events: object) -> None:
         """Store events as a server that has just started does."""
         epoch = str(uuid.uuid4())
-        session = attolytics.Opener(self.postgres.target(self.database), self.schema).open([epoch])
-        with contextlib.closing(session):
-            batch = attolytics.intakes(self.schema)["app"].batch(body_of(*events, key="key"), delivery())
-            session.store(epoch, 1, [batch.rows])
+        batch = attolytics.intakes(self.schema)["app"].batch(body_of(*events, key="key"), delivery())
+        self.open(epoch=epoch).store(epoch, 1, [batch.rows])
 
     def backend(self) -> int:
         """Return the process of the server's session."""
@@ -1033,6 +1043,12 @@ class DatabaseCase(unittest.TestCase):
         """Query the spool as the sqlite3 program would."""
         with contextlib.closing(sqlite3.connect(self.spool)) as db:
             return db.execute(sql).fetchall()
+
+    @contextlib.contextmanager
+    def locked_spool(self) -> Iterator[None]:
+        with contextlib.closing(sqlite3.connect(self.spool)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            yield
 
     def spool_path(self) -> str:
         """Return a path in a directory that is removed when the test ends."""
@@ -1248,6 +1264,12 @@ def mark(number: object, text: str | None = None, table: str = "marks") -> dict[
 # --- Tables -------------------------------------------------------------------
 
 
+def impatient() -> contextlib.AbstractContextManager[object]:
+    """Wait for locks not as long as usual, and only once."""
+    flush = attolytics.FLUSH_START.replace(str(attolytics.LOCK_TIMEOUT_MS), "200")
+    return unittest.mock.patch.multiple(attolytics, FLUSH_START=flush, START_PATIENCE_S=-1)
+
+
 class TablesCase(SharedCase):
     """Tests that begin with an empty database."""
 
@@ -1273,11 +1295,6 @@ class TablesCase(SharedCase):
             f" WHERE i.indrelid = '{table}'::regclass ORDER BY 1"
         )
         return [(name, valid) for name, valid in rows]
-
-    def impatient(self) -> contextlib.AbstractContextManager[object]:
-        """Wait for locks not as long as usual, and only once."""
-        flush = attolytics.FLUSH_START.replace(str(attolytics.LOCK_TIMEOUT_MS), "200")
-        return unittest.mock.patch.multiple(attolytics, FLUSH_START=flush, START_PATIENCE_S=-1)
 
 
 class PrepareTest(TablesCase):
@@ -1390,7 +1407,7 @@ table "marks", column "mark": PostgreSQL generates it"""
             self.assertEqual(database.run("SHOW statement_timeout"), [["500ms"]])
         self.query("DROP INDEX marks_mark_idx")
         self.session().run("BEGIN; INSERT INTO marks VALUES (2)")
-        with self.impatient(), self.assertRaisesRegex(DatabaseError, "lock timeout") as caught:
+        with impatient(), self.assertRaisesRegex(DatabaseError, "lock timeout") as caught:
             self.open()
         self.assertIs(caught.exception.fault, Fault.AWAY)
 
@@ -1405,7 +1422,7 @@ table "marks", column "mark": PostgreSQL generates it"""
         token = self.query("SELECT session FROM attolytics_ledger")
         session = self.session()
         session.run("BEGIN; LOCK TABLE plain")
-        with self.impatient(), self.assertRaisesRegex(DatabaseError, "lock timeout"):
+        with impatient(), self.assertRaisesRegex(DatabaseError, "lock timeout"):
             attempt()
         session.run("ROLLBACK; ALTER TABLE plain RENAME TO elsewhere; DROP INDEX marks_mark_idx")
         self.assertEqual(self.query("SELECT session FROM attolytics_ledger"), token)
@@ -1842,34 +1859,22 @@ class LedgerTest(DatabaseCase):
             running.run("COMMIT")
             self.assertEqual(taken.result(), {self.epoch: 5})
 
-    def test_who_holds_the_row_for_too_long_is_ended(self) -> None:
+    def test_who_holds_the_row_for_too_long_is_ended_if_we_may(self) -> None:
+        self.role("special")
+        self.query("GRANT ALL ON ALL TABLES IN SCHEMA public TO special")
         self.take_over()
         running, beside = self.session(), self.session()
         running.run(self.flush(5, end=""))
         beside.run("BEGIN; INSERT INTO plain VALUES (1)")
-        impatient = attolytics.FLUSH_START.replace(str(attolytics.LOCK_TIMEOUT_MS), "300")
-        opener = attolytics.Opener(self.postgres.target(self.database), self.schema)
-        with unittest.mock.patch.object(attolytics, "FLUSH_START", impatient):
-            with self.assertRaises(DatabaseError) as caught, self.assertLogs("attolytics") as logged:
-                opener.open([self.epoch])
-            self.assertIs(caught.exception.fault, Fault.AWAY)
-            self.assertIn("were ended: 1", logged.output[0])
+        with impatient(), self.assertLogs("attolytics") as logged:
+            for user in ("special", "postgres"):
+                with self.assertRaisesRegex(DatabaseError, "lock timeout") as caught:
+                    self.open(epoch=self.epoch, user=user)
+                self.assertIs(caught.exception.fault, Fault.AWAY)
+        self.assertRegex("\n".join(logged.output), r"\A.*were ended: 1\Z")
         wait_until(lambda: self.take_over() == {self.epoch: 0})
         beside.run("COMMIT")
         self.assertEqual(self.query("SELECT mark FROM plain"), [[1]])
-
-    def test_who_holds_the_row_and_may_not_be_ended_is_waited_for(self) -> None:
-        self.role("special")
-        self.query("GRANT ALL ON ALL TABLES IN SCHEMA public TO special")
-        self.take_over()
-        running = self.session()
-        running.run(self.flush(5, end=""))
-        impatient = attolytics.FLUSH_START.replace(str(attolytics.LOCK_TIMEOUT_MS), "300")
-        opener = attolytics.Opener(self.postgres.target(self.database, user="special"), self.schema)
-        patch = unittest.mock.patch.object(attolytics, "FLUSH_START", impatient)
-        with patch, self.assertRaisesRegex(DatabaseError, "lock timeout") as caught:
-            opener.open([self.epoch])
-        self.assertIs(caught.exception.fault, Fault.AWAY)
 
 
 @not_pooled("it is for sessions that nobody shares")
@@ -2110,16 +2115,6 @@ class WriterCase(ServerCase):
         self.query(f"ALTER TABLE {table} ADD CONSTRAINT small {what}")
         self.addCleanup(self.query, f"ALTER TABLE {table} DROP CONSTRAINT small")
 
-    def trigger(self, body: str, what: str = "BEFORE INSERT ON plain", kind: str = "") -> None:
-        """Let a table do something with each new row."""
-        name = f"f_{uuid.uuid4().hex}"
-        self.query(
-            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS"
-            f" $$ BEGIN {body}; RETURN NEW; END $$; CREATE {kind} TRIGGER {name}"
-            f" {what} FOR EACH ROW EXECUTE FUNCTION {name}()"
-        )
-        self.addCleanup(self.query, f"DROP FUNCTION {name} CASCADE")
-
     def terminate(self, condition: str = "true", how: str = "pg_terminate_backend") -> None:
         """End the server's session, or what it does."""
         self.query(f"SELECT {how}(pid) FROM pg_stat_activity WHERE {OURS} AND {condition}")
@@ -2167,7 +2162,7 @@ class WriterTest(WriterCase):
 
     def test_the_event_that_a_trigger_refuses_is_named_where_copy_names_its_line(self) -> None:
         refuse = "IF NEW.text = 'bad' THEN RAISE EXCEPTION 'no bad texts'; END IF"
-        self.trigger(refuse, "BEFORE INSERT ON plain")
+        self.trigger(refuse)
         self.trigger(refuse, "AFTER INSERT ON marks", "CONSTRAINT")
         for guilty in (0, 6, 12):
             for table, index in [("plain", guilty + (guilty >= 3)), ("marks", None)]:
@@ -2367,12 +2362,6 @@ class LateTest(WriterCase):
     """What was given up and may come late all the same, and what keeps the spool from being written."""
 
     OPTIONS: ClassVar = [*WriterCase.OPTIONS, "--spool_limit", "1M"]
-
-    @contextlib.contextmanager
-    def locked_spool(self) -> Iterator[None]:
-        with contextlib.closing(sqlite3.connect(self.spool)) as db:
-            db.execute("BEGIN IMMEDIATE")
-            yield
 
     @not_pooled("it stops the backend")
     def test_a_number_is_not_given_again_when_its_flush_could_not_be_spooled_either(self) -> None:
@@ -3062,8 +3051,6 @@ class Clients:
 class ProgramCase(DatabaseCase):
     """Servers in processes of their own, the directory that they work in, and the spool there."""
 
-    PLAIN = "BEFORE INSERT ON plain FOR EACH ROW"
-
     def setUp(self) -> None:
         super().setUp()
         self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -3144,13 +3131,6 @@ class ProgramCase(DatabaseCase):
     def quarantined(self) -> dict[object, str]:
         """Return the marks of the events in quarantine, and why they are there."""
         return dict(self.read("SELECT json_extract(event, '$.mark'), reason FROM quarantine"))
-
-    def trigger(self, body: str, what: str = PLAIN, name: str = "f") -> None:
-        self.query(
-            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS"
-            f" $$ BEGIN {body}; RETURN NEW; END $$;"
-            f" CREATE TRIGGER {name} {what} EXECUTE FUNCTION {name}()"
-        )
 
     def monitors(self, server: Attolytics) -> list[tuple[str, int]]:
         """Return the addresses of the monitor port."""
@@ -3647,7 +3627,7 @@ class FaultTest(BreakableCase):
 
     def test_patience_counts_from_when_a_batch_came(self) -> None:
         server = self.serve()
-        self.trigger("PERFORM pg_sleep(0.7)", "BEFORE INSERT ON plain")
+        self.trigger("PERFORM pg_sleep(0.7)", each="STATEMENT")
         with Clients(8, server) as clients:
             time.sleep(2.5)
         self.assertLess(clients.slowest, self.LATE_S)
@@ -3655,7 +3635,7 @@ class FaultTest(BreakableCase):
 
     def test_no_answer_takes_long_while_much_of_the_quarantine_is_refused_again(self) -> None:
         self.serve().stop()
-        self.trigger("IF NEW.mark % 2 = 0 THEN RAISE 'no'; END IF", "AFTER INSERT ON plain FOR EACH ROW")
+        self.trigger("IF NEW.mark % 2 = 0 THEN RAISE 'no'; END IF", "AFTER INSERT ON plain")
         batch = '{"app":"app","received_at":0,"client_ip":"","headers":{}}'
         with contextlib.closing(sqlite3.connect(self.spool)) as db, db:
             db.executemany(
@@ -3687,9 +3667,9 @@ class PoisonTest(ProgramCase):
                 continue
             with self.subTest(body):
                 sent += 1
-                self.query("DROP FUNCTION IF EXISTS f CASCADE; TRUNCATE plain")
-                self.trigger(f"IF NEW.text = 'bad' THEN {body}; END IF")
-                events = [mark(-n, "bad" if n == 123 else None, "plain") for n in range(1, 301)]
+                self.query("TRUNCATE plain")
+                self.trigger(f"IF NEW.text = 'bad {sent}' THEN {body}; END IF")
+                events = [mark(-n, f"bad {sent}" if n == 123 else None, "plain") for n in range(1, 301)]
                 with Clients(2, server) as clients:
                     self.assertEqual(self.post(server, *events).json["stored"], "spool")
                     wait_until(lambda: len(self.read("SELECT * FROM quarantine")) == sent, 40)  # noqa: B023
@@ -3741,9 +3721,9 @@ class PoisonTest(ProgramCase):
     def test_a_client_whose_events_are_refused_does_not_slow_the_others_to_a_crawl(self) -> None:
         server = self.serve()
         self.query("ALTER TABLE plain ADD CHECK (text <> 'check')")
-        self.trigger("IF NEW.text = 'trigger' THEN RAISE 'no'; END IF", "AFTER INSERT ON plain FOR EACH ROW")
+        self.trigger("IF NEW.text = 'trigger' THEN RAISE 'no'; END IF", "AFTER INSERT ON plain")
         # What a commit costs on a disk.
-        self.trigger("PERFORM pg_sleep(0.001)", "AFTER INSERT ON plain FOR EACH STATEMENT", "commit")
+        self.trigger("PERFORM pg_sleep(0.001)", "AFTER INSERT ON plain", each="STATEMENT")
         for text, part in [("check", 0.4), ("trigger", 0.25)]:
             with self.subTest(text):
                 rates = [(self.rate(server), self.rate(server, text)) for _ in range(3)]
@@ -3788,7 +3768,7 @@ class PartitionTest(ProgramCase):
     def test_what_else_has_its_code_is_the_clients_fault(self) -> None:
         self.query("ALTER TABLE plain ADD CONSTRAINT small CHECK (mark < 50)")
         refuse = "IF NEW.mark = 7 THEN RAISE 'not this one' USING ERRCODE = 'check_violation'; END IF"
-        self.trigger(refuse, "BEFORE INSERT ON plain_0 FOR EACH ROW")
+        self.trigger(refuse, "BEFORE INSERT ON plain_0")
         for number, reason in [(60, "violates check constraint"), (7, "not this one")]:
             answer = self.post_marks(self.attolytics, number)
             self.assertEqual(answer.status, 400)
@@ -4072,8 +4052,7 @@ class MonitorTest(BreakableCase):
         server = self.serve("--max_connections", "1", url="", limits=limits)
         kept = self.enterContext(contextlib.closing(connect(server)))
         body = body_of(mark(1), key="key")
-        with contextlib.closing(sqlite3.connect(self.spool)) as db:
-            db.execute("BEGIN IMMEDIATE")
+        with self.locked_spool():
             kept.request("POST", "/apps/app/events", body)
             time.sleep(2.5)
         for _ in range(2):
@@ -4083,8 +4062,7 @@ class MonitorTest(BreakableCase):
 
     def test_health_follows_a_spool_that_somebody_locks(self) -> None:
         server = self.serve(url="", limits={"SPOOL_BUSY_S": 0.3})
-        with contextlib.closing(sqlite3.connect(self.spool)) as db:
-            db.execute("BEGIN IMMEDIATE")
+        with self.locked_spool():
             self.assertEqual(self.post(server, mark(1)).status, 503)
             with within(1):
                 status, health = self.health(server)
@@ -4896,11 +4874,7 @@ class SystemdTest(BreakableCase):
     def test_a_writer_that_hangs_is_not_pinged_for_and_not_healthy_until_it_goes_on(self) -> None:
         server = self.serve_watched(url="", limits={"STALLED_S": 1, "SPOOL_BUSY_S": 20})
         self.assertEqual(self.health(server)[0], 200)
-        with (
-            contextlib.closing(sqlite3.connect(self.spool)) as db,
-            concurrent.futures.ThreadPoolExecutor(1) as pool,
-        ):
-            db.execute("BEGIN IMMEDIATE")  # the writer waits for its end
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, self.locked_spool():  # the writer waits for it
             answer = pool.submit(self.post, server, mark(1))
             time.sleep(1.2)
             self.sock.settimeout(0)
@@ -4915,8 +4889,7 @@ class SystemdTest(BreakableCase):
             self.assertFalse(answer.done())
             self.assertEqual(status, 503)
             self.assertRegex(health["reason"], r"the writer has not moved for \d s")
-            db.rollback()
-            self.assertEqual(answer.result(20).status, 200)
+        self.assertEqual(answer.result(20).status, 200)
         self.assertGreaterEqual(self.pings(1), 1)
         self.assertEqual(self.health(server)[0], 200)
 
