@@ -52,7 +52,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NoReturn, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import hypothesis
 import pg8000.native
@@ -1698,9 +1698,7 @@ class ConnectTest(DatabaseCase):
                 refused("no password was given")
         self.refused(Fault.OPERATOR, "", user="with_scram", password="a\x01b")  # SCRAM has none
 
-    def test_a_server_that_is_not_there_or_read_only_may_come_an_unknown_database_or_user_will_not(
-        self,
-    ) -> None:
+    def test_a_server_that_is_not_there_or_read_only_may_come_an_unknown_database_will_not(self) -> None:
         path = f"{self.postgres.directory}/.s.PGSQL.{self.postgres.port}"
         self.open(host=None, socket=path, sslmode="verify-full")  # as in libpq ignored there
         away = functools.partial(self.refused, Fault.AWAY)
@@ -1787,9 +1785,7 @@ class ConnectTest(DatabaseCase):
         reader.run("SET standard_conforming_strings = on")
         self.assertEqual(reader.run(equal), [[True, True]])
 
-    def test_commits_are_durable_even_if_the_server_is_set_otherwise_and_one_that_takes_back_fails(
-        self,
-    ) -> None:
+    def test_commits_are_durable_whatever_the_server_is_set_to_and_one_that_takes_back_fails(self) -> None:
         database = self.open()
         for configured, ours in [("off", "local"), ("remote_apply", "remote_apply"), ("on", "on")]:
             with self.subTest(configured):
@@ -1962,9 +1958,7 @@ class RoundTripTest(ServerCase):
         else:
             self.assertEqual(got, sent, name)
 
-    def test_any_event_is_refused_with_a_reason_or_comes_back_equal_and_the_spool_changes_nothing(
-        self,
-    ) -> None:
+    def test_any_event_is_refused_with_a_reason_or_comes_back_equal_also_from_the_spool(self) -> None:
         accepted: list[dict[str, Any]] = []
 
         @hypothesis.settings(
@@ -2003,21 +1997,6 @@ class RoundTripTest(ServerCase):
         same = "to_jsonb(x) - 'id' = to_jsonb(y) - 'id' FROM everything x JOIN everything y ON x.id = -y.id"
         wait_until(lambda: self.query("SELECT count(*) FROM everything WHERE id < 0") == [[len(accepted)]])
         self.assertEqual(self.query(f"SELECT DISTINCT {same}"), [[True]])
-
-    def test_numbers_keep_their_digits(self) -> None:
-        texts = ["0.12345678901234567890", "1e400", "-1e-400", "12345678901234567890123", "1.50"]
-        events = f'[{{"_t": "everything", "id": %d, "j": [{",".join(texts)}]}}]'
-        for number, place in ((1, "database"), (2, "spool")):
-            locker = self.session()
-            if place == "spool":
-                locker.run("BEGIN; LOCK TABLE everything")
-                self.post({"_t": "everything"})  # costs the session, so that the next is not sent
-            answer = self.send(f'{{"secret_key": "key", "events": {events % number}}}'.encode())
-            self.assertEqual(answer.json["stored"], place)
-            locker.run("COMMIT")
-            wait_until(lambda: self.query(f"SELECT 1 FROM everything WHERE id = {number}"))  # noqa: B023
-            got = json.loads(self.row(number)["j"], parse_float=Decimal, parse_int=Decimal)
-            self.assertEqual(got, [Decimal(text) for text in texts])
 
     def test_hostile_texts_come_back_as_they_were(self) -> None:
         odd = ["\\.", "\\N", "$$ $1 :name %s {0}", "\u202e\U0010ffff\U0001f468\u200d\U0001f469"]
@@ -2196,9 +2175,7 @@ class WriterTest(WriterCase):
                 self.assertEqual(self.stored(), [number * 10 + i for i in range(10) if i != 5])
         self.assertEqual(self.quarantined(), [35, 45, 55])
 
-    def test_what_the_database_refuses_of_an_app_that_quarantines_goes_there_and_the_session_stays(
-        self,
-    ) -> None:
+    def test_what_the_database_refuses_goes_to_the_quarantine_and_the_session_stays(self) -> None:
         self.constraint("plain", "CHECK (mark < 1000)")
         backend = self.backend()
         events = [[mark(n, table="plain"), mark(n * 1000, table="plain")] for n in range(9)]
@@ -3466,10 +3443,12 @@ class SpoolTextTest(ProgramCase):
         self.assertEqual(self.parsed(*(event for (event,) in kept)), self.parsed(*bad))
         self.assertEqual(self.read("SELECT mark FROM plain"), [(n,) for n in range(len(texts))])
         server.stop()
-        self.replay()
+        server = self.replay()
         self.assertEqual(self.stored(), [*range(len(texts))])
+        direct = self.send(server, *(event.replace('"id":', '"id":1000') for event in known))
+        self.assertEqual(direct.json, {"accepted": len(known), "stored": "database"})
         rows = self.query("SELECT j::text, (extra -> 'x')::text FROM everything ORDER BY id")
-        self.assertEqual(self.parsed(*(own for own, _ in rows)), self.parsed(*good))
+        self.assertEqual(self.parsed(*(own for own, _ in rows)), self.parsed(*good, *good))
         self.assertEqual([own for own, _ in rows], [extra for _, extra in rows])
 
     def test_what_is_nested_too_deeply_is_refused_at_the_door(self) -> None:
@@ -4145,7 +4124,7 @@ class Watcher:
                 raise EOFError
             if line.startswith(b"id: "):
                 self.ids.append(int(line[4:]))
-        return json.loads(line[6:], parse_constant=self._refuse)
+        return json.loads(line[6:], parse_constant=int)  # which takes no NaN
 
     def rows(self, count: int) -> list[Any]:
         return [self.row() for _ in range(count)]
@@ -4153,10 +4132,6 @@ class Watcher:
     def close(self) -> None:
         self._file.close()
         self.socket.close()
-
-    @staticmethod
-    def _refuse(name: str) -> NoReturn:
-        raise AssertionError(f"{name} is no JSON")
 
 
 def levels(rows: Sequence[Any]) -> list[object]:
@@ -5057,10 +5032,7 @@ class CommandTest(ProgramCase):
 
     @not_pooled("it checks the passwords itself")
     def test_a_wrong_password_is_refused_at_start_and_never_shown(self) -> None:
-        admin = self.postgres.connect("postgres")
-        admin.run("CREATE ROLE with_scram LOGIN PASSWORD 'right'")
-        self.addCleanup(admin.close)
-        self.addCleanup(admin.run, "DROP ROLE with_scram")
+        self.role("with_scram", "PASSWORD 'right'")
         said = self.fail_to_start(url=self.url.replace("postgres@", "with_scram:sesame@"))
         self.assertRegex(said, r'\A.*password authentication failed for user "with_scram".*\Z')
         self.assertNotIn("sesame", said)
@@ -5071,9 +5043,9 @@ class CommandTest(ProgramCase):
         said = self.fail_to_start(**how)
         self.assertRegex(said, r"(?s)is ignored: others may read it; run chmod 600.*no password was given")
         passfile.chmod(0o600)
-        admin.run(f"GRANT ALL ON DATABASE {self.database} TO with_scram")
-        self.query("GRANT ALL ON SCHEMA public TO with_scram")
-        self.addCleanup(self.query, "DROP OWNED BY with_scram")
+        self.query(
+            f"GRANT ALL ON DATABASE {self.database} TO with_scram; GRANT ALL ON SCHEMA public TO with_scram"
+        )
         self.assertEqual(self.serve(**how).stop(), 0)
 
     def test_the_log_is_as_long_as_asked_for_and_has_no_secrets(self) -> None:
