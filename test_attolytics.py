@@ -222,9 +222,8 @@ class SchemaTest(unittest.TestCase):
         )
 
     def test_mistakes(self) -> None:
-        bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-            f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 7)
-        )
+        bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+        bomb += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 7))
         for text, expected in [
             ("", "expected tables and apps, got nothing"),
             ("a:\n\tb: 1", "not YAML"),
@@ -732,9 +731,8 @@ class MetricsTest(unittest.TestCase):
         buckets = [found[f'{name}_bucket{{le="{bound}",store="spool"}}'] for bound in bounds]
         self.assertEqual(buckets, [1, 1, 3, 3, 4, 5, 6])
         self.assertAlmostEqual(found[f'{name}_sum{{store="spool"}}'], 63.4005)
-        self.assertEqual(
-            [found[f'{name}_count{{store="{store}"}}'] for store in ("spool", "database")], [6, 0]
-        )
+        counts = [found[f'{name}_count{{store="{store}"}}'] for store in ("spool", "database")]
+        self.assertEqual(counts, [6, 0])
 
 
 # --- A real PostgreSQL and a real server --------------------------------------
@@ -820,10 +818,9 @@ class PgBouncer:
         )
         if user:
             shutil.chown(directory, user)
+        command = [program("pgbouncer"), str(directory / "pgbouncer.ini")]
         with (directory / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [program("pgbouncer"), str(directory / "pgbouncer.ini")], user=user, stdout=log, stderr=log
-            )
+            self._process = subprocess.Popen(command, user=user, stdout=log, stderr=log)
         wait_until(lambda: is_open(self.port))
 
     def stop(self) -> None:
@@ -892,9 +889,8 @@ class Postgres:
         arguments = [word for setting in (*settings.split(), *self._settings) for word in ("-c", setting)]
         with (self.directory / "log").open("ab") as log:
             command = [str(self.programs / "postgres"), "-D", str(self.data), *arguments]
-            self.process = subprocess.Popen(
-                command, user=self.user, stdout=log, stderr=log, cwd=self.directory
-            )
+            how: Any = {"stdout": log, "stderr": log, "cwd": self.directory}
+            self.process = subprocess.Popen(command, user=self.user, **how)
         wait_until(self._answers, 60)
 
     def _answers(self) -> bool:
@@ -933,7 +929,6 @@ class Postgres:
         return pg8000.native.Connection(user, host="127.0.0.1", port=port or self.port, database=database)
 
     def new_database(self) -> str:
-        """Create an empty database; return its name."""
         name = f"test_{uuid.uuid4().hex}"
         with contextlib.closing(self.connect("postgres")) as connection:
             connection.run(f"CREATE DATABASE {name} TEMPLATE template0")
@@ -991,7 +986,6 @@ class DatabaseCase(unittest.TestCase):
         return session
 
     def role(self, name: str, attributes: str = "") -> None:
-        """Create a user that lasts as long as the test."""
         self.query(f"CREATE ROLE {name} LOGIN {attributes}")
         self.addCleanup(self.query, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
@@ -1021,7 +1015,6 @@ class DatabaseCase(unittest.TestCase):
         self.open(epoch=epoch).store(epoch, 1, [batch.rows])
 
     def backend(self) -> int:
-        """Return the process of the server's session."""
         [[pid]] = self.query(f"SELECT pid FROM pg_stat_activity WHERE {OURS}")
         return int(pid)
 
@@ -1135,12 +1128,10 @@ class Attolytics:
         return self.listening()[0][1]
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal and return the exit code."""
         self.process.send_signal(how)
         return self.end()
 
     def end(self) -> int:
-        """Wait for the end and return the exit code."""
         try:
             code = self.process.wait(20)
         finally:
@@ -1226,7 +1217,6 @@ class ServerCase(SharedCase):
         self.clear()
 
     def clear(self) -> None:
-        """Remove all events from the database."""
         names = "SELECT format('%I', tablename) FROM pg_tables WHERE schemaname = 'public'"
         tables = [name for [name] in self.query(names) if name != attolytics.LEDGER]
         self.query(f"TRUNCATE {','.join(tables)}")
@@ -1237,7 +1227,6 @@ class ServerCase(SharedCase):
         return sock
 
     def ask(self, sock: socket.socket, request: bytes) -> Answer:
-        """Send a request over a connection and return the answer."""
         sock.sendall(request)
         return read_answer(sock)
 
@@ -1250,7 +1239,6 @@ class ServerCase(SharedCase):
         return read_answer(sock)
 
     def raw(self, body: bytes, *lines: str, path: str = "/apps/app/events", method: str = "POST") -> bytes:
-        """Return the bytes of a request."""
         if not any(line.lower().startswith(("content-length", "transfer-encoding")) for line in lines):
             lines = (*lines, f"Content-Length: {len(body)}")
         head = "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines])
@@ -1292,7 +1280,6 @@ class TablesCase(SharedCase):
         return message
 
     def indexes(self, table: str) -> list[tuple[str, bool]]:
-        """Return the names of a table's indexes, and whether they are valid."""
         rows = self.query(
             "SELECT c.relname, i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
             f" WHERE i.indrelid = '{table}'::regclass ORDER BY 1"
@@ -1450,7 +1437,6 @@ class MigrateTest(TablesCase):
         self.assertEqual(self.report(), "")
 
     def migrating(self, count: int = 1) -> list[concurrent.futures.Future[None]]:
-        """Migrate in threads."""
         pool = concurrent.futures.ThreadPoolExecutor(count)
         self.addCleanup(pool.shutdown)
         return [pool.submit(self.migrate) for _ in range(count)]
@@ -1961,9 +1947,7 @@ class RoundTripTest(ServerCase):
     def test_any_event_is_refused_with_a_reason_or_comes_back_equal_also_from_the_spool(self) -> None:
         accepted: list[dict[str, Any]] = []
 
-        @hypothesis.settings(
-            deadline=None, max_examples=300, suppress_health_check=list(hypothesis.HealthCheck)
-        )
+        @hypothesis.settings(deadline=None, max_examples=300, suppress_health_check=[*hypothesis.HealthCheck])
         @hypothesis.given(EVENTS)
         def check(event: dict[str, Any]) -> None:
             number = next(self.ids)
@@ -2039,7 +2023,6 @@ class WriterCase(ServerCase):
         self.logged, self.kept = len(self.attolytics.lines), len(self.read("SELECT 1 FROM quarantine"))
 
     def submit(self, *events: object, app: str = "app") -> Sent:
-        """Send a batch; return its answer to be."""
         return self.pool.submit(self.post, *events, app=app)
 
     def place(self, *events: object, app: str = "app") -> str:
@@ -2461,7 +2444,7 @@ class HttpTest(ServerCase):
     HEADERS = "{ name: size, header: Content-Length }, { name: a, header: X-A }, { name: b, header: X-B }"
     SCHEMA = ALL_TYPES.replace("apps:", f"  headers: {{ columns: [{HEADERS}] }}\napps:")
     SCHEMA += (
-        "  other: { secret_key: key, tables: [headers], access_control_allow_origin: ['http://a.b', '*'] }\n"
+        "  other: {secret_key: key, tables: [headers], access_control_allow_origin: ['http://a', '*']}\n"
     )
     SCHEMA += "  any: { secret_key: key, tables: [marks], access_control_allow_origin: '*' }\n"
     BODY = body_of(mark(1), key="key")
@@ -3037,7 +3020,6 @@ class ProgramCase(DatabaseCase):
         return server
 
     def serve(self, *options: object, **how: Any) -> Attolytics:
-        """Start a server as `start` does and wait until it listens."""
         return self.start(*options, **how).started()
 
     def kill(self, server: Attolytics) -> None:
@@ -3076,7 +3058,6 @@ class ProgramCase(DatabaseCase):
         return server
 
     def check_exactly_once(self, accepted: Sequence[int]) -> None:
-        """Every event answered with 200 is there, and none is there twice."""
         stored = self.stored()
         self.assertEqual(set(accepted) - set(stored), set())
         self.assertEqual(len(stored), len(set(stored)))
@@ -3086,7 +3067,6 @@ class ProgramCase(DatabaseCase):
         return dict(self.read("SELECT json_extract(event, '$.mark'), reason FROM quarantine"))
 
     def monitors(self, server: Attolytics) -> list[tuple[str, int]]:
-        """Return the addresses of the monitor port."""
         line = self.wait_for(server, "/healthz and")
         return [(host.strip("[]"), int(port)) for host, port in re.findall(r"http://(\S+):(\d+)", line)]
 
@@ -3103,7 +3083,6 @@ class ProgramCase(DatabaseCase):
         return answer.status, answer.json
 
     def metrics(self, server: Attolytics) -> dict[str, float]:
-        """Return all samples, without the prefix of their names."""
         text = self.ask(server, "/metrics").text
         return {name.removeprefix("attolytics_"): value for name, value in samples(text).items()}
 
@@ -3157,8 +3136,6 @@ INSERT INTO attolytics_spool VALUES (2, '{FORMER_EPOCH}', 2, 1, 3,
 
 
 class SpoolTest(BreakableCase):
-    """The spool of a server, with a database and without."""
-
     def test_without_a_database_events_are_readable_and_move_over_once(self) -> None:
         server = self.serve(url="")
         self.assertIn("writes to the spool attolytics.sqlite3", server.lines[0])
@@ -3430,9 +3407,8 @@ class SpoolTextTest(ProgramCase):
             '{{"secret_key":"key","events":[{}]}}',
         ]
         places += [event % part for part in ('"mark":{}', '"text":"\\"","more":{}', '"more":{{"a":[1,{}]}}')]
-        for place, word, app in itertools.product(
-            places, ("NaN", "Infinity", "-Infinity"), ("app", "keeping")
-        ):
+        words = ("NaN", "Infinity", "-Infinity")
+        for place, word, app in itertools.product(places, words, ("app", "keeping")):
             answer = server.post(f"/apps/{app}/events", place.format(word).encode())
             self.assertEqual(answer.status, 400)
             self.assertRegex(answer.text, rf"(?<!-){word}")
@@ -3603,8 +3579,6 @@ class FaultTest(BreakableCase):
 
 
 class PoisonTest(ProgramCase):
-    """Events that the database refuses, beside others."""
-
     def test_an_event_that_a_trigger_fails_at_is_found_among_others(self) -> None:
         server = self.serve(limits={"BACKOFF_MAX_S": 0.2})
         sent = 0
@@ -3845,8 +3819,6 @@ METRICS = {
 
 
 class MonitorTest(BreakableCase):
-    """The monitor port of a server."""
-
     def check_metrics(self, server: Attolytics, expected: Mapping[str, float]) -> None:
         values = self.metrics(server)
         self.assertEqual({name: values.get(name) for name in expected}, expected)
@@ -4139,14 +4111,11 @@ def levels(rows: Sequence[Any]) -> list[object]:
 
 
 class LiveCase(BreakableCase):
-    """Servers whose live view is watched."""
-
     def setUp(self) -> None:
         super().setUp()
         self.schema_file.write_text(LIVE_SCHEMA)
 
     def serve(self, *options: object, url: str | None = "", **how: Any) -> Attolytics:
-        """Start a server; without a database if it is not told of one."""
         return super().serve(*options, url=url, **how)
 
     def watch(self, server: Attolytics, after: int | None = None, **headers: str) -> Watcher:
@@ -4162,8 +4131,6 @@ class LiveCase(BreakableCase):
 
 
 class LiveTest(LiveCase):
-    """The stream of the live view, and what the page asks for."""
-
     def test_a_row_says_what_became_of_a_request(self) -> None:
         server = self.serve(url=self.url)
         watcher = self.watch(server)
@@ -4476,7 +4443,7 @@ class LivePageTest(LiveCase):
         cls.addClassCleanup(cls.browser.close)
 
     def open_page(self, server: Attolytics, place: str = "", **how: Any) -> Any:
-        """Open the page; the test fails at its end if a script failed or a request left the page."""
+        """Open the page; note what scripts complain of and what they ask for."""
         context = self.browser.new_context(**how)
         self.addCleanup(context.close)
         page = context.new_page()
@@ -4493,7 +4460,6 @@ class LivePageTest(LiveCase):
         return page
 
     def row(self, page: Any, text: str) -> Any:
-        """Return the row with a text, once it is there."""
         found = page.locator("#rows > li", has_text=text).first
         found.wait_for()
         return found
@@ -4703,8 +4669,6 @@ class LivePageTest(LiveCase):
 
 
 class SystemdTest(BreakableCase):
-    """What systemd is told and what it hands over."""
-
     INTERVAL_S = 1.4
 
     def setUp(self) -> None:
@@ -4909,13 +4873,10 @@ class SystemdTest(BreakableCase):
 
 
 class CommandTest(ProgramCase):
-    """Options, start and end."""
-
     def test_draining_answers_what_is_in_flight_and_closes_the_rest(self) -> None:
         server = self.serve(limits={"DRAIN_IDLE_S": 0.5, "DRAIN_S": 3})
-        idle, busy, endless = (
-            self.enterContext(socket.create_connection(("127.0.0.1", server.port), 20)) for _ in range(3)
-        )
+        sockets = [socket.create_connection(("127.0.0.1", server.port), 20) for _ in range(3)]
+        idle, busy, endless = map(self.enterContext, sockets)
         request = raw_post(body_of(mark(1), key="key"))
         busy.sendall(request[:-10])
         endless.sendall(request[:-10])
@@ -5043,9 +5004,8 @@ class CommandTest(ProgramCase):
         said = self.fail_to_start(**how)
         self.assertRegex(said, r"(?s)is ignored: others may read it; run chmod 600.*no password was given")
         passfile.chmod(0o600)
-        self.query(
-            f"GRANT ALL ON DATABASE {self.database} TO with_scram; GRANT ALL ON SCHEMA public TO with_scram"
-        )
+        self.query(f"GRANT ALL ON DATABASE {self.database} TO with_scram")
+        self.query("GRANT ALL ON SCHEMA public TO with_scram")
         self.assertEqual(self.serve(**how).stop(), 0)
 
     def test_the_log_is_as_long_as_asked_for_and_has_no_secrets(self) -> None:
@@ -5383,12 +5343,11 @@ def replaced(text: str, changes: Mapping[str, object]) -> str:
 
 def run(*command: object, directory: Path = HERE) -> str:
     """Run a program; return what it writes. Raises AssertionError if it fails."""
-    try:
-        return subprocess.check_output(
-            [*map(str, command)], stderr=subprocess.STDOUT, text=True, cwd=directory
-        )
-    except subprocess.CalledProcessError as error:
-        raise AssertionError(f"{error}: {error.output}") from None
+    how: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": directory}
+    result = subprocess.run([*map(str, command)], check=False, **how)
+    if result.returncode:
+        raise AssertionError(f"{command}: {result.stdout}")
+    return str(result.stdout)
 
 
 class NginxTest(ProgramCase):
@@ -5702,8 +5661,6 @@ def global_names(scope: symtable.SymbolTable) -> set[str]:
 
 
 class RepositoryTest(ProgramCase):
-    """The module as a file, and the pages about it."""
-
     def setUp(self) -> None:
         super().setUp()
         self.source = (HERE / "attolytics.py").read_text()
@@ -5890,8 +5847,6 @@ class NetworkTest(ProgramCase):
 
 
 class ReusePortTest(ProgramCase):
-    """Instances that share a port."""
-
     def serve_at(self, port: object, name: str, *options: object) -> Attolytics:
         spool = self.directory / f"{name}.sqlite3"
         return self.serve("-H", "127.0.0.1", "-p", port, "--spool", spool, *options)
@@ -5937,8 +5892,6 @@ class ReusePortTest(ProgramCase):
 
 
 class PartitionedTest(ProgramCase):
-    """A table that is partitioned by a time of its events."""
-
     TABLES = """
     tables:
       visits:
