@@ -3873,13 +3873,13 @@ class MonitorTest(BreakableCase):
         wait_until(lambda: self.metrics(server)["database_up"] == 0)  # without a request that notices
         self.assertEqual(self.post(server, mark(2), mark(3), mark(4)).json["stored"], "spool")
         self.assertEqual(self.post_marks(server, 5).json["stored"], "spool")
+        why = "login has been failing" if POOLED else "127.0.0.1"
+        wait_until(lambda: why in self.health(server)[1]["database_reason"])
         expected = {"events_spooled_total": 4, "spool_events": 4, "events_replayed_total": 0}
         expected |= {'flush_duration_seconds_count{store="spool"}': 2, "database_up": 0}
         expected |= {'events_accepted_total{app="app",table="marks"}': 5}
         self.check_metrics(server, expected)
         self.assertGreater(self.metrics(server)["spool_bytes"], 10_000)
-        why = "login has been failing" if POOLED else "127.0.0.1"
-        wait_until(lambda: why in self.health(server)[1]["database_reason"])
         status, health = self.health(server)
         self.assertEqual((status, health["status"], health["database"]), (200, "ok", "away"))
         self.assertEqual(health["spool"]["events"], 4)
