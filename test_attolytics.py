@@ -975,9 +975,7 @@ class DatabaseCase(unittest.TestCase):
 
     def session(self) -> pg8000.native.Connection:
         """Return a session of the test's own, closed when the test ends."""
-        session = self.postgres.connect(self.database)
-        self.addCleanup(session.close)
-        return session
+        return self.enterContext(contextlib.closing(self.postgres.connect(self.database)))
 
     def role(self, name: str, attributes: str = "") -> None:
         self.query(f"CREATE ROLE {name} LOGIN {attributes}")
@@ -999,8 +997,7 @@ class DatabaseCase(unittest.TestCase):
         """Return a prepared connection, closed when the test ends."""
         target = self.postgres.target(self.database, **changes)
         session = attolytics.Opener(target, schema or self.schema).open([epoch or str(uuid.uuid4())])
-        self.addCleanup(session.close)
-        return session
+        return self.enterContext(contextlib.closing(session))
 
     def store(self, *events: object) -> None:
         """Store events as a server that has just started does."""
@@ -4053,9 +4050,7 @@ class LiveCase(BreakableCase):
         return super().serve(*options, url=url, **how)
 
     def watch(self, server: Attolytics, after: int | None = None) -> Watcher:
-        watcher = Watcher(self.monitors(server)[0], after)
-        self.addCleanup(watcher.close)
-        return watcher
+        return self.enterContext(contextlib.closing(Watcher(self.monitors(server)[0], after)))
 
     def post(self, server: Attolytics, *events: object, app: str = "game", key: str = KEY) -> Answer:
         return server.post(f"/apps/{app}/events", body_of(*events, key=key))
