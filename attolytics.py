@@ -2955,8 +2955,7 @@ class Replayer:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Without `open_session` there is no database, and everything stays in the spool."""
-        self.has_database = open_session is not None
+        self.has_database = open_session is not None  # or else everything stays in the spool
         self.reason = ""  # why there is no session
         self.had_session = False  # ever
         self.retried = 0  # events of --retry_quarantine, of which is to be told
@@ -3020,9 +3019,8 @@ class Replayer:
                 session, self.reason = None, str(error)
                 self._obstacle = self.reason
                 is_away = isinstance(error, DatabaseError) and error.fault is Fault.AWAY
-                if not self._stop.is_set():
-                    level = logging.WARNING if is_away else logging.ERROR
-                    complain(level, f"the replay is held up: {error}", "held up")
+                level = logging.WARNING if is_away else logging.ERROR
+                complain(level, f"the replay is held up: {error}", "held up")
             finally:
                 self.turn.set()
         if session:
@@ -3043,8 +3041,8 @@ class Replayer:
             self.reason = ""
             self._metrics.count("database_reconnects_total", int(self.had_session))
             self.had_session = True
-            text = f"the database is there again, after {self._clock() - since:.1f} s"
-            complain(logging.INFO, text, "database there")
+            seconds = self._clock() - since
+            complain(logging.INFO, f"the database is there again, after {seconds:.1f} s", "database there")
             return session
         return None
 
@@ -3056,8 +3054,8 @@ class Replayer:
             complain(logging.INFO, f"replaying {left} events from the spool", "replaying")
         while not self._stop.is_set():
             if flushes := self._spool.head(self._events_max):
-                began, events = self._clock(), sum(flush.events for flush in flushes)
-                self._store(session, flushes)
+                began = self._clock()
+                events = self._store(session, flushes)
                 now = self._got_on_at = self._clock()
                 came = self._spool.events - (left - events)
                 replayed, left = replayed + events, self._spool.events
@@ -3090,8 +3088,8 @@ class Replayer:
                 self._stop.wait(POLL_S)
         return False
 
-    def _store(self, session: Session, flushes: Sequence[SpooledFlush]) -> None:
-        """Move flushes into the database, and what it does not take into the quarantine; delete them."""
+    def _store(self, session: Session, flushes: Sequence[SpooledFlush]) -> int:
+        """Move flushes into the database, or the quarantine; return how many events have left the spool."""
         there = [flush for flush in flushes if flush.number <= session.stored.get(flush.epoch, 0)]
         group = Group(there or flushes, self.intakes)
         # When a reload makes events unfit, the rows behind them move up.
@@ -3112,6 +3110,7 @@ class Replayer:
         self._metrics.count("events_replayed_total", sum(batch.accepted for batch in group.batches))
         self._backoff_s, self._obstacle, self._stuck = 0.0, "", Stuck()
         self._events_max = min(self._events_max * 2, REPLAY_EVENTS_MAX)
+        return sum(flush.events for flush in group.flushes)
 
     def _send(self, session: Session, group: Group, stuck: Stuck) -> None:
         """Store a group, but for what goes to the quarantine instead. Raises DatabaseError."""
@@ -3131,8 +3130,7 @@ class Replayer:
         try:
             if stuck.losses >= LOSSES_MAX or stuck.row is not None:
                 raise DatabaseError("which row is it that costs the session?", Fault.DATA)
-            parts = [batch.rows for batch in group.batches]
-            skipped = session.store(group.epoch, group.number, parts, patient)
+            skipped = session.store(group.epoch, group.number, [b.rows for b in group.batches], patient)
         except DatabaseError as error:
             if error.fault is Fault.AWAY or (error.fault is Fault.OPERATOR and not is_again):
                 raise
