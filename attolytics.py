@@ -24,7 +24,7 @@ the spool, for they must not overtake what is in it.
 
 Threads, and what each owns:
 
-    main           signals, systemd notifications, the watchdog, summaries of repeated complaints
+    main           signals, systemd notifications, the watchdog
     acceptors      one listening socket each
     HTTP threads   one client connection each, from a bounded pool of reused threads
     writer         the inbox, the flush numbers, the session while it has it
@@ -616,7 +616,8 @@ def to_float(limit: float, smallest: float, value: object) -> str:
         raise ValueError(f"expected zero or a number of at least {smallest!r}, got {show(value)}")
     number = float(value)
     # 2**60 is exact; 590295810358705700000 is how JavaScript writes 2**69; 2**53 + 1 is neither.
-    if type(value) is int and limit == sys.float_info.max and number != value != Decimal(repr(number)):
+    is_whole = type(value) is not float and limit == sys.float_info.max and value == int(value)
+    if is_whole and number != value != Decimal(repr(number)):
         raise ValueError(f"the integer {show(value)} has more digits than double precision holds")
     return repr(number)
 
@@ -708,9 +709,9 @@ def exact_json(value: object, number: str | Callable[[re.Match[str]], str] = r"\
 
 
 def numeric(marked: re.Match[str]) -> str:
-    """Return a number in JSON that jsonb holds, which is as numeric (PostgreSQL manual, table 8.2)."""
+    """Return a number in JSON, unless it has too many digits when it is written without an exponent."""
     number = Decimal(marked[1])
-    if number.adjusted() >= 131_072 or -int(number.as_tuple().exponent) > 16_383:  # digits beside the point
+    if abs(number.adjusted()) > 1_000:  # jsonb holds 131,072; full of such a value could not be read again
         raise ValueError(f"the number {show(number)} is out of range")
     return marked[1]
 
@@ -757,8 +758,9 @@ CONVERTERS: Mapping[Type, Callable[[object], str]] = {
 
 
 def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    text = re.sub(r"^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$", r"\1\2", text.strip())  # some proxies add the port
     try:
-        address = ipaddress.ip_address(text.partition("%")[0].strip())
+        address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
@@ -1172,7 +1174,7 @@ class Intake:
                 got = show(name) if TABLE_KEY in event else "nothing"
                 problems.append(Problem(index, TABLE_KEY, f"expected the name of a table, got {got}"))
             else:
-                near = suggestion(name, self._tables)
+                near = suggestion(name, self._tables) if len(problems) < UNKNOWN_KEYS_MAX else ""
                 problems.append(Problem(index, TABLE_KEY, f"the app has no table {show(name)}{near}"))
         return places
 
@@ -1674,7 +1676,7 @@ PARAMETERS = {
 }
 DATABASE_URL = re.compile(
     r"postgres(?:ql)?://(?:(?P<user>[^:@/]*)(?::(?P<password>[^@/]*))?@)?"
-    r"(?P<host>\[[^\]]*\]|[^:/?\[\]@]*)(?::(?P<port>[^/?]*))?"
+    r"(?P<host>\[[^\]]*\]|[^:/?\[\]@]*)(?::(?P<port>[^/?@]*))?"
     r"(?:/(?P<dbname>[^?]*))?(?:\?(?P<query>.*))?"
 )
 
@@ -1759,7 +1761,7 @@ def parse_target(
         raise bad_url("sslrootcert=system needs sslmode=verify-full")
     for key, low, high in (("port", 1, 65535), ("connect_timeout", -1, 3600)):
         if not re.fullmatch(r"-?[0-9]{1,9}", given[key]) or not low <= int(given[key]) <= high:
-            raise bad_url(f"{key} must be a number from {low} to {high}, got {show(given[key])}")
+            raise bad_url(f"{key} must be a number from {low} to {high}")  # what it is may be a password
     host, port, timeout = given.pop("host"), int(given.pop("port")), int(given.pop("connect_timeout"))
     passfile = Path(given.pop("passfile", home / ".pgpass"))
     given.setdefault("dbname", given["user"])
@@ -1916,7 +1918,7 @@ class Metrics:
 # else is the data's: values, constraints, and what triggers raise, codes of their own included.
 FAULTS = {
     Fault.AWAY: re.compile("08|25006|40|53|55P03|57"),
-    Fault.OPERATOR: re.compile("0A|0L|0P|21|25|26|28|2B|3D|3F|42|55|58|F0|HV|XX"),
+    Fault.OPERATOR: re.compile("0A|0L|0P|21|22P05|25|26|28|2B|3D|3F|42|55|58|F0|HV|XX"),
 }
 MISSING_PARTITION = "23514"  # check_violation, when it names a table and no constraint
 
@@ -2308,6 +2310,10 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: 
     repeated: dict[Index, OperatorError] = {}
     while steps := Plan(s for s in plan() if s.way is not Way.HAND and s.index not in repeated):
         step = steps[0]
+        # Behind a BUILD nobody has to wait, and somebody's build may take long.
+        patience = PREPARE_TIMEOUT_S if step.way is Way.BUILD else CHANGE_PATIENCE_S
+        patience = patience if migrates else START_PATIENCE_S
+        deadline = deadlines.setdefault(step, time.monotonic() + patience)
         try:
             take(session, step, plan)
             taken[step] += 1
@@ -2322,12 +2328,8 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: 
             if step.index and step.index.unique and error.sqlstate == "23505":
                 repeated[step.index] = repeated_values(step.index, error)  # the next plan drops what is left
                 continue
-            # Behind a BUILD nobody has to wait, and somebody's build may take long.
-            patience = PREPARE_TIMEOUT_S if step.way is Way.BUILD else CHANGE_PATIENCE_S
-            patience = patience if migrates else START_PATIENCE_S
-            if step not in deadlines:
-                log.info('database: table "%s" is in use, waiting for it: %s', step.table, error)
-            if time.monotonic() > deadlines.setdefault(step, time.monotonic() + patience):
+            complain(logging.INFO, f'database: table "{step.table}" is in use, waiting for it: {error}')
+            if time.monotonic() > deadline:
                 reason = f'table "{step.table}" is still in use after {patience} s ({error}); not run: '
                 raise DatabaseError(reason + "; ".join(step.statements), Fault.AWAY, error.sqlstate) from None
             time.sleep(random.uniform(0.5, 1) * CHANGE_PAUSE_S)  # so that two do not meet again
@@ -2824,6 +2826,8 @@ SPOOL = "spool"
 SPOOL_DECODER = json.JSONDecoder(parse_float=exact_number, parse_constant=lambda _name: None)
 # Deferred constraints are checked while it can still be told whose row it is.
 CHECK_CONSTRAINTS = "SET CONSTRAINTS ALL IMMEDIATE;\nSET CONSTRAINTS ALL DEFERRED;\n"
+# Codes of a database that has no time, which triggers may raise, or cause, for single events as well.
+RAISED_TOO = ("40001", "40P01", "57014")
 SIFT_SETTINGS = f"SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s';\n"
 
 
@@ -2886,7 +2890,9 @@ class Group:
         return batch
 
 
-def sift(session: Session, group: Group, one_by_one: bool) -> tuple[Counter[tuple[str, ...]], Counter[Fault]]:
+def sift(
+    session: Session, group: Group, one_by_one: bool, excused: tuple[str, ...]
+) -> tuple[Counter[tuple[str, ...]], Counter[Fault]]:
     """Insert what the database takes of a group that it refused as a whole, by bisection; not committed yet.
 
     The group refuses the others. Returns how many rows were there already, by table, and how many are refused
@@ -2909,7 +2915,7 @@ def sift(session: Session, group: Group, one_by_one: bool) -> tuple[Counter[tupl
             skipped += skipped_rows(message, session.tags)
         except DatabaseError as error:
             error.row = part.start
-            if error.fault is Fault.AWAY:
+            if error.fault is Fault.AWAY and error.sqlstate not in excused:
                 raise
             session.run("ROLLBACK TO SAVEPOINT attempt")
             if len(part) == 1:
@@ -2933,6 +2939,14 @@ def set_apart(spool: Spool, metrics: Metrics, group: Group) -> None:
         # The reason may quote the event.
         about = f"quarantine {item.app_id} {item.table} {item.column}"
         complain(logging.WARNING, f"a spooled event goes to the quarantine: {item.reason}", about)
+
+
+def report_retried(spool: Spool, retried: int, where: str) -> None:
+    """Log what has become of the events in quarantine that were retried."""
+    moved = max(retried - spool.quarantined, 0)
+    log.info("quarantine: %d of %d events %s, %d stay", moved, retried, where, spool.quarantined)
+    for reason, count in spool.quarantine_reasons():
+        log.warning("quarantine: %d stay: %s", count, reason)
 
 
 class Stuck(NamedTuple):
@@ -2997,14 +3011,6 @@ class Replayer:
             return ""
         why = self.reason or self._obstacle or "the database has not answered yet"
         return f"the replay has been held up for {seconds:.0f} s: {why}"
-
-    def report_retried(self) -> None:
-        stay, where = self._spool.quarantined, "went through" if self.has_database else "fit by now"
-        moved = max(self.retried - stay, 0)
-        log.info("quarantine: %d of %d events %s, %d stay", moved, self.retried, where, stay)
-        for reason, count in self._spool.quarantine_reasons():
-            log.warning("quarantine: %d stay: %s", count, reason)
-        self.retried = 0
 
     def _work(self, hand_over: Callable[[Session], bool]) -> None:
         session = self._wanted.get()
@@ -3080,7 +3086,8 @@ class Replayer:
                     complain(logging.INFO, text, "replayed")
                 with contextlib.suppress(SpoolError):  # somebody reads it; another time
                     if self.retried:
-                        self.report_retried()
+                        report_retried(self._spool, self.retried, "went through")
+                        self.retried = 0
                     self._spool.shrink()
                 return True
             else:
@@ -3103,7 +3110,8 @@ class Replayer:
                 row = error.row if is_loss else None
                 losses = stuck.losses * (row == stuck.row) + 1 if is_loss else 0
                 self._stuck = stuck._replace(losses=losses, row=row)
-                self._events_max = max(self._events_max // 8, 1)
+                is_overdue = error.sqlstate in RAISED_TOO and self._clock() - stuck.since > HELD_S_MAX
+                self._events_max = REPLAY_EVENTS_MAX // 8 if is_overdue else max(self._events_max // 8, 1)
                 raise
         # Deleted only after COMMIT: a crash here repeats the delete, never the events.
         self._spool.delete(group.flushes)
@@ -3132,12 +3140,17 @@ class Replayer:
                 raise DatabaseError("which row is it that costs the session?", Fault.DATA)
             skipped = session.store(group.epoch, group.number, [b.rows for b in group.batches], patient)
         except DatabaseError as error:
-            if error.fault is Fault.AWAY or (error.fault is Fault.OPERATOR and not is_again):
-                raise
-            skipped, refused = sift(session, group, one_by_one=not error.sqlstate)
-            are_few = refused[Fault.OPERATOR] * 2 < len(group.rows())
             is_overdue = self._clock() - stuck.since > HELD_S_MAX
-            if refused[Fault.OPERATOR] and not (is_again and (are_few or is_overdue)):
+            excused = RAISED_TOO if is_overdue else ()
+            is_away = error.fault is Fault.AWAY and error.sqlstate not in excused
+            if is_away or (error.fault is Fault.OPERATOR and not is_again):
+                raise
+            session.run("ROLLBACK")
+            skipped, refused = sift(session, group, not error.sqlstate, excused)
+            bad = refused[Fault.OPERATOR] + refused[Fault.AWAY]
+            # If a database is away, others do not go through either.
+            is_culprit = bad * 2 < len(group.rows()) or (is_overdue and not refused[Fault.AWAY])
+            if bad and not (is_again and is_culprit):
                 raise
             # Durable before COMMIT: afterwards nobody would look at these flushes again.
             set_apart(self._spool, self._metrics, group)
@@ -3214,7 +3227,8 @@ class Writer:
         self._spool.retry(self._numbers, why)
         self._metrics.count("events_spooled_total", retried - self._spool.quarantined)
         if not (self._spool.events and self.replayer.has_database):  # or else when they have been replayed
-            self.replayer.report_retried()
+            report_retried(self._spool, retried, "fit by now")
+            self.replayer.retried = 0
 
     def start(self, session: Session | None) -> threading.Thread:
         """Start the threads, with a session or (None) with the database away."""
@@ -3650,8 +3664,8 @@ class Incoming:
         """Return a line of a chunked body without its CRLF."""
 
         def check(line: bytes) -> None:
-            if len(line) > limit:
-                raise Refusal("malformed_request", f"a line of more than {limit} bytes in a chunked body")
+            if len(line) > limit or FORBIDDEN.search(line):
+                raise Refusal("malformed_request", "a line of a chunked body is too long, or is not one")
 
         line = self._until(b"\r\n", check, deadline)
         check(line)
@@ -3906,7 +3920,8 @@ class Handler(BaseRequestHandler):
         if log.isEnabledFor(logging.DEBUG):
             line = head.line() if head else "-"
             client = network_of(self.client_address[0])  # more of it may not be kept
-            log.debug("%s %s -> %d, %.1f ms %s", client, line, status, seconds * 1e3, reason)
+            cause = reason.partition('"')[0]  # what it quotes may be a key
+            log.debug("%s %s -> %d, %.1f ms %s", client, line, status, seconds * 1e3, cause)
         return answer
 
     def _read_request(self) -> Batch | None:
@@ -4482,7 +4497,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
         if code == HTTPStatus.NOT_IMPLEMENTED:
             self.do_GET()
         else:
-            self._answer(HTTPStatus(code), f"{message}\n")
+            self._answer(HTTPStatus(code), f"{message or HTTPStatus(code).phrase}\n")
 
     def log_message(self, text: str, *args: object) -> None:
         log.debug(f"the monitor's client: {text}", *args)

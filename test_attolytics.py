@@ -327,7 +327,7 @@ class ConversionTest(unittest.TestCase):
             ("timestamp", {"2016-12-31T23:59:60Z": "2017-01-01T00:00:00Z"}),
             ("timestamp", {"2017-01-01T00:59:60+01:00": "2017-01-01T00:00:00Z"}),
             ("json", {"\\u0000": '"\\\\u0000"', (LONG_NUMBER, None): f"[{LONG_NUMBER},null]"}),
-            ("json", {Decimal(number): number for number in ("1E+400", "9E+131071", "1E-16383")}),
+            ("json", {Decimal(number): number for number in ("1E+400", "9E+1000", "1E-1000")}),
             ("uuid", {text: text for text in (some_uuid, some_uuid.replace("-", ""))}),
         ]
         for type_, cases in texts:
@@ -342,7 +342,7 @@ class ConversionTest(unittest.TestCase):
         deep = json.loads("[" * 101 + "]" * 101)
         self.assertEqual(len(attolytics.CONVERTERS[Type.JSON](deep[0])), 200)
         years, year_0 = "expected a time in the years 1 to 9999", "0001-01-01T00:00:00+01:00"
-        huge = [{"n": Decimal(text)} for text in ("1E+131072", "1E-16384", "1e140000")]
+        huge = [{"n": Decimal(text)} for text in ("1E+1001", "-1E-1001", "0e-1001", "1e140000")]
         times = [f"{day}T00:00:00Z" for day in ("2019-02-30", "2019-04-31", "0000-01-01")]
         refusals: list[tuple[str, str, Sequence[object]]] = [
             ("bool", "expected true or false, got ", [1, "true"]),
@@ -355,7 +355,7 @@ class ConversionTest(unittest.TestCase):
             ("f32", "expected zero or a number of at least", [1e-50]),
             ("f64", "expected a finite number", [10**400, INFINITY, NAN, Decimal("1e400")]),
             ("f64", "expected zero or a number of at least 5e-324", [Decimal("1e-400")]),
-            ("f64", "more digits than double precision holds", [2**53 + 1]),
+            ("f64", "more digits than double", [2**53 + 1, Decimal("9.223372036854775807e18")]),
             ("f64", "expected a number, got ", [False, "1"]),
             ("string", "expected a string, got ", [5, {}]),
             ("string", "contains a NUL character (\\u0000)", ["a\0b"]),
@@ -502,6 +502,9 @@ class BatchTest(unittest.TestCase):
         problem = Problem(0, "_t", 'the app has no table "evnts", did you mean "events"?')
         self.assertEqual(self.problems({"_t": "evnts"}, example(), label="unknown_table"), [problem])
         self.assertEqual(len(self.problems({"_t": "evnts"}, example(score="x"))), 2)
+        # A suggestion takes long.
+        problems = self.problems(*[{"_t": "evnts"}] * 50, label="unknown_table")
+        self.assertEqual(sum("did you mean" in problem.reason for problem in problems), 20)
 
     def test_a_key_that_stands_twice_is_refused_with_its_place(self) -> None:
         event = json.dumps(example(score=1))[:-1] + ', "score": 2}'
@@ -553,6 +556,8 @@ class BatchTest(unittest.TestCase):
             *(("127.0.0.1", {}, "127.0.0.1"), ("127.0.0.1", forwarded, "8.8.8.8")),
             ("::1", {"x-forwarded-for": "1.1.1.1, 9.9.9.9"}, "9.9.9.9"),
             ("172.17.0.1", {"x-forwarded-for": "nonsense"}, "172.17.0.1"),
+            ("172.17.0.1", {"x-forwarded-for": "1.2.3.4:80"}, "1.2.3.4"),
+            ("172.17.0.1", {"x-real-ip": "[2001:db8::1]:443"}, "2001:db8::1"),
             *(("::ffff:198.41.0.4", {}, "198.41.0.4"), ("fe80::1%eth0", {}, "fe80::1")),
             ("127.0.0.1", {"x-real-ip": "2001:db8::1"}, "2001:db8::1"),
         ]:
@@ -645,6 +650,8 @@ class DatabaseUrlTest(unittest.TestCase):
             ("host=h dbname=d", "expected postgres://"),
             ("postgres://u:sesame@h:x/d", "port must be a number from 1 to 65535"),
             ("postgres://u:sesame@h:70000", "port must be a number"),
+            ("postgres://u:1@sesame@h/d", "write special characters percent-encoded, for example @ as %40"),
+            ("postgres://u:sesame/1@h/d", "port must be a number"),
             ("postgres://u:sesame@h?foo=1", 'unknown parameter "foo"'),
             ("postgres://u:sesame@h?sslmod=require", 'did you mean "sslmode"?'),
             ("postgres://u:sesame@h?sslmode=full", "unknown sslmode"),
@@ -1570,7 +1577,7 @@ class MigrateTest(TablesCase):
         self.assertLess(longest, 0.5)
         self.assertGreater(longest, 0.1)  # it did try in the meantime
         waits = [line for line in logs.output if "is in use, waiting for it" in line]
-        self.assertEqual(len(waits), 1, logs.output)
+        self.assertTrue(waits, logs.output)
         self.check_all_is_there()
 
     def test_a_table_that_stays_in_use_is_given_up(self) -> None:
@@ -2567,6 +2574,7 @@ class HttpTest(ServerCase):
             (400, b"5\nhello\r\n0\r\n\r\n" + b" " * 300),
             (400, b"5" + b";" * 300),
             (400, b"0\r\nbad trailer\r\n\r\n"),
+            (400, b"5\nhello\n"),  # at once
             (413, b"fffffff\r\n"),
             (400, b"fffffffff\r\n"),
         ]:
@@ -3569,6 +3577,23 @@ class PoisonTest(ProgramCase):
         self.assertEqual(self.quarantined(), {1: "route is broken"})
         wait_until(lambda: self.health(server)[1]["status"] == "ok")
         self.assertEqual(self.post(server, mark(3, "good", "plain")).json["stored"], "database")
+
+    def test_a_code_of_a_busy_database_does_so_too_if_others_go_through(self) -> None:
+        server = self.serve(limits={"HELD_S_MAX": 2, "BACKOFF_MAX_S": 0.2})
+        self.trigger("IF NEW.text ~ 'bad' THEN RAISE 'no time' USING ERRCODE = '40001'; END IF")
+        texts = ["bad", "good", "good", "good"]
+        for number, text in enumerate(texts):
+            self.assertEqual(self.post(server, mark(number, text, "plain")).json["stored"], "spool")
+        wait_until(lambda: self.stored() == [1, 2, 3], 20)
+        self.assertEqual(self.quarantined(), {0: "no time"})
+        self.wait_for_database(server)
+        # It is busy for all: that is waited for.
+        for number, text in enumerate(["bad", "bad as well"], 4):
+            self.post(server, mark(number, text, "plain"))
+        time.sleep(4)
+        self.assertEqual(list(self.quarantined()), [0])
+        self.query("ALTER TABLE plain DISABLE TRIGGER ALL")
+        wait_until(lambda: self.stored() == [1, 2, 3, 4, 5])
 
     def rate(self, server: Attolytics, first: str = "x") -> int:
         """Return how many requests 32 clients get through in a while, beside one that sends a text."""
@@ -4933,6 +4958,9 @@ class CommandTest(ProgramCase):
         server = self.serve("-vv", env={"PGPASSWORD": "sesame"})
         self.post(server, mark(1))
         self.post(server, mark(1), key="wrong-key")
+        body = body_of(mark(1), key="wrong-key")
+        server.post("/apps/app/events", json.dumps(body.decode()).encode())  # a string that has the JSON
+        server.post("/apps/app/events", body, headers={"Content-Type": body[:30].decode()})
         self.assertEqual(server.stop(), 0)
         text = "\n".join(server.lines)
         self.assertIn("POST /apps/app/events -> 200", text)
@@ -5611,7 +5639,7 @@ class RepositoryTest(ProgramCase):
         for scope in symtable.symtable(self.source, "attolytics.py", "exec").get_children():
             for name in global_names(scope) - {scope.get_name()}:
                 self.assertLess(defined.get(name, 0), scope.get_lineno(), f"{scope.get_name()} uses {name}")
-        self.assertLessEqual(len(self.source.splitlines()), 5_080)
+        self.assertLessEqual(len(self.source.splitlines()), 5_095)
 
     def test_the_readmes_first_steps_lead_to_rows_in_the_database(self) -> None:
         readme = README.read_text()
