@@ -950,9 +950,8 @@ def copy_text(text: str) -> str:
 class TableIntake:
     """How events become rows of one table.
 
-    A row has first the columns that come from the event, the catch-all column last of them, then those that
-    the request fills. `columns` has them all in that order. It is a line of COPY's text format, or, because
-    COPY cannot skip repeated values, a row of VALUES for a table with unique columns.
+    A row has the columns that come from the event, the catch-all column last, then those that the request
+    fills. It is a line of COPY's text format or, as COPY skips no repeated values, one of VALUES.
     """
 
     def __init__(self, table: Table) -> None:
@@ -1314,8 +1313,7 @@ def insert_message(
 def refused_line(context: str, tables: Collection[TableIntake]) -> tuple[TableIntake, int] | None:
     """Return the table and the row (from 0) that an error in a COPY is about, if its context names them.
 
-    The context (the field W of ErrorResponse, PostgreSQL manual, 55.8) is in the server's language; in ours
-    it is `COPY t, line 3, column "score"`, perhaps after lines about a trigger's function.
+    The context (PostgreSQL manual, 55.8: W) is in the server's language; in ours `COPY t, line 3, column x`.
     """
     names = [table.name for table in tables]
     for table in tables:
@@ -1977,10 +1975,9 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
     def run(self, message: str | Message, seconds: float | None = None) -> list[list[Any]]:
         """Send one message, or the SQL of one without COPY, and return the rows it brings.
 
-        The server takes the COPY data when it comes to the COPY, and drops it if an error comes first
-        (PostgreSQL manual, 55.2.6). Raises DatabaseError. If that has no SQLSTATE, the connection is of no
-        use any more.
+        Raises DatabaseError. If that has no SQLSTATE, the connection is of no use any more.
         """
+        # COPY data behind an error is dropped by the server (PostgreSQL manual, 55.2.6).
         message = Message(message) if isinstance(message, str) else message
         context = pg8000.core.Context(message.sql)
         try:
@@ -2192,8 +2189,7 @@ def connect(target: Target) -> Session:
 def take_over(session: Session, epochs: Iterable[str], token: str) -> None:
     """Take the ledger's rows of epochs over; the session knows then its token, and how far each is stored.
 
-    Waits for a message of a lost connection that still runs; what runs for LOCK_TIMEOUT_MS is ended if we
-    may. Raises DatabaseError, after which trying again is right.
+    A message of a lost connection that still runs is waited for, or ended. Raises DatabaseError: try again.
     """
     try:
         rows = session.run(f"{FLUSH_START}{take_over_sql(epochs, token)};\nCOMMIT")
@@ -2365,9 +2361,7 @@ class Opener:
     """Opens sessions. The first one prepares or migrates the tables, later ones check them."""
 
     def __init__(self, target: Target, schema: Schema, migrates: bool = False) -> None:
-        self.target = target
-        self._migrates = migrates
-        self._schema = schema
+        self.target, self._schema, self._migrates = target, schema, migrates
         self._prepared: Mapping[str, Table] | None = None  # the tables that were there as they should be
         self._partition_keys: dict[str, tuple[str, ...]] = {}  # for the session that is open, too
 
@@ -2400,8 +2394,7 @@ class Opener:
     def prepare(self, schema: Schema) -> None:
         """Prepare or migrate the tables for another schema, over a connection of its own, then use it.
 
-        While the database is away only the apps may be others. For any thread. Inserts go on meanwhile.
-        Blocks and raises as open() does; the schema from before stays then.
+        While the database is away only the apps may be others. Blocks and raises as open() does.
         """
         before = self._schema
         try:
@@ -2574,8 +2567,7 @@ class SpoolFile:
     """An SQLite file that is ours alone; for any thread. Blocks for the disk, and raises SpoolError."""
 
     def __init__(self, path: str, bytes_max: int) -> None:
-        self.path = path
-        self.bytes_max = bytes_max
+        self.path, self.bytes_max = path, bytes_max
         # Guards the one SQLite connection (two can damage the file) and all that is known of what is in
         # it. Whoever holds it also decides where the session with the database is (see Writer), so it is
         # never held over the network or a conversion.
@@ -3342,9 +3334,8 @@ class Writer:
     ) -> None:
         """Append flushes, and give up the session, if we have one.
 
-        What was sent comes with its number, other batches with 0 for a fresh one. The session's `fate` is
-        the error it is lost by, or itself if it is well. If there is one without, it has just been handed
-        over, and stores the batches after all.
+        What was sent comes with its number, other batches with 0 for a fresh one. The session's `fate` is the
+        error it is lost by, or itself. One without has just been handed over, and stores the batches.
         """
         started = self._clock()
         ready = [(number, batches, [b.text() for b in batches]) for number, batches in flushes if batches]
@@ -3594,9 +3585,7 @@ class Incoming:
     """What a client sends, read under deadlines. Raises Refusal past them and when the client stops early."""
 
     def __init__(self, sock: socket.socket, clock: Callable[[], float]) -> None:
-        self._sock = sock
-        self._clock = clock
-        self._buffer = b""
+        self._sock, self._clock, self._buffer = sock, clock, b""
         self._waits_s = IDLE_SLICE_S  # what limit_wait() was told last, first by the listener
 
     def wait(self) -> bool | None:
