@@ -735,7 +735,8 @@ def to_json(value: object) -> str:
     text = exact_json(value, numeric)
     if text.count("{") + text.count("[") > JSON_DEPTH_MAX and is_deeper(value, JSON_DEPTH_MAX):
         raise ValueError(f"nested deeper than {JSON_DEPTH_MAX} levels")
-    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):  # \\u0000 is a backslash and five characters
+    # \\u0000 is a backslash and five characters: no NUL.
+    if "\\u0000" in text and re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
         raise ValueError("contains a NUL character (\\u0000), which PostgreSQL cannot store in json")
     return to_string(text)
 

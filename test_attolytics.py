@@ -1134,7 +1134,8 @@ class Attolytics:
 
     def _read(self) -> None:
         assert self.process.stderr
-        self.lines.extend(line.rstrip("\n") for line in iter(self.process.stderr.readline, ""))
+        with self.process.stderr as stream:
+            self.lines.extend(line.rstrip("\n") for line in iter(stream.readline, ""))
 
     def listening(self) -> list[tuple[str, int]]:
         """Return the addresses it listens on, once it does."""
@@ -1155,8 +1156,6 @@ class Attolytics:
             self.process.kill()
             self.process.wait()
             self._reader.join(5)
-            assert self.process.stderr
-            self.process.stderr.close()
         return code
 
     def post(self, path: str, body: bytes, headers: Headers = None) -> Answer:
