@@ -1794,7 +1794,7 @@ def find_password(passfile: str, target: Target, socket_dir: str) -> str | None:
 # histograms, the others gauges. All but the usual ones of processes get the prefix attolytics_.
 FAMILIES = {
     "events_accepted_total app table": "Events answered with 200: stored in the database or the spool.",
-    "events_refused_total app reason": "Events with another answer than 200; 1 for those not counted.",
+    "events_refused_total app reason": "Events not answered with 200, or 1 if a request's were not counted.",
     "events_spooled_total": "Events stored in the spool, those that --retry_quarantine moved there included.",
     "events_replayed_total": "Events that left the spool because they are in the database.",
     "events_quarantined_total": "Events that went to the quarantine, from requests and from the spool.",
@@ -1960,11 +1960,11 @@ def skipped_rows(message: Message, tags: Iterable[str]) -> Counter[tuple[str, ..
     return skipped
 
 
+# pg8000 by itself needs three round trips for a COPY, has no statements beside it in one message, knows no
+# deadline, and loses the text of a FATAL error, because the connection ends right after it.
 class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no type hints
     """A connection, which stores rows in one round trip when it has taken the ledger over. For one thread."""
 
-    # pg8000 by itself needs three round trips for a COPY, has no statements beside it in one message, knows
-    # no deadline, and loses the text of a FATAL error, because the connection ends right after it.
     timeout_s = float(CONNECT_TIMEOUT_S)  # for a message that is not told its own
     tags: list[str]  # of the last message's statements, such as `INSERT 0 5` and `COMMIT`
     start: str  # with which a flush begins, and ...
@@ -2821,7 +2821,7 @@ SPOOL_DECODER = json.JSONDecoder(parse_float=exact_number, parse_constant=lambda
 CHECK_CONSTRAINTS = "SET CONSTRAINTS ALL IMMEDIATE;\nSET CONSTRAINTS ALL DEFERRED;\n"
 # Codes of a database that has no time, which triggers may raise, or cause, for single events as well.
 RAISED_TOO = ("40001", "40P01", "57014")
-SIFT_SETTINGS = f"SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s';\n"
+SIFT_START = f"ROLLBACK;\n{FLUSH_START}SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s';\n"
 
 
 class Group:
@@ -2891,7 +2891,7 @@ def sift(
     The group refuses the others. Returns how many rows were there already, by table, and how many are refused
     through whose fault. Raises DatabaseError; its `row` is the first of those that it came up with.
     """
-    session.run(f"{FLUSH_START}{SIFT_SETTINGS}{raise_sql(group.epoch, session.token, group.number)}")
+    session.run(f"{SIFT_START}{raise_sql(group.epoch, session.token, group.number)}")
     # Each is tried after those before it, so that of two that are refused together the second one is found.
     rows = group.rows()
     skipped: Counter[tuple[str, ...]] = Counter()
@@ -3138,7 +3138,6 @@ class Replayer:
             is_away = error.fault is Fault.AWAY and error.sqlstate not in excused
             if is_away or (error.fault is Fault.OPERATOR and not is_again):
                 raise
-            session.run("ROLLBACK")
             skipped, refused = sift(session, group, not error.sqlstate, excused)
             bad = refused[Fault.OPERATOR] + refused[Fault.AWAY]
             # If a database is away, others do not go through either.
@@ -3692,7 +3691,7 @@ class Pool:
 
     def __init__(self, limit: int, name: str) -> None:
         self._limit, self._name = limit, name
-        self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # of those who have a place
+        self.jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()  # of those who have a place
         # Guards all below. Notified when busy shrinks.
         self._released = threading.Condition()
         self.busy = 0  # places that are taken; never more than there are threads
@@ -3717,7 +3716,7 @@ class Pool:
             self.busy += 1
             if self.is_full():
                 self._full_since = time.monotonic()
-        self._jobs.put(job)
+        self.jobs.put(job)
         return True
 
     def release(self) -> None:
@@ -3735,7 +3734,7 @@ class Pool:
 
     def _work(self) -> NoReturn:
         while True:
-            if not self._jobs.get()():  # not by a name, which would hold the connection until the next job
+            if not self.jobs.get()():  # not by a name, which would hold the connection until the next job
                 self.release()
 
 
@@ -3845,7 +3844,7 @@ class Handler(BaseRequestHandler):
         return has_begun and self._keeps
 
     def _exchange(self) -> bool:
-        self.started, is_first = self._service.clock(), not self.head
+        self.started = self._service.clock()
         self.head, self.intake, self.body, self._cors = None, None, None, ANY_ORIGIN
         try:
             batch = self._read_request()
@@ -3855,12 +3854,10 @@ class Handler(BaseRequestHandler):
         if batch is None:
             self.request.sendall(self._answer(""))
             return self._keeps
-        # The kernel may not take all of a long answer at once, nor one behind others.
-        is_long = bool(batch.problems)
-        keep_alive = bool(self.head and self.head.keep_alive)
+        # The kernel may not take all of a long answer at once.
+        is_long, keep_alive = bool(batch.problems), bool(self.head and self.head.keep_alive)
         self._answered.acquire()
-        # The writer's thread has everything from here on.
-        self.has_parted = is_first and not keep_alive and not is_long
+        self.has_parted = not keep_alive and not is_long  # the writer's thread has everything from here on
         self._service.writer.submit(batch, self._tell)
         if is_long:
             self._finish_answer()
@@ -3877,9 +3874,17 @@ class Handler(BaseRequestHandler):
         except OSError as error:
             log.debug("%s: %s", network_of(self.client_address[0]), reason_of(error))
         self._answered.release()  # unless we have parted, the next request may be served from here on
-        if has_parted:
+        if has_parted and self._rest:
+            self.server.pool.jobs.put(self._part)
+        elif has_parted:
             self.server.shutdown_request(self.request)
             self.server.pool.release()
+
+    def _part(self) -> None:
+        """Send the rest of a last answer, in a thread of the pool, and close the connection."""
+        with contextlib.suppress(OSError):
+            self._finish_answer()
+        self.server.shutdown_request(self.request)
 
     def _finish_answer(self) -> None:
         """Wait until the writer has answered, and send what the kernel did not take from it."""
@@ -4065,10 +4070,7 @@ def shown_address(host: object, port: object) -> str:
 
 
 def listen(host: str, port: int, option: str = "--port", reuse_port: bool = False) -> list[socket.socket]:
-    """Return sockets that listen on every address of a host, if `reuse_port` beside those of others.
-
-    With port 0 the system chooses one. Raises OperatorError, with the option that sets the port.
-    """
+    """Return sockets that listen on every address of a host; 0 is any port. Raises OperatorError."""
     hints = {
         errno.EADDRINUSE: f"the port is in use; stop the other program or choose another port with {option}",
         errno.EACCES: f"permission denied; ports below 1024 need root, choose another with {option}",
