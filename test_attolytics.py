@@ -3577,6 +3577,14 @@ class PoisonTest(ProgramCase):
         wait_until(lambda: self.health(server)[1]["status"] == "ok")
         self.assertEqual(self.post(server, mark(3, "good", "plain")).json["stored"], "database")
 
+    def test_a_reason_of_any_length_reaches_a_client_that_ends_its_connection(self) -> None:
+        server, length = self.serve(), 9_000_000
+        self.trigger(f"RAISE '%', repeat('x', {length})")
+        body = body_of(mark(1, table="plain"), key="key")
+        answer = server.post("/apps/app/events", body, headers={"Connection": "close"})
+        self.assertEqual((answer.status, answer.will_close), (400, True))
+        self.assertGreater(len(answer.json["events"][0]["reason"]), length)
+
     def test_a_code_of_a_busy_database_does_so_too_if_others_go_through(self) -> None:
         server = self.serve(limits={"HELD_S_MAX": 2, "BACKOFF_MAX_S": 0.2})
         self.trigger("IF NEW.text ~ 'bad' THEN RAISE 'no time' USING ERRCODE = '40001'; END IF")
