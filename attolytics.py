@@ -599,7 +599,7 @@ def to_integer(low: int, high: int, value: object) -> str:
     if type(value) is int and low <= value <= high:
         return str(value)
     if isinstance(value, float | Decimal) and -1e300 < value < 1e300 and value == int(value):
-        value = int(value)  # 5.0 and 1e3 have no fraction; Lua and GDScript write integers so
+        value = int(Decimal(str(value)))  # 5.0 and 1e3 have no fraction; Lua and GDScript write integers so
     if type(value) is not int:  # bool is an int in Python, but not a number in JSON
         raise ValueError(f"expected an integer, got {show(value)}")
     if not low <= value <= high:

@@ -313,6 +313,7 @@ class ConversionTest(unittest.TestCase):
             ("bool", {True: "true", False: "false"}),
             ("i32", {0: "0", -(2**31): "-2147483648", 5.0: "5"}),
             ("i64", {2**63 - 1: str(2**63 - 1), Decimal("9223372036854775806.0"): str(2**63 - 2)}),
+            ("i64", {5.774971519637651e18: "5774971519637651000"}),  # as sent; no double has it
             ("f32", {1.5: "1.5", 3.4028235e38: "3.4028235e+38"}),
             ("f64", {1: "1.0", -0.0: "-0.0", 1.7976931348623157e308: "1.7976931348623157e+308"}),
             ("f64", {590295810358705700000: "5.902958103587057e+20", 2**60: "1.152921504606847e+18"}),
@@ -1020,6 +1021,11 @@ class DatabaseCase(unittest.TestCase):
         """Stop the process of the server's session; return what lets it go on until it ends."""
         pid = self.backend()
         os.kill(pid, signal.SIGSTOP)
+        # Behind its UPDATE it would hold the ledger's row, and no other session could take that over.
+        while self.query(f"SELECT 1 FROM pg_locks WHERE pid = {pid} AND locktype = 'transactionid'"):
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.001)
+            os.kill(pid, signal.SIGSTOP)
 
         def go_on() -> None:
             with contextlib.suppress(ProcessLookupError):
