@@ -1411,7 +1411,7 @@ class ExistingTable(NamedTuple):
     names: Collection[str] = ()  # of wanted indexes, that something in its schema has
     # Asked only where it matters:
     is_empty: Callable[[], bool] = bool
-    partitions: Callable[[], Iterable[Sequence[Any]]] = tuple  # as partitions_sql() says
+    partitions: Callable[[], Iterable[Sequence[str]]] = tuple  # as partitions_sql() says
 
 
 def catalog_sql(schema: Schema) -> str:
@@ -1450,12 +1450,11 @@ FROM unnest(ARRAY[{tables}]::text[]) w(name) JOIN pg_class c ON c.oid = to_regcl
 
 
 def partitions_sql(table: str) -> str:
-    """Return a query for the tables of a partitioned one, itself first: oid, parent, where, name, is leaf."""
+    """Return a query for the partitions of a table that hold its rows: their schema, as SQL, and name."""
     return f"""
-SELECT c.oid, p.parentrelid::oid,
-    CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE quote_ident(n.nspname) || '.' END, c.relname, p.isleaf
+SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE quote_ident(n.nspname) || '.' END, c.relname
 FROM pg_partition_tree({quote(identifier(table))}) p JOIN pg_class c ON c.oid = p.relid
-    JOIN pg_namespace n ON n.oid = c.relnamespace ORDER BY p.level, c.relname"""
+    JOIN pg_namespace n ON n.oid = c.relnamespace WHERE p.isleaf ORDER BY p.level, c.relname"""
 
 
 class Way(Enum):
@@ -1552,17 +1551,13 @@ def table_steps(table: Table, existing: ExistingTable, user: str) -> Iterator[St
         yield Step(Way.ALTER, table.name, tuple(altering), (statement,))
 
 
-def attached_sql(index: Index, tree: Iterable[Sequence[Any]]) -> Iterator[str]:
+def attached_sql(index: Index, partitions: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield what builds an index on a partitioned table without blocking inserts; may be run again."""
-    names: dict[int, str] = {}
-    for oid, parent, place, table, is_leaf in tree:
+    for place, table in partitions:
         own = index._replace(table=table)
-        how, where = ("CONCURRENTLY ", place) if is_leaf else ("", f"ONLY {place}")
-        name = identifier(own.names()[1])
-        yield own.sql(f"{how}IF NOT EXISTS {name} ", where)
-        names[oid] = place + name
-        if parent in names:
-            yield f"ALTER INDEX {names[parent]} ATTACH PARTITION {names[oid]}"
+        yield own.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(own.names()[1])} ", place)
+    # Has nothing to build: PostgreSQL attaches those.
+    yield index.sql(f"IF NOT EXISTS {identifier(index.names()[1])} ")
 
 
 def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reason: str) -> Iterator[Step]:

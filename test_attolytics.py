@@ -5936,9 +5936,9 @@ class PartitionedTest(ProgramCase):
         self.query(self.CREATE)
         self.query("INSERT INTO visits VALUES (gen_random_uuid(), '2026-01-02Z', 1)")
         lines = self.fail_to_start("--migrate").splitlines()
-        statements = [line.strip(" ;") for line in lines if re.match("  (CREATE|ALTER) ", line)]
-        self.assertEqual(len(statements), 2 * 7)
-        for stop in (3, len(statements)):  # whoever was interrupted starts from the beginning
+        statements = [line.strip(" ;") for line in lines if line.startswith("  CREATE ")]
+        self.assertEqual(len(statements), 2 * 3)
+        for stop in (2, len(statements)):  # whoever was interrupted starts from the beginning
             for statement in statements[:stop]:
                 self.query(statement)
             with contextlib.closing(attolytics.connect(self.postgres.target(self.database))) as session:
@@ -5946,6 +5946,8 @@ class PartitionedTest(ProgramCase):
             left = [] if stop == len(statements) else statements
             self.assertEqual(plan.by(attolytics.Way.HAND).statements, left)
             self.assertEqual(len(plan.by(attolytics.Way.BUILD)), 0)
+        of_one = "SELECT count(*) FROM pg_indexes WHERE tablename = 'visits older'"
+        self.assertEqual(self.query(of_one), [[2]])  # none was built a second time
         later = "FOR VALUES FROM ('2026-03-01Z') TO ('2026-04-01Z')"
         self.query(f"CREATE TABLE visits_3 PARTITION OF visits {later}")
         server = self.serve()
