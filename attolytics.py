@@ -2343,14 +2343,11 @@ def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None
     refuse_misfits(plan, migrates)
     if not plan:
         return
-    # Keeps time-outs of the role or the database from ending builds; a pooler would give that to others. Who
-    # did not ask for a migration rather starts without the database than wait for somebody's transaction.
-    is_direct = session.is_direct()
-    if is_direct:
+    # Keeps time-outs of the role or the database from ending builds, until say_once(); a pooler would give
+    # that to others. Who did not ask for a migration rather starts without the database than wait for long.
+    if session.is_direct():
         session.run(f"SET statement_timeout = 0; SET lock_timeout = {0 if migrates else 2000}")
     take_steps(session, partial(survey, session, schema, user), user, migrates)
-    if is_direct:
-        session.run("RESET statement_timeout; RESET lock_timeout")
 
 
 class Opener:
