@@ -181,12 +181,7 @@ class OperatorError(Exception):
 
 
 class SchemaError(OperatorError):
-    """The schema file has mistakes. `problems` has all of them, a line each."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-        super().__init__("\n".join([f"the schema file has {count}:", *problems]))
-        self.problems = problems
+    """The schema file has mistakes. str() has all of them, a line each."""
 
 
 @dataclass(frozen=True)
@@ -536,7 +531,7 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
         node = yaml.compose(text, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else f"not YAML: {reason_of(error)}"
-        raise SchemaError([f"{file}: {reason}"]) from None
+        raise SchemaError(f"the schema file has a mistake:\n{file}: {reason}") from None
     root = Part([], node)
     parts = root.section("tables and apps", ("tables", "apps", "database_url"))
     tables = {}
@@ -550,8 +545,9 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
     apps = parts["apps"].parts(dict, "at least one app")
     apps = {app_id: parse_app(part, app_id, tables) for app_id, part in apps.items()}
     url = parts["database_url"].scalar(str, "a string")
-    if root.problems:
-        raise SchemaError([f"{file}:{problem}" for problem in root.problems])
+    if problems := [f"{file}:{problem}" for problem in root.problems]:
+        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        raise SchemaError("\n".join([f"the schema file has {count}:", *problems]))
     return Schema(tables, apps, url)
 
 
