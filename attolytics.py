@@ -772,6 +772,14 @@ def believed_address(peer: str, *claims: str) -> str:
     return str(address or peer)
 
 
+def client_ip(headers: Mapping[str, str], peer: str) -> str:
+    """Return the client's IP address, from X-Real-IP or last in X-Forwarded-For if they are believed."""
+    forwarded_for = headers.get("x-forwarded-for", "").rpartition(",")[2]
+    # Cut, because they are kept for later; an address has 45 characters, and perhaps a zone.
+    claims = headers.get("x-real-ip", ""), forwarded_for
+    return believed_address(peer, *(claim[:SHOWN_CHARS_MAX] for claim in claims))
+
+
 @lru_cache(maxsize=4096)
 def network_of(address: str) -> str:
     """Return the network, /24 or /48, of an IP address, or of what is a network already."""
@@ -781,18 +789,11 @@ def network_of(address: str) -> str:
 
 
 class Delivery(NamedTuple):
-    """What a request brings beside its body."""
+    """What is kept of a request with its events, under these names: what columns of the tables need."""
 
     headers: Mapping[str, str]  # names in lower case
-    peer: str  # the IP address at the other end of the connection
+    client_ip: str  # or only its network, or ""
     received_at: float  # seconds since the epoch
-
-    def client_ip(self) -> str:
-        """Return the client's IP address, from X-Real-IP or last in X-Forwarded-For if they are believed."""
-        forwarded_for = self.headers.get("x-forwarded-for", "").rpartition(",")[2]
-        # Cut, because they are kept for later; an address has 45 characters, and perhaps a zone.
-        claims = self.headers.get("x-real-ip", ""), forwarded_for
-        return believed_address(self.peer, *(claim[:SHOWN_CHARS_MAX] for claim in claims))
 
 
 class Quarantined(NamedTuple):
@@ -923,9 +924,9 @@ def filled_value(column: Column, app_id: str, delivery: Delivery) -> object:
         case Source.APP_ID:
             return app_id
         case Source.CLIENT_IP:
-            return delivery.client_ip() or None
+            return delivery.client_ip or None
         case Source.CLIENT_NETWORK:
-            return network_of(delivery.client_ip()) or None
+            return network_of(delivery.client_ip) or None
     return delivery.received_at
 
 
@@ -1044,7 +1045,6 @@ class Batch:
 
     app_id: str
     delivery: Delivery
-    header_names: Collection[str]  # of the headers that are kept with the events
     events: list[Any]  # none if only the body is kept
     rows: dict[TableIntake, list[str]] = field(default_factory=dict)
     places: dict[TableIntake, list[int]] = field(default_factory=dict)  # where each of `rows` is in `events`
@@ -1052,7 +1052,6 @@ class Batch:
     problems: list[Problem] = field(default_factory=list)
     warnings: Sequence[str] = ()
     body: bytes = b""
-    sources: Collection[Source | None] = tuple(Source)  # what columns are filled from
     # For the writer: whether bad events are kept in the quarantine, and under which ids they are by now;
     # when the batch came, and who wants to know what became of it.
     quarantines: bool = False
@@ -1061,17 +1060,9 @@ class Batch:
     tell: Callable[[Batch, str | Refusal], object] = lambda *_: None
 
     def about(self) -> str:
-        """Return as JSON what is kept of the request with events: what columns of the app's tables need."""
-        client, headers = self.delivery.client_ip(), self.delivery.headers
-        if Source.CLIENT_IP not in self.sources:
-            client = network_of(client) if Source.CLIENT_NETWORK in self.sources else ""
-        about = {
-            "app": self.app_id,
-            "received_at": self.delivery.received_at,
-            "client_ip": client,
-            "client_network": network_of(client),
-            "headers": {name: headers[name] for name in self.header_names if name in headers},
-        }
+        """Return as JSON what is kept of the request."""
+        network = network_of(self.delivery.client_ip)
+        about = {"app": self.app_id, **self.delivery._asdict(), "client_network": network}
         return JSON_ENCODER.encode(about)
 
     def text(self) -> str:
@@ -1104,6 +1095,14 @@ class Intake:
         self.headers = sorted({c.header for table in app.tables for c in table.columns if c.header})
         self._sources = {c.source for table in app.tables for c in table.columns}
 
+    def delivery(self, headers: Mapping[str, str], peer: str, received_at: float) -> Delivery:
+        """Return what is kept of a request; `peer` is the IP address at the other end of its connection."""
+        client = client_ip(headers, peer)
+        if Source.CLIENT_IP not in self._sources:
+            client = network_of(client) if Source.CLIENT_NETWORK in self._sources else ""
+        kept = {name: headers[name] for name in self.headers if name in headers}
+        return Delivery(kept, client, received_at)
+
     def batch(self, body: bytes, delivery: Delivery) -> Batch:
         """Return the batch in a request's body. Raises Refusal."""
         document = decode_body(body)
@@ -1134,8 +1133,7 @@ class Intake:
 
     def convert(self, events: list[Any], delivery: Delivery, limit: float = math.inf) -> Batch:
         """Return a batch of events; with a `limit`, gives up after so many problems."""
-        batch = Batch(self.app.id, delivery, self.headers, events, quarantines=self.app.quarantines)
-        batch.sources = self._sources
+        batch = Batch(self.app.id, delivery, events, quarantines=self.app.quarantines)
         problems = batch.problems
         for table, places in self._by_table(events, problems).items():
             filled, lacking = table.filled(self.app.id, delivery)
@@ -2862,13 +2860,10 @@ class Group:
         delivery = Delivery(raw["headers"], raw["client_ip"], float(raw["received_at"]))
         app_id, events = raw["app"], raw["events"]
         if intake := intakes.get(app_id):
-            batch = intake.convert(events, delivery)
-        else:
-            reason = f"the schema file has no app {show(app_id)}"
-            problems = [Problem(index, None, reason) for index in range(len(events))]
-            batch = Batch(app_id, delivery, (), events, problems=problems)
-        batch.header_names = list(delivery.headers)
-        return batch
+            return intake.convert(events, delivery)
+        reason = f"the schema file has no app {show(app_id)}"
+        problems = [Problem(index, None, reason) for index in range(len(events))]
+        return Batch(app_id, delivery, events, problems=problems)
 
 
 def sift(
@@ -3938,7 +3933,8 @@ class Handler(BaseRequestHandler):
             return None
         if coding := CODINGS[head.headers.get("content-encoding", "").lower()]:
             body = self.body = inflate(body, coding, limit)
-        return self._service.batch(intake, body, Delivery(head.headers, self.client_address[0], time.time()))
+        delivery = intake.delivery(head.headers, self.client_address[0], time.time())
+        return self._service.batch(intake, body, delivery)
 
 
 def describe_bug(error: BaseException | None) -> str:
@@ -4337,7 +4333,7 @@ class Live:
         head, intake, body = handler.head, handler.intake, handler.body or b""
         problems = batch.problems if batch else verdict.problems if isinstance(verdict, Refusal) else []
         row: dict[str, Any] = {"time": time.time(), "app": intake and intake.app.id, "bytes": len(body)}
-        row["client"] = Delivery(head.headers if head else {}, handler.client_address[0], 0).client_ip()
+        row["client"] = client_ip(head.headers if head else {}, handler.client_address[0])
         row["ms"] = round((self._service.clock() - handler.started) * 1e3, 2)
         row["request"] = head.line() if head else None
         row |= {"verdict": "quarantined" if problems else verdict, "status": 200, "reason": None}

@@ -141,8 +141,8 @@ def body_of(*events: object, key: str = KEY) -> bytes:
     return json.dumps({"secret_key": key, "events": events}).encode()
 
 
-def delivery(headers: Headers = None, peer: str = "192.0.2.1") -> attolytics.Delivery:
-    return attolytics.Delivery(headers or {}, peer, 1554130180.25)
+def delivery(headers: Headers = None) -> attolytics.Delivery:
+    return attolytics.Delivery(headers or {}, "192.0.2.1", 1554130180.25)
 
 
 # --- Schema -------------------------------------------------------------------
@@ -563,7 +563,18 @@ class BatchTest(unittest.TestCase):
             ("127.0.0.1", {"x-real-ip": "2001:db8::1"}, "2001:db8::1"),
         ]:
             with self.subTest(peer=peer, headers=headers):
-                self.assertEqual(delivery(headers, peer).client_ip(), address)
+                self.assertEqual(attolytics.client_ip(headers, peer), address)
+
+    def test_the_spool_keeps_who_was_believed_to_be_the_client(self) -> None:
+        columns = "[{name: ip, source: client_ip}, {name: h, header: X-Forwarded-For}]"
+        apps = f"{{app: {{secret_key: {KEY}, tables: [t]}}}}"
+        intakes = attolytics.intakes(schema_of(f"{{tables: {{t: {{columns: {columns}}}}}, apps: {apps}}}"))
+        headers = {"x-real-ip": "10.0.0.5", "x-forwarded-for": "8.8.8.8"}  # both are not far from us
+        kept = intakes["app"].delivery(headers, "127.0.0.1", 0)
+        batch = intakes["app"].batch(body_of({"_t": "t"}), kept)
+        group = attolytics.Group([attolytics.SpooledFlush(1, "", 1, 1, f"[{batch.text()}]")], intakes)
+        for each in (batch, *group.batches):
+            self.assertEqual(self.rows(each), {"t": ["10.0.0.5\t8.8.8.8"]})
 
 
 # --- SQL that stores events ---------------------------------------------------
