@@ -2098,8 +2098,6 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
                 )
             fault = Fault.AWAY if refusal.fault is Fault.AWAY else Fault.OPERATOR
             return DatabaseError(f"{refusal}{hint}", fault, refusal.sqlstate)
-        case TimeoutError():
-            return DatabaseError(NO_ANSWER)
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
             return DatabaseError("the connection ended during the TLS handshake")
         case ssl.SSLError():
@@ -2109,7 +2107,7 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
         case pg8000.exceptions.InterfaceError() if "Authentication method" in str(error):
             reason = reason_of(error)
         case _:
-            return DatabaseError(f"the connection ended early: {reason_of(error)}")
+            return lost(error, {})
     return DatabaseError(reason, Fault.OPERATOR)
 
 
