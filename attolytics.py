@@ -1656,12 +1656,9 @@ def script(plan: Plan) -> str:
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 # Parameters of a URL, and the environment variables that stand in for them.
-PARAMETERS = {
-    **{key: f"PG{key.upper()}" for key in ("host", "port", "user", "password", "passfile", "options")},
-    **{key: f"PG{key.upper()}" for key in ("sslmode", "sslrootcert", "sslcert", "sslkey", "connect_timeout")},
-    "dbname": "PGDATABASE",
-    "application_name": "PGAPPNAME",
-}
+NAMED_ALIKE = "host port user password passfile options sslmode sslrootcert sslcert sslkey connect_timeout"
+PARAMETERS = {key: f"PG{key.upper()}" for key in NAMED_ALIKE.split()}
+PARAMETERS |= {"dbname": "PGDATABASE", "application_name": "PGAPPNAME"}
 DATABASE_URL = re.compile(
     r"postgres(?:ql)?://(?:(?P<user>[^:@/]*)(?::(?P<password>[^@/]*))?@)?"
     r"(?P<host>\[[^\]]*\]|[^:/?\[\]@]*)(?::(?P<port>[^/?@]*))?"
