@@ -249,6 +249,10 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def complain(level: int, text: str, about: str = "") -> None:
     """Log something: if it comes up again and again, once, and after COMPLAINT_S how often (see Repeats)."""
     log.log(level, "%s", text, extra={"about": about or text})
@@ -531,7 +535,7 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
         node = yaml.compose(text, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else f"not YAML: {reason_of(error)}"
-        raise SchemaError(f"the schema file has a mistake:\n{file}: {reason}") from None
+        raise SchemaError(f"the schema file has 1 mistake:\n{file}: {reason}") from None
     root = Part([], node)
     parts = root.section("tables and apps", ("tables", "apps", "database_url"))
     tables = {}
@@ -546,8 +550,7 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
     apps = {app_id: parse_app(part, app_id, tables) for app_id, part in apps.items()}
     url = parts["database_url"].scalar(str, "a string")
     if problems := [f"{file}:{problem}" for problem in root.problems]:
-        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-        raise SchemaError("\n".join([f"the schema file has {count}:", *problems]))
+        raise SchemaError("\n".join([f"the schema file has {counted(len(problems), 'mistake')}:", *problems]))
     return Schema(tables, apps, url)
 
 
@@ -2220,7 +2223,7 @@ def refuse_misfits(plan: Plan, migrates: bool) -> None:
     """Raise OperatorError for what a start may not mend by itself."""
     left = [Way.HAND] if migrates else [Way.HAND, Way.ALTER]
     if misfits := Plan(step for step in plan.by(*left) if step.way is Way.HAND or not step.index):
-        count = "a difference" if len(misfits.reasons) == 1 else f"{len(misfits.reasons)} differences"
+        count = counted(len(misfits.reasons), "difference")
         what = " that --migrate leaves to you (nothing was changed)" if migrates else ""
         reasons = "".join(f"  {reason}\n" for reason in misfits.reasons)
         migrating = "" if misfits.by(Way.HAND) else "start with --migrate, "
@@ -4939,10 +4942,6 @@ def write_report(lines: Iterable[str]) -> None:
             output.writelines(f"{line}\n" for line in lines)
     except OSError as error:
         raise OperatorError(f"cannot write the report: {reason_of(error)}") from None
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def check(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int, list[str]]:
