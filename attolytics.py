@@ -2219,8 +2219,9 @@ def survey(session: Session, schema: Schema, user: str) -> Plan:
     return make_plan(schema, catalog, user)
 
 
-def refuse_misfits(plan: Plan, migrates: bool) -> None:
-    """Raise OperatorError for what a start may not mend by itself."""
+def permitted(session: Session, schema: Schema, user: str, migrates: bool) -> Plan:
+    """Return what a start does about tables. Raises OperatorError for what it may not do, DatabaseError."""
+    plan = survey(session, schema, user)
     left = [Way.HAND] if migrates else [Way.HAND, Way.ALTER]
     if misfits := Plan(step for step in plan.by(*left) if step.way is Way.HAND or not step.index):
         count = counted(len(misfits.reasons), "difference")
@@ -2230,6 +2231,7 @@ def refuse_misfits(plan: Plan, migrates: bool) -> None:
         text = f"the database does not fit the schema file, {count}{what}:\n{reasons}"
         text += f"Change the schema file, {migrating}or mend the tables with:"
         raise to_run(text, misfits.statements)
+    return plan
 
 
 def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> DatabaseError | OperatorError:
@@ -2244,8 +2246,7 @@ def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> Datab
 def check_tables(session: Session, schema: Schema, user: str) -> None:
     """Raise OperatorError if tables that we had prepared are gone or have changed, DatabaseError."""
     # They are not created anew: whoever renamed a table may be about to rename it back.
-    plan = survey(session, schema, user)
-    refuse_misfits(plan, migrates=False)
+    plan = permitted(session, schema, user, migrates=False)
     # (ON CONFLICT needs its unique index.)
     if needed := Plan(step for step in plan if step.way is Way.CREATE or (step.index and step.index.unique)):
         text = "tables or indexes that events need are gone; bring them back, or create them with:"
@@ -2292,7 +2293,7 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: 
     deadlines: dict[Step, float] = {}
     taken = Counter[Step]()
     repeated: dict[Index, OperatorError] = {}
-    while steps := Plan(s for s in plan() if s.way is not Way.HAND and s.index not in repeated):
+    while steps := Plan(step for step in plan() if step.index not in repeated):
         step = steps[0]
         # Behind a BUILD nobody has to wait, and somebody's build may take long.
         patience = PREPARE_TIMEOUT_S if step.way is Way.BUILD else CHANGE_PATIENCE_S
@@ -2331,15 +2332,11 @@ def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None
     when the database went away or a table stayed in use for long: trying again goes on from there.
     """
     session.timeout_s = PREPARE_TIMEOUT_S
-    plan = survey(session, schema, user)
-    refuse_misfits(plan, migrates)
-    if not plan:
-        return
     # Keeps time-outs of the role or the database from ending builds, until say_once(); a pooler would give
     # that to others. Who did not ask for a migration rather starts without the database than wait for long.
     if session.is_direct():
         session.run(f"SET statement_timeout = 0; SET lock_timeout = {0 if migrates else 2000}")
-    take_steps(session, partial(survey, session, schema, user), user, migrates)
+    take_steps(session, partial(permitted, session, schema, user, migrates), user, migrates)
 
 
 class Opener:
