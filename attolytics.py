@@ -794,9 +794,15 @@ def network_of(address: str) -> str:
 class Delivery(NamedTuple):
     """What is kept of a request with its events, under these names: what columns of the tables need."""
 
-    headers: Mapping[str, str]  # names in lower case
-    client_ip: str  # or only its network, or ""
+    app: str
     received_at: float  # seconds since the epoch
+    client_ip: str  # or only its network, or ""
+    client_network: str
+    headers: Mapping[str, str]  # names in lower case
+
+    def about(self) -> str:
+        """Return it as JSON."""
+        return JSON_ENCODER.encode(self._asdict())
 
 
 class Quarantined(NamedTuple):
@@ -806,7 +812,7 @@ class Quarantined(NamedTuple):
     table: str | None
     column: str | None
     reason: str
-    about: str | None  # its request as in Batch.about(); None for a whole flush that could not be read
+    about: str | None  # its request as in Delivery.about(); None for a whole flush that could not be read
     event: str  # its JSON
 
 
@@ -913,7 +919,7 @@ def inflate(body: bytes, coding: str, limit: int) -> bytes:
     return result
 
 
-def filled_value(column: Column, app_id: str, delivery: Delivery) -> object:
+def filled_value(column: Column, delivery: Delivery) -> object:
     """Return the value of a column that the request fills, None for NULL. Raises ValueError."""
     if column.header:
         value = delivery.headers.get(column.header)
@@ -923,14 +929,8 @@ def filled_value(column: Column, app_id: str, delivery: Delivery) -> object:
             return value and value.encode("latin-1").decode()
         except UnicodeDecodeError:
             return value
-    match column.source:
-        case Source.APP_ID:
-            return app_id
-        case Source.CLIENT_IP:
-            return delivery.client_ip or None
-        case Source.CLIENT_NETWORK:
-            return network_of(delivery.client_ip) or None
-    return delivery.received_at
+    value = delivery.app if column.source is Source.APP_ID else getattr(delivery, str(column.source))
+    return None if value == "" else value
 
 
 # PostgreSQL manual, COPY, "Text Format".
@@ -970,12 +970,12 @@ class TableIntake:
             (c.name, c.required, self.is_copied and c.type is Type.STRING, self._field(c.type)) for c in own
         ]
 
-    def filled(self, app_id: str, delivery: Delivery) -> tuple[list[str], list[tuple[str, str]]]:
+    def filled(self, delivery: Delivery) -> tuple[list[str], list[tuple[str, str]]]:
         """Return the fields that a request fills, and (column, reason) for what cannot be filled."""
         fields, problems = [], []
         for column, to_field in self._filled:
             try:
-                value = filled_value(column, app_id, delivery)
+                value = filled_value(column, delivery)
                 fields.append(self._null if value is None else to_field(value))
             except ValueError as error:
                 problems.append((column.name, str(error)))
@@ -1046,7 +1046,6 @@ def storable(text: str) -> str:
 class Batch:
     """The events of one request, and the rows of those that fit; the others have problems."""
 
-    app_id: str
     delivery: Delivery
     events: list[Any]  # none if only the body is kept
     rows: dict[TableIntake, list[str]] = field(default_factory=dict)
@@ -1062,28 +1061,22 @@ class Batch:
     since: float = 0.0
     tell: Callable[[Batch, str | Refusal], object] = lambda *_: None
 
-    def about(self) -> str:
-        """Return as JSON what is kept of the request."""
-        network = network_of(self.delivery.client_ip)
-        about = {"app": self.app_id, **self.delivery._asdict(), "client_network": network}
-        return JSON_ENCODER.encode(about)
-
     def text(self) -> str:
         """Return the batch's JSON for the spool, without the events that have problems."""
         events: Any = self.events or decode_body(self.body)["events"]
         if bad := {problem.index for problem in self.problems}:
             events = [event for index, event in enumerate(events) if index not in bad]
-        return storable(f'{self.about()[:-1]},"events":{exact_json(events)}}}')
+        return storable(f'{self.delivery.about()[:-1]},"events":{exact_json(events)}}}')
 
     def quarantined(self, problems: Sequence[Problem]) -> list[Quarantined]:
         """Return for the quarantine the events that problems are about."""
-        about, items = self.about(), []
+        app, about, items = self.delivery.app, self.delivery.about(), []
         for index, found in itertools.groupby(problems, lambda problem: problem.index or 0):
             event, reasons = self.events[index], list(found)
             name = event.get(TABLE_KEY) if isinstance(event, dict) else None
             table = name if isinstance(name, str) else None
             reason = "; ".join(f"{p.column}: {p.reason}" if p.column else p.reason for p in reasons)
-            items.append(Quarantined(self.app_id, table, reasons[0].column, reason, about, exact_json(event)))
+            items.append(Quarantined(app, table, reasons[0].column, reason, about, exact_json(event)))
         return items
 
 
@@ -1100,11 +1093,11 @@ class Intake:
 
     def delivery(self, headers: Mapping[str, str], peer: str, received_at: float) -> Delivery:
         """Return what is kept of a request; `peer` is the IP address at the other end of its connection."""
-        client = client_ip(headers, peer)
+        ip = client_ip(headers, peer)
         if Source.CLIENT_IP not in self._sources:
-            client = network_of(client) if Source.CLIENT_NETWORK in self._sources else ""
+            ip = network_of(ip) if Source.CLIENT_NETWORK in self._sources else ""
         kept = {name: headers[name] for name in self.headers if name in headers}
-        return Delivery(kept, client, received_at)
+        return Delivery(self.app.id, received_at, ip, network_of(ip), kept)
 
     def batch(self, body: bytes, delivery: Delivery) -> Batch:
         """Return the batch in a request's body. Raises Refusal."""
@@ -1136,10 +1129,10 @@ class Intake:
 
     def convert(self, events: list[Any], delivery: Delivery, limit: float = math.inf) -> Batch:
         """Return a batch of events; with a `limit`, gives up after so many problems."""
-        batch = Batch(self.app.id, delivery, events, quarantines=self.app.quarantines)
+        batch = Batch(delivery, events, quarantines=self.app.quarantines)
         problems = batch.problems
         for table, places in self._by_table(events, problems).items():
-            filled, lacking = table.filled(self.app.id, delivery)
+            filled, lacking = table.filled(delivery)
             try:
                 rows = [] if lacking else table.rows([events[index] for index in places], filled)
             except ValueError:  # explain() gives the reasons
@@ -2852,13 +2845,13 @@ class Group:
 
     @staticmethod
     def _convert(raw: Any, intakes: Mapping[str, Intake]) -> Batch:
-        delivery = Delivery(raw["headers"], raw["client_ip"], float(raw["received_at"]))
-        app_id, events = raw["app"], raw["events"]
-        if intake := intakes.get(app_id):
+        ip, events = raw["client_ip"], raw["events"]
+        delivery = Delivery(raw["app"], float(raw["received_at"]), ip, network_of(ip), raw["headers"])
+        if intake := intakes.get(delivery.app):
             return intake.convert(events, delivery)
-        reason = f"the schema file has no app {show(app_id)}"
+        reason = f"the schema file has no app {show(delivery.app)}"
         problems = [Problem(index, None, reason) for index in range(len(events))]
-        return Batch(app_id, delivery, events, problems=problems)
+        return Batch(delivery, events, problems=problems)
 
 
 def sift(
@@ -3154,7 +3147,7 @@ def count_stored(metrics: Metrics, batches: Sequence[Batch], place: str, seconds
     accepted: Counter[tuple[str, ...]] = Counter()
     for batch in batches:
         for table, rows in batch.rows.items():
-            accepted[batch.app_id, table.name] += len(rows)
+            accepted[batch.delivery.app, table.name] += len(rows)
     metrics.count_all("events_accepted_total", accepted)
     events = accepted.total()
     if place == SPOOL:

@@ -141,8 +141,8 @@ def body_of(*events: object, key: str = KEY) -> bytes:
     return json.dumps({"secret_key": key, "events": events}).encode()
 
 
-def delivery(headers: Headers = None) -> attolytics.Delivery:
-    return attolytics.Delivery(headers or {}, "192.0.2.1", 1554130180.25)
+def batch_of(intake: attolytics.Intake, body: bytes, headers: Headers = None) -> attolytics.Batch:
+    return intake.batch(body, intake.delivery(headers or {}, "192.0.2.1", 1554130180.25))
 
 
 # --- Schema -------------------------------------------------------------------
@@ -428,14 +428,14 @@ class BatchTest(unittest.TestCase):
         self.intake = attolytics.intakes(schema)["com.example.myapp"]
 
     def batch(self, *events: object, headers: Headers = None) -> attolytics.Batch:
-        return self.intake.batch(body_of(*events), delivery(headers))
+        return batch_of(self.intake, body_of(*events), headers)
 
     def rows(self, batch: attolytics.Batch) -> dict[str, list[str]]:
         return {table.name: rows for table, rows in batch.rows.items()}
 
     def refusal(self, body: bytes) -> attolytics.Refusal:
         with self.assertRaises(attolytics.Refusal) as caught:
-            self.intake.batch(body, delivery())
+            batch_of(self.intake, body)
         return caught.exception
 
     def problems(self, *events: object, label: str = "invalid_events") -> list[Problem]:
@@ -479,7 +479,7 @@ class BatchTest(unittest.TestCase):
                 refusal = self.refusal(body)
                 self.assertEqual(refusal.label, "invalid_body")
                 self.assertIn(reason, refusal.reason)
-        self.assertEqual(self.intake.batch(b"\xef\xbb\xbf" + body_of(example()), delivery()).accepted, 1)
+        self.assertEqual(batch_of(self.intake, b"\xef\xbb\xbf" + body_of(example())).accepted, 1)
 
     def test_every_bad_event_is_listed_with_its_column_and_the_reason(self) -> None:
         without = {"_t": "events", "version": "1", "event_type": "start"}
@@ -536,7 +536,7 @@ class BatchTest(unittest.TestCase):
             'events[0]: unknown key "scroe", did you mean "score"?',
             f"events[1]: {referer}",
         ]
-        self.assertEqual(self.intake.batch(body, delivery()).warnings, warnings)
+        self.assertEqual(batch_of(self.intake, body).warnings, warnings)
         batch = self.batch(example(**{f"key{i}": i for i in range(5000)}), example(other=1))
         self.assertEqual(len(batch.warnings), attolytics.UNKNOWN_KEYS_MAX + 1)
 
@@ -1021,7 +1021,7 @@ class DatabaseCase(unittest.TestCase):
     def store(self, *events: object) -> None:
         """Store events as a server that has just started does."""
         epoch = str(uuid.uuid4())
-        batch = attolytics.intakes(self.schema)["app"].batch(body_of(*events, key="key"), delivery())
+        batch = batch_of(attolytics.intakes(self.schema)["app"], body_of(*events, key="key"))
         self.open(epoch=epoch).store(epoch, 1, [batch.rows])
 
     def backend(self) -> int:
