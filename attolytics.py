@@ -3234,12 +3234,13 @@ class Writer:
         while not self._stopping:
             self.beat_at = self._clock()
             batches = self._take()
+            if batches and not self.session:
+                self.replayer.turn.wait(batches[0].since + TURN_PATIENCE_S - self._clock())
             if not batches:
                 self._look_at_session()
             elif session := self.session:
                 self._store(session, batches)
             else:
-                self.replayer.turn.wait(batches[0].since + TURN_PATIENCE_S - self._clock())
                 self._to_spool([(0, batches)])
         if self.session:
             self.session.close()
@@ -3270,12 +3271,12 @@ class Writer:
                     self.is_watched = False
                     self.session.run("SELECT 1", PATIENCE_MIN_S)
         except DatabaseError as error:
-            self._to_spool([], fate=error)
+            self._to_spool([], error)
 
     def _store(self, session: Session, batches: Sequence[Batch]) -> None:
         """Store batches in the database: in one flush or, if it refuses some, in several."""
         deadline = batches[0].since + PATIENCE_S
-        fate: DatabaseError | Session = session
+        loss: DatabaseError | None = None
         parts, sent, left = [batches], list[tuple[int, Sequence[Batch]]](), list[Batch]()
         while parts:
             part = parts.pop()
@@ -3286,7 +3287,7 @@ class Writer:
                 skipped = session.store(self._spool.epoch, number, rows, seconds=seconds)
             except DatabaseError as error:
                 if error.fault is not Fault.DATA:
-                    sent, fate = [(number, part)], error
+                    sent, loss = [(number, part)], error
                     break
                 parts += divide(part, error, left)
             else:
@@ -3298,24 +3299,20 @@ class Writer:
                 break
         left += itertools.chain(*reversed(parts))
         if sent or left:
-            self._to_spool([*sent, (0, left)], fate)
+            self._to_spool([*sent, (0, left)], loss)
 
     def _to_spool(
-        self, flushes: Sequence[tuple[int, Sequence[Batch]]], fate: DatabaseError | Session | None = None
+        self, flushes: Sequence[tuple[int, Sequence[Batch]]], loss: DatabaseError | None = None
     ) -> None:
-        """Append flushes, and give up the session, if we have one.
+        """Append flushes, and give the session up if we have one: lost by an error, or well.
 
-        What was sent comes with its number, other batches with 0 for a fresh one. The session's `fate` is the
-        error it is lost by, or itself. One without has just been handed over, and stores the batches.
+        What was sent comes with its number, other batches with 0 for a fresh one.
         """
         started = self._clock()
         ready = [(number, batches, [b.text() for b in batches]) for number, batches in flushes if batches]
-        done: list[tuple[Sequence[Batch], SpoolError | None]] = []
         with self._spool.switch:
-            session = self.session
-            if fate or not session:
-                self.session = None
-                done = [(batches, self._append(number, batches, texts)) for number, batches, texts in ready]
+            session, self.session = self.session, None
+            done = [(batches, self._append(number, batches, texts)) for number, batches, texts in ready]
         for batches, error in done:
             for batch in batches:
                 if error and batch.kept:  # the client will send them again
@@ -3325,22 +3322,15 @@ class Writer:
                 batch.tell(batch, verdict)
             if not error:
                 count_stored(self._metrics, batches, SPOOL, self._clock() - started)
-        if session and fate:
-            self._give_up(session, fate)
+        if session and loss:
+            if not self._stopping:
+                level = logging.ERROR if loss.fault is Fault.OPERATOR else logging.WARNING
+                text = f"the database cannot store events: {loss}; they go to {self._spool.path}"
+                complain(level, text, f"cannot store {loss.sqlstate or loss}")
+            session.close()
+            self.replayer.take(None, str(loss))
         elif session:
-            for _, batches in flushes:
-                self._store(session, batches)
-
-    def _give_up(self, session: Session, fate: DatabaseError | Session) -> None:
-        if isinstance(fate, Session):
-            self.replayer.take(fate)
-            return
-        if not self._stopping:
-            level = logging.ERROR if fate.fault is Fault.OPERATOR else logging.WARNING
-            text = f"the database cannot store events: {fate}; they go to {self._spool.path}"
-            complain(level, text, f"cannot store {fate.sqlstate or fate}")
-        session.close()
-        self.replayer.take(None, str(fate))
+            self.replayer.take(session)
 
     def _append(self, number: int, batches: Sequence[Batch], texts: Sequence[str]) -> SpoolError | None:
         events = sum(batch.accepted for batch in batches)
