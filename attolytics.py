@@ -2531,10 +2531,6 @@ def open_database(path: str, bytes_max: int) -> sqlite3.Connection:
     db.execute(f"PRAGMA wal_autocheckpoint = {max(min(1000, bytes_max // 8 // page_bytes), 16)}")
     if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
         db.executescript(f"BEGIN IMMEDIATE;{SPOOL_SQL}COMMIT")
-        # A new file has to be found in its directory after a power cut.
-        descriptor = os.open(Path(path).absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(descriptor)
-        os.close(descriptor)
     return db
 
 
