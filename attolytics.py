@@ -2545,19 +2545,16 @@ class SpoolFile:
         self.switch = threading.RLock()
         self._failed = False  # SQLite did, the last time
         self.events = self.quarantined = 0  # that are in it
-        hint = f"name a file in a directory that user {os_user()} may write to with --spool PATH"
         try:
             # The events in it may be about people. Closing it would drop SQLite's own locks.
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise OperatorError(f"cannot open the spool {path}: {reason_of(error)}; {hint}") from None
-        try:
             wait_for_lock(self._descriptor, path)
             check_spool(path, self._descriptor)
             self._db = open_database(path, bytes_max)
         except (sqlite3.Error, OSError) as error:  # nothing is closed: it is the end of the process
-            needs = f"SQLite needs more files beside it, {hint}"
-            raise OperatorError(f"cannot use the spool {path}: {reason_of(error)}; {needs}") from None
+            hint = f"name a file with --spool PATH in a directory that user {os_user()} may write to"
+            reason = f"cannot use the spool {path}: {reason_of(error)}; {hint}: SQLite makes more beside it"
+            raise OperatorError(reason) from None
 
     def check(self) -> None:
         """Raise SpoolError if no events can be stored now. After a failure, find out by writing."""
