@@ -2479,10 +2479,7 @@ class SpooledFlush(NamedTuple):
 
 def check_spool(path: str, descriptor: int) -> None:
     """Raise OperatorError for a file that is not a spool, is damaged or too new. Changes nothing in it."""
-    head = os.pread(descriptor, 16, 0)
-    if not head:
-        return
-    if head != b"SQLite format 3\0":
+    if os.pread(descriptor, 16, 0) not in (b"", b"SQLite format 3\0"):
         raise OperatorError(f"--spool {path} is not a spool but some other file; it was left as it is")
     is_small = os.fstat(descriptor).st_size <= QUICK_CHECK_BYTES_MAX
     check = "PRAGMA quick_check(1)" if is_small else "SELECT 'ok'"
