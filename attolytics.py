@@ -3353,7 +3353,7 @@ FIELD = re.compile(rf"({HEADER_NAME}):[ \t]*([\t -~\x80-\xff]*)")  # RFC 9112, s
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?/apps/([^/?#]+)/events(?:\?[^#]*)?")
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*(?=\r\n|\Z)", re.IGNORECASE)
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~]*)?")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~]{0,247})?")  # 256 bytes
 # Bytes that no head has: bare line feeds and carriage returns, other control characters. Seeing one
 # early answers a client that speaks another protocol (TLS, say) at once.
 FORBIDDEN = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
@@ -3601,15 +3601,13 @@ class Incoming:
                 pass
 
     def _line(self, limit: int, deadline: float) -> bytes:
-        """Return a line of a chunked body without its CRLF."""
+        """Return a line of a chunked body without its CRLF, unless its beginning is a bad one."""
 
         def check(line: bytes) -> None:
             if len(line) > limit or FORBIDDEN.search(line):
                 raise Refusal("malformed_request", "a line of a chunked body is too long, or is not one")
 
-        line = self._until(b"\r\n", check, deadline)
-        check(line)
-        return line
+        return self._until(b"\r\n", check, deadline)
 
     def _until(self, mark: bytes, check: Callable[[bytes], None], deadline: float) -> bytes:
         """Take what comes before a mark, and the mark; `check` may refuse the beginning of it."""
