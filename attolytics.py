@@ -3768,8 +3768,8 @@ class Handler(BaseRequestHandler):
 
     def handle(self) -> None:
         try:
-            while self._await_request() and self._exchange():
-                pass
+            while self._keeps and self._await_request():
+                self._exchange()
             if not self.has_parted:
                 self._finish_answer()
             if self.body is None:
@@ -3792,25 +3792,23 @@ class Handler(BaseRequestHandler):
         self._finish_answer()
         return has_begun and self._keeps
 
-    def _exchange(self) -> bool:
+    def _exchange(self) -> None:
         self.started = self._service.clock()
         self.head, self.intake, self.body, self._cors = None, None, None, ANY_ORIGIN
         try:
             batch = self._read_request()
         except Refusal as refusal:
             self.request.sendall(self._answer(refusal))
-            return self._keeps
+            return
         if batch is None:
             self.request.sendall(self._answer(""))
-            return self._keeps
-        # The kernel may not take all of a long answer at once.
-        is_long, keep_alive = bool(batch.problems), bool(self.head and self.head.keep_alive)
+            return
+        self._keeps = bool(self.head and self.head.keep_alive)
         self._answered.acquire()
-        self.has_parted = not keep_alive and not is_long  # the writer's thread has everything from here on
+        self.has_parted = not self._keeps  # the writer's thread has everything from here on
         self._service.writer.submit(batch, self._tell)
-        if is_long:
+        if not self.has_parted and batch.problems:  # the kernel may not take all of a long answer at once
             self._finish_answer()
-        return keep_alive
 
     def _tell(self, batch: Batch, verdict: str | Refusal) -> None:
         """Send the answer to a batch. Called by the writer's thread; does not block."""
