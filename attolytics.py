@@ -2968,43 +2968,37 @@ class Replayer:
 
     def _work(self, hand_over: Callable[[Session], bool]) -> None:
         session = self._wanted.get()
-        while not self._stop.is_set():
+        while not self._stop.wait(0 if session else self._backoff_s * random.uniform(0.5, 1)):
             try:
                 session = session or self._connect()
-                if session and self._replay(session, hand_over):
+                if self._replay(session, hand_over):
                     session = self._wanted.get()
-            except (DatabaseError, SpoolError) as error:
+            except (DatabaseError, OperatorError, SpoolError) as error:
+                self.reason = str(error)
                 if session:
                     session.close()
-                session, self.reason = None, str(error)
-                self._obstacle = self.reason
-                is_away = isinstance(error, DatabaseError) and error.fault is Fault.AWAY
-                level = logging.WARNING if is_away else logging.ERROR
-                complain(level, f"the replay is held up: {error}", "held up")
+                    session, self._obstacle = None, self.reason
+                    is_away = isinstance(error, DatabaseError) and error.fault is Fault.AWAY
+                    level = logging.WARNING if is_away else logging.ERROR
+                    complain(level, f"the replay is held up: {error}", "held up")
+                else:
+                    complain(logging.WARNING, f"cannot use the database: {error}")
             finally:
                 self.turn.set()
         if session:
             session.close()
 
-    def _connect(self) -> Session | None:
-        """Return a session, or None after stop(). Blocks as long as it takes."""
+    def _connect(self) -> Session:
+        """Return a new session. Raises DatabaseError, OperatorError, SpoolError."""
         assert self._open is not None
-        since = self._clock()
-        while not self._stop.wait(self._backoff_s * random.uniform(0.5, 1)):
-            self._backoff_s = min(max(self._backoff_s * 2, 0.1), BACKOFF_MAX_S)
-            try:
-                session = self._open(self._spool.epochs)
-            except (DatabaseError, OperatorError, SpoolError) as error:
-                self.reason = str(error)
-                complain(logging.WARNING, f"cannot use the database: {error}")
-                continue
-            self.reason = ""
-            self._metrics.count("database_reconnects_total", int(self.had_session))
-            self.had_session = True
-            seconds = self._clock() - since
-            complain(logging.INFO, f"the database is there again, after {seconds:.1f} s", "database there")
-            return session
-        return None
+        self._backoff_s = min(max(self._backoff_s * 2, 0.1), BACKOFF_MAX_S)
+        session = self._open(self._spool.epochs)
+        self.reason = ""
+        self._metrics.count("database_reconnects_total", int(self.had_session))
+        self.had_session = True
+        seconds = self._clock() - self._got_on_at
+        complain(logging.INFO, f"the database is there again, after {seconds:.1f} s", "database there")
+        return session
 
     def _replay(self, session: Session, hand_over: Callable[[Session], bool]) -> bool:
         """Store what is in the spool until the session is the writer's; return False after stop()."""
