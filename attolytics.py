@@ -3077,8 +3077,6 @@ class Replayer:
             group.refuse(batch, Problem(place, None, reason))
             set_apart(self._spool, self._metrics, group)
             raise DatabaseError("an event cost the session each time", sqlstate="08000")
-        if not any(batch.rows for batch in group.batches):
-            return
         # At the second try this session has seen that the tables are there and fit.
         is_again = stuck == self._stuck
         # A single flush cannot be divided: it may take longer.
