@@ -2924,7 +2924,8 @@ class Replayer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.has_database = open_session is not None  # or else everything stays in the spool
-        self.reason = ""  # why there is no session
+        self.is_up = self.has_database  # by what is known of the session
+        self.reason = ""  # why there is no session; stays until the next one has stored something
         self.had_session = False  # ever
         self.retried = 0  # events of --retry_quarantine, of which is to be told
         self.turn = threading.Event()  # when new events may go to the spool; before it they wait a little
@@ -2936,7 +2937,6 @@ class Replayer:
         # These belong to the replayer's thread; others only look.
         self._backoff_s = 0.0
         self._got_on_at = math.inf  # while the writer has the session
-        self._obstacle = ""  # why the last group was not stored
         self._stuck = Stuck()
         self._events_max = REPLAY_EVENTS_MAX  # in a group; fewer after a failure
 
@@ -2951,19 +2951,15 @@ class Replayer:
 
     def take(self, session: Session | None, reason: str = "") -> None:
         """Go on with a session that is well, or connect, because it was lost for a reason."""
-        self.reason, self._got_on_at = reason, self._clock()
+        self.is_up, self.reason, self._got_on_at = session is not None, reason, self._clock()
         self._wanted.put(session)
-
-    @property
-    def is_up(self) -> bool:
-        return self.has_database and not self.reason
 
     def held_up(self) -> str:
         """Return what holds the replay up, if it has not got on for HELD_UP_S, else ""."""
         seconds = self._clock() - self._got_on_at
         if seconds < HELD_UP_S or not self._spool.events:
             return ""
-        why = self.reason or self._obstacle or "the database has not answered yet"
+        why = self.reason or "the database has not answered yet"
         return f"the replay has been held up for {seconds:.0f} s: {why}"
 
     def _work(self, hand_over: Callable[[Session], bool]) -> None:
@@ -2974,10 +2970,10 @@ class Replayer:
                 if self._replay(session, hand_over):
                     session = self._wanted.get()
             except (DatabaseError, OperatorError, SpoolError) as error:
-                self.reason = str(error)
+                self.is_up, self.reason = False, str(error)
                 if session:
                     session.close()
-                    session, self._obstacle = None, self.reason
+                    session = None
                     is_away = isinstance(error, DatabaseError) and error.fault is Fault.AWAY
                     level = logging.WARNING if is_away else logging.ERROR
                     complain(level, f"the replay is held up: {error}", "held up")
@@ -2993,9 +2989,8 @@ class Replayer:
         assert self._open is not None
         self._backoff_s = min(max(self._backoff_s * 2, 0.1), BACKOFF_MAX_S)
         session = self._open(self._spool.epochs)
-        self.reason = ""
         self._metrics.count("database_reconnects_total", int(self.had_session))
-        self.had_session = True
+        self.had_session = self.is_up = True
         seconds = self._clock() - self._got_on_at
         complain(logging.INFO, f"the database is there again, after {seconds:.1f} s", "database there")
         return session
@@ -3064,7 +3059,7 @@ class Replayer:
         # Deleted only after COMMIT: a crash here repeats the delete, never the events.
         self._spool.delete(group.flushes)
         self._metrics.count("events_replayed_total", sum(batch.accepted for batch in group.batches))
-        self._backoff_s, self._obstacle, self._stuck = 0.0, "", Stuck()
+        self._backoff_s, self.reason, self._stuck = 0.0, "", Stuck()
         self._events_max = min(self._events_max * 2, REPLAY_EVENTS_MAX)
         return sum(flush.events for flush in group.flushes)
 
@@ -4470,7 +4465,7 @@ class Monitor(Listener):
             "status": "failing" if failure else "degraded" if held_up else "ok",
             "reason": failure or held_up or None,
             "database": "up" if replayer.is_up else "away" if replayer.has_database else "none",
-            "database_reason": replayer.reason or None,
+            "database_reason": (not replayer.is_up and replayer.reason) or None,
             "spool": {**files, "limit": spool.bytes_max, "reason": spool_reason or None},
             "replay": held_up or None,
             "quarantine": spool.quarantined,
