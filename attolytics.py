@@ -2524,8 +2524,7 @@ def open_database(path: str, bytes_max: int) -> sqlite3.Connection:
         raise sqlite3.OperationalError(f"its file system cannot do WAL, only {mode}")
     # NORMAL would lose what was acknowledged when the power fails.
     db.execute("PRAGMA synchronous = FULL")
-    (page_bytes,) = db.execute("PRAGMA page_size").fetchone()
-    db.execute(f"PRAGMA wal_autocheckpoint = {max(min(1000, bytes_max // 8 // page_bytes), 16)}")
+    db.execute(f"PRAGMA wal_autocheckpoint = {min(1000, bytes_max // 8 // 4096)}")  # pages of SQLite's size
     if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
         db.executescript(f"BEGIN IMMEDIATE;{SPOOL_SQL}COMMIT")
     return db
