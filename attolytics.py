@@ -4624,24 +4624,6 @@ def parse_count(low: int, high: int, text: str) -> int:
     return int(text)
 
 
-# What an option is by default, and its help. What stands for its value says how that is read.
-OPTIONS = {
-    "-s --schema PATH": ("schema.conf.yaml", "schema file"),
-    "-d --db_url URL": ("", "database; or $ATTOLYTICS_DB_URL; or database_url in the schema file"),
-    "-H --host HOST": ("localhost", "where to listen; localhost is 127.0.0.1 and ::1, 0.0.0.0 or :: is all"),
-    "-p --port PORT": ("8000", "port to listen on"),
-    "--max_body SIZE": (f"{BODY_BYTES_MAX >> 20}M", "largest request body in bytes, also when decompressed"),
-    "--max_connections N": (str(CONNECTIONS_MAX), "client connections served at once; others get 503"),
-    "--spool PATH": ("attolytics.sqlite3", "SQLite file for events that the database cannot take"),
-    "--spool_limit LIMIT": (f"{SPOOL_BYTES_MAX >> 30}G", "how large it may grow; beyond it clients get 503"),
-    "--monitor_port PORT": ("", "live page, /healthz, /metrics (Prometheus) on this port of localhost (off)"),
-}
-READERS: Mapping[str, Callable[[str], object]] = {
-    "PORT": partial(parse_count, 0, 65535),
-    "N": partial(parse_count, 1, 100_000),
-    "SIZE": parse_size,
-    "LIMIT": partial(parse_size, low=SPOOL_BYTES_MIN),
-}
 SWITCHES = {
     "--reuse_port": "share the port with other instances that have this option, run by the same user; the"
     " system spreads new connections over them",
@@ -4656,17 +4638,31 @@ SWITCHES = {
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("attolytics", None, DESCRIPTION, EPILOG, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    for usage, (default, text) in OPTIONS.items():
-        *flags, value = usage.split()
-        read, shown = READERS.get(value, str), f"{text} ({default})" if default else text
-        parser.add_argument(*flags, metavar=value, type=read, default=default or None, help=shown)
-    for flag, text in SWITCHES.items():
-        parser.add_argument(flag, action="store_true", help=text)
+    add, port, number = parser.add_argument, partial(parse_count, 0, 65535), partial(parse_count, 1, 100_000)
+    add("-s", "--schema", metavar="PATH", default="schema.conf.yaml", help="schema file (%(default)s)")
+    text = "database; or $ATTOLYTICS_DB_URL; or database_url in the schema file"
+    add("-d", "--db_url", metavar="URL", help=text)
+    text = "where to listen; localhost is 127.0.0.1 and ::1, 0.0.0.0 or :: is all (%(default)s)"
+    add("-H", "--host", default="localhost", help=text)
+    add("-p", "--port", metavar="PORT", type=port, default=8000, help="port to listen on (%(default)s)")
+    text = f"largest request body in bytes, also when decompressed ({BODY_BYTES_MAX >> 20}M)"
+    add("--max_body", metavar="SIZE", type=parse_size, default=BODY_BYTES_MAX, help=text)
+    text = "client connections served at once; others get 503 (%(default)s)"
+    add("--max_connections", metavar="N", type=number, default=CONNECTIONS_MAX, help=text)
+    text = "SQLite file for events that the database cannot take (%(default)s)"
+    add("--spool", metavar="PATH", default="attolytics.sqlite3", help=text)
+    text = f"how large it may grow; beyond it clients get 503 ({SPOOL_BYTES_MAX >> 30}G)"
+    limit = partial(parse_size, low=SPOOL_BYTES_MIN)
+    add("--spool_limit", metavar="LIMIT", type=limit, default=SPOOL_BYTES_MAX, help=text)
+    text = "live page, /healthz, /metrics (Prometheus) on this port of localhost (off)"
+    add("--monitor_port", metavar="PORT", type=port, help=text)
+    for switch, text in SWITCHES.items():
+        add(switch, action="store_true", help=text)
     volume = parser.add_mutually_exclusive_group()
     text = "log every request; twice: every flush too"
     volume.add_argument("-v", "--verbose", action="count", default=0, help=text)
     volume.add_argument("-q", "--quiet", action="store_true", help="log only warnings and errors")
-    parser.add_argument("--version", action="version", version=f"attolytics {__version__}")
+    add("--version", action="version", version=f"attolytics {__version__}")
     return parser
 
 
