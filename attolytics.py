@@ -75,7 +75,7 @@ import uuid
 import zlib
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -4544,10 +4544,9 @@ def watchdog_interval(environ: Mapping[str, str], pid: int) -> float:
     return int(usec) / 1e6 or math.inf
 
 
-def inherited_sockets(environ: MutableMapping[str, str], pid: int) -> list[socket.socket]:
+def inherited_sockets(environ: Mapping[str, str], pid: int) -> list[socket.socket]:
     """Return the listening sockets that systemd has opened for process `pid`. Raises OperatorError."""
-    # What tells of them is not for our children.
-    for_pid, count, _names = [environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
+    for_pid, count = environ.get("LISTEN_PID", ""), environ.get("LISTEN_FDS", "")
     if not count:
         return []
     if for_pid != str(pid):
@@ -4558,7 +4557,6 @@ def inherited_sockets(environ: MutableMapping[str, str], pid: int) -> list[socke
     sockets = []
     for descriptor in range(3, 3 + int(count)):
         try:
-            os.set_inheritable(descriptor, False)
             sock = socket.socket(fileno=descriptor)
         except OSError as error:
             raise OperatorError(f"descriptor {descriptor} from systemd: {reason_of(error)}") from None
@@ -4914,7 +4912,7 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int,
     return 1, [*report, comment(f"{target}: {counted(len(plan.reasons), 'difference')}"), script(plan)]
 
 
-def serve(options: argparse.Namespace, environ: MutableMapping[str, str]) -> None:
+def serve(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     """Run the server until SIGTERM or SIGINT. Raises OperatorError when it cannot start or go on."""
     # Made for handlers of signals: why we are to end, and when to read the schema file again.
     news: queue.SimpleQueue[str] = queue.SimpleQueue()
