@@ -4364,7 +4364,6 @@ class Live:
     def _state(self, health: str) -> Page:
         """Return what the page shows beside the feed."""
         service, rows = self._service, list[Any]()
-        service.writer.is_watched = True
         with self._lock:
             samples, since = [*self._samples], self._since
         minute = next(sample for sample in samples if sample[0] >= samples[-1][0] - 60)
@@ -4457,6 +4456,7 @@ class Monitor(Listener):
     def health(self) -> Page:
         """Return whether events can be stored, as a status and as JSON."""
         replayer, spool = self._replayer, self._spool
+        self._writer.is_watched = True
         failure, spool_reason = self._failure()
         held_up = replayer.held_up()
         files = {"path": spool.path, "events": spool.events, "bytes": spool.size()}

@@ -3982,6 +3982,18 @@ class MonitorTest(BreakableCase):
         self.assertEqual(self.post(server, mark(1)).status, 200)
         self.assertNotIn("database_up", self.metrics(server))
 
+    @not_pooled("it chooses the backend")
+    def test_health_alone_notices_that_an_idle_database_is_silent(self) -> None:
+        server = self.serve()
+        go_on = self.stop_backend()
+        os.kill(self.postgres.process.pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: self.health(server)[1]["database"] == "away")
+        finally:
+            os.kill(self.postgres.process.pid, signal.SIGCONT)
+            go_on()
+        wait_until(lambda: self.health(server)[1]["database"] == "up")
+
     def test_its_pages_are_for_this_machine_only_and_change_nothing(self) -> None:
         server = self.serve(url="")
         port = self.monitors(server)[0][1]
