@@ -4334,9 +4334,9 @@ class Live:
             has_left.register(sock, select.POLLIN)  # it says nothing else
             sock.sendall(STREAM)
             after = int(asked) if re.fullmatch("[0-9]{1,18}", asked) else 0
-            # What waits to be sent; and up to which id all have been sent, wait, or were skipped.
+            # What waits to be sent; and up to which id all were sent, wait or were skipped: all if it is new.
             bad, good = deque[Note](maxlen=LIVE_REFUSED_MAX), deque[Note](maxlen=LIVE_STORED_MAX // 2)
-            seen, counted = set[int](), after if self._first_id <= after else None
+            seen, counted = set[int](), after if self._first_id <= after else math.inf
             for tick in itertools.count(1):
                 self._watched_until, last_id = self._service.clock() + LIVE_GRACE_S, self._last_id
                 self._room = LIVE_STORED_MAX
@@ -4345,7 +4345,6 @@ class Live:
                 for waiting, notes in zip((bad, good), kept, strict=True):
                     waiting.extend(note for note in notes if after < note[0]["id"] not in seen)
                 seen = {note[0]["id"] for note in itertools.chain(*kept)}
-                counted = last_id - len(bad) - len(good) if counted is None else counted
                 skipped = max(last_id - counted - len(bad) - len(good), 0)
                 for _ in range(min(LIVE_ROWS, len(bad) + len(good))):
                     row = shown((bad or good).popleft(), self._keys) | {"skipped": skipped}
