@@ -4493,9 +4493,10 @@ class Monitor(Listener):
         if self._replayer.has_database:
             self._writer.is_watched = True
             gauges["database_up"] = int(self._replayer.is_up)
-        with contextlib.suppress(SpoolError):
-            oldest = None if self._writer.stuck_s() else self._spool.oldest()
-            gauges["spool_oldest_event_age_seconds"] = max(time.time() - oldest, 0) if oldest else 0
+        if not self._writer.stuck_s():  # or else the age is left out: 0 would end an alert
+            with contextlib.suppress(SpoolError):
+                oldest = self._spool.oldest()
+                gauges["spool_oldest_event_age_seconds"] = max(time.time() - oldest, 0) if oldest else 0
         text = self._service.metrics.exposition(gauges)
         return HTTPStatus.OK, text, "text/plain; version=0.0.4; charset=utf-8"
 
