@@ -4333,10 +4333,11 @@ class Live:
             has_left = select.poll()
             has_left.register(sock, select.POLLIN)  # it says nothing else
             sock.sendall(STREAM)
-            after = int(asked) if re.fullmatch("[0-9]{1,18}", asked) else 0
+            known = re.fullmatch("[0-9]{1,18}", asked) and self._first_id <= int(asked) <= self._last_id
+            after = int(asked) if known else 0  # it may be another process', whose clock was ahead of ours
             # What waits to be sent; and up to which id all were sent, wait or were skipped: all if it is new.
             bad, good = deque[Note](maxlen=LIVE_REFUSED_MAX), deque[Note](maxlen=LIVE_STORED_MAX // 2)
-            seen, counted = set[int](), after if self._first_id <= after else math.inf
+            seen, counted = set[int](), after or math.inf
             for tick in itertools.count(1):
                 self._watched_until, last_id = self._service.clock() + LIVE_GRACE_S, self._last_id
                 self._room = LIVE_STORED_MAX
