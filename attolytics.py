@@ -4209,7 +4209,8 @@ def without_escapes(text: str, level: int) -> str:
 @lru_cache(1)
 def key_patterns(keys: Collection[str]) -> Sequence[re.Pattern[str]]:
     """Return what finds keys in a text: whole ones, what is in their place, and those that were cut."""
-    whole = "|".join(re.escape(k) if k[7:] else rf"\b{re.escape(k)}\b" for k in keys)  # a word, perhaps
+    # A short one may be part of a word.
+    whole = "|".join(re.escape(k) if k[7:] else rf"(?<!\w){re.escape(k)}(?!\w)" for k in keys)
     begun = "|".join(rf"{re.escape(k[:8])}.*|{re.escape(k[:4])}.{{,4}}(?=\.\.\.)" for k in keys if k[7:])
     return [re.compile(pattern) for pattern in (whole, NAMED_KEY, begun) if pattern]
 

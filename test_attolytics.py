@@ -4331,6 +4331,10 @@ class LiveTest(LiveCase):
                 self.assertNotIn(key, shown)
                 self.assertNotIn(write(key).strip('"\\'), shown)
 
+    def test_a_short_key_is_found_where_it_stands_alone(self) -> None:
+        shown = attolytics.without_keys('"KEY" KEYS "+ab=" 1+ab=', {"KEY", "+ab="})
+        self.assertEqual(shown, '"(secret key)" KEYS "(secret key)" 1+ab=')
+
     def test_bodies_and_values_are_cut_to_their_bounds(self) -> None:
         server = self.serve()
         watcher = self.watch(server)
