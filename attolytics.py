@@ -4193,15 +4193,16 @@ HASHES = [f"sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode
 PAGE_HEADERS = {"Content-Security-Policy": POLICY.format(*HASHES), "Referrer-Policy": "no-referrer"}
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\nretry: 1000\n\n"
 HIDDEN = "(secret key)"
-# What stands in a text where a key should, in whatever form, up to the events.
-NAMED_KEY = r"(?is)(secret[ _-]?key\W{,6}[:=])(?!\(secret).*?(?=\W*events\b|\Z)"
+# What stands in a text where a key should, in whatever form, up to the events. (Without an end to \W, a body
+# of blanks would take it half a minute, in which no other thread runs.)
+NAMED_KEY = r"(?is)(secret[ _-]?key\W{,6}[:=])(?!\(secret).*?(?=\W{,16}events\b|\Z)"
 NO_TEXT = re.compile("[\0-\x08\x0b-\x1f\x7f\ufffd]")
 Note = tuple[dict[str, Any], Sequence[Problem], bytes, int]  # Row, problems, body, size in memory
 
 
 def without_escapes(text: str, level: int) -> str:
     """Return a text with what JSON and URLs escape written out (1), also without backslashes (2)."""
-    text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
+    text = re.sub(r"(?<!\\)\\+u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return unquote_to_bytes(text).decode(errors="replace").replace("\\" if level > 1 else "\0", "")
 

@@ -4331,6 +4331,14 @@ class LiveTest(LiveCase):
                 self.assertNotIn(key, shown)
                 self.assertNotIn(write(key).strip('"\\'), shown)
 
+    def test_no_text_takes_long_to_search_for_keys(self) -> None:
+        size = attolytics.LIVE_BODY_BYTES_MAX
+        for begin, rest in itertools.product(
+            ("", "secret_key=", "%secret_key:"), (*"! \\%x=", "\\u", "secret_key")
+        ):
+            with self.subTest(begin + rest), within(2):
+                attolytics.without_keys(begin + rest * (size // len(rest)), {KEY, LIVE_KEY})
+
     def test_a_short_key_is_found_where_it_stands_alone(self) -> None:
         shown = attolytics.without_keys('"KEY" KEYS "+ab=" 1+ab=', {"KEY", "+ab="})
         self.assertEqual(shown, '"(secret key)" KEYS "(secret key)" 1+ab=')
