@@ -4200,11 +4200,11 @@ NO_TEXT = re.compile("[\0-\x08\x0b-\x1f\x7f\ufffd]")
 Note = tuple[dict[str, Any], Sequence[Problem], bytes, int]  # Row, problems, body, size in memory
 
 
-def without_escapes(text: str, level: int) -> str:
-    """Return a text with what JSON and URLs escape written out (1), also without backslashes (2)."""
+def without_escapes(text: str) -> str:
+    """Return a text with what JSON and URLs escape written out, and without the other backslashes."""
     text = re.sub(r"(?<!\\)\\+u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return unquote_to_bytes(text).decode(errors="replace").replace("\\" if level > 1 else "\0", "")
+    return unquote_to_bytes(text).decode(errors="replace").replace("\\", "")
 
 
 @lru_cache(1)
@@ -4219,9 +4219,9 @@ def key_patterns(keys: Collection[str]) -> Sequence[re.Pattern[str]]:
 def without_keys(text: str, keys: Iterable[str]) -> str:
     """Return a text without secret keys, escaped or cut ones too, and without what is in their place."""
     text = NO_TEXT.sub("", text)
-    levels = range(3 if "\\" in text or "%" in text else 1)
-    for pattern, level in itertools.product(key_patterns(frozenset(keys)), levels):
-        plain = without_escapes(text, level) if level else text
+    ways: Sequence[Callable[[str], str]] = (str, without_escapes) if "\\" in text or "%" in text else (str,)
+    for pattern, way in itertools.product(key_patterns(frozenset(keys)), ways):
+        plain = way(text)
         if pattern.search(plain):
             text = pattern.sub(lambda m: (m[1] if m.lastindex else "") + HIDDEN, plain)
     return text
