@@ -4324,6 +4324,7 @@ class LiveTest(LiveCase):
     )
     def test_a_key_is_found_in_any_text(self, before: str, behind: str, key: str) -> None:
         hypothesis.assume(not attolytics.NO_TEXT.search(key) and key[:4].strip("\\%+/u") == key[:4])
+        hypothesis.assume(key.replace("\\", "")[7:])  # or else it may be a part of a word
         for write in (str, json.dumps, urllib.parse.quote, lambda text: json.dumps(json.dumps(text))):
             hypothesis.assume(write is not urllib.parse.quote or not set("\\%") & set(key))
             with contextlib.suppress(UnicodeEncodeError):
