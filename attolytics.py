@@ -4210,6 +4210,7 @@ def without_escapes(text: str) -> str:
 @lru_cache(1)
 def key_patterns(keys: Collection[str]) -> Sequence[re.Pattern[str]]:
     """Return what finds keys in a text: whole ones, what is in their place, and those that were cut."""
+    keys = sorted(keys, key=len, reverse=True)  # one may begin with another
     # A short one may be part of a word.
     whole = "|".join(re.escape(k) if k[7:] else rf"(?<!\w){re.escape(k)}(?!\w)" for k in keys)
     begun = "|".join(rf"{re.escape(k[:8])}.*|{re.escape(k[:4])}.{{,4}}(?=\.\.\.)" for k in keys if k[7:])

@@ -4340,9 +4340,10 @@ class LiveTest(LiveCase):
             with self.subTest(begin + rest), within(2):
                 attolytics.without_keys(begin + rest * (size // len(rest)), {KEY, LIVE_KEY})
 
-    def test_a_short_key_is_found_where_it_stands_alone(self) -> None:
-        shown = attolytics.without_keys('"KEY" KEYS "+ab=" 1+ab=', {"KEY", "+ab="})
-        self.assertEqual(shown, '"(secret key)" KEYS "(secret key)" 1+ab=')
+    def test_short_keys_are_found_where_they_stand_alone_and_long_ones_whole(self) -> None:
+        keys = {"KEY", "+ab=", *("AKeyThatIsLonger"[:end] for end in range(8, 16))}
+        shown = attolytics.without_keys(f'"KEY" KEYS "+ab=" 1+ab= {" ".join(keys)}', keys)
+        self.assertEqual(shown, f'"(secret key)" KEYS "(secret key)" 1+ab={" (secret key)" * len(keys)}')
 
     def test_bodies_and_values_are_cut_to_their_bounds(self) -> None:
         server = self.serve()
