@@ -571,17 +571,6 @@ def changes(before: Schema, after: Schema) -> list[str]:
     return [f"{kind} {show(name)} {what}" for (kind, name), what in found]
 
 
-def relaxed(schema: Schema, before: Schema) -> Schema:
-    """Return a schema that requires no new columns of tables that were there before."""
-    # As NOT NULL they would refuse the events that are still taken by the schema from before.
-    tables = dict(schema.tables)
-    for name in tables.keys() & before.tables.keys():
-        known = {column.name for column in before.tables[name].columns}
-        columns = [c if c.name in known else replace(c, required=False) for c in tables[name].columns]
-        tables[name] = Table(name, tuple(columns))
-    return replace(schema, tables=tables)
-
-
 # --- Conversion ---------------------------------------------------------------
 # JSON values to column values, as the texts that PostgreSQL reads for them. Pure: a function returns the
 # text or raises ValueError with the reason. Nothing is changed silently: what PostgreSQL would not give back
@@ -1488,10 +1477,9 @@ def column_misfits(table: Table, existing: ExistingTable) -> Iterator[tuple[Way,
         name, (wanted, accepted) = identifier(column.name), SQL_TYPES[column.type]
         found, place = existing.columns.get(column.name), f', column "{column.name}": '
         if not found:
-            # The server refuses events without a value anyway.
-            null = "NOT NULL" if existing.is_empty() else "/* NOT NULL when all rows have values */"
-            add = f"ADD COLUMN {name} {wanted}" + f" {null}" * column.required
-            yield quick, f' has no column "{column.name}"', add
+            # Rows, and events that the schema from before still takes, lack a value. New events need one.
+            null = " /* NOT NULL when all rows have values */" * column.required
+            yield quick, f' has no column "{column.name}"', f"ADD COLUMN {name} {wanted}{null}"
             continue
         if found.generated:
             reason = f"{place}PostgreSQL generates it, so it takes no values"
@@ -2191,7 +2179,7 @@ ALTER_SETTINGS = (
 )
 # A lock that was not to be had in time, a deadlock, or somebody who was a bit quicker: two sessions that
 # create one table at once can fail with 23505, IF NOT EXISTS or not.
-TRY_AGAIN = ("55P03", "57014", "40", "23502", "23505", "42P07", "42710")
+TRY_AGAIN = ("55P03", "57014", "40", "23505", "42P07", "42710")
 
 
 def survey(session: Session, schema: Schema, user: str) -> Plan:
@@ -2374,7 +2362,7 @@ class Opener:
         before = self._schema
         try:
             with contextlib.closing(connect(self.target)) as session:
-                prepare(session, relaxed(schema, before), self.target.user, self._migrates)
+                prepare(session, schema, self.target.user, self._migrates)
                 self._partition_keys.update(session.partition_keys)
             self._prepared = schema.tables
         except DatabaseError as error:
