@@ -1388,9 +1388,7 @@ class ExistingTable(NamedTuple):
     row_security: bool = False  # applies to our user
     partition_key: Sequence[str] = ()  # "" for an expression; empty if it is not partitioned
     names: Collection[str] = ()  # of wanted indexes, that something in its schema has
-    # Asked only where it matters:
-    is_empty: Callable[[], bool] = bool
-    partitions: Callable[[], Iterable[Sequence[str]]] = tuple  # as partitions_sql() says
+    ask: Callable[[str], Sequence[Sequence[Any]]] = lambda _sql: ()  # the database, where it matters
 
 
 def catalog_sql(schema: Schema) -> str:
@@ -1553,8 +1551,8 @@ def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reaso
     if any(item.serves_as(index) for item in existing.indexes):
         return
     way, statements = Way.ALTER, [index.sql()]
-    if not existing.is_empty():
-        way, statements = Way.HAND, [*attached_sql(index, existing.partitions())]
+    if not existing.can_select or existing.ask(f"SELECT 1 FROM {identifier(table.name)} LIMIT 1"):
+        way, statements = Way.HAND, [*attached_sql(index, existing.ask(partitions_sql(table.name)))]
         reason += "; building it on a partitioned table blocks inserts, but not in these steps"
     yield Step(way, table.name, (reason,), tuple(statements), index)
 
@@ -2184,14 +2182,11 @@ TRY_AGAIN = ("55P03", "57014", "40", "23505", "42P07", "42710")
 
 def survey(session: Session, schema: Schema, user: str) -> Plan:
     """Return what is to be done about the tables. Changes nothing. Raises DatabaseError."""
-    is_empty = lru_cache(lambda name: not session.run(f"SELECT 1 FROM {identifier(name)} LIMIT 1"))
     catalog = {}
     for name, columns, indexes, *rest in session.run(catalog_sql(schema)):
         existing_columns = {column: ExistingColumn(*found) for column, found in columns.items()}
-        table = ExistingTable(existing_columns, [ExistingIndex(*found) for found in indexes], *rest)
-        if table.kind == "table" and table.can_select:
-            table = table._replace(is_empty=partial(is_empty, name))
-        catalog[name] = table._replace(partitions=partial(session.run, partitions_sql(name)))
+        existing_indexes = [ExistingIndex(*found) for found in indexes]
+        catalog[name] = ExistingTable(existing_columns, existing_indexes, *rest)._replace(ask=session.run)
     # Citus has such a table, and it lists what it does not leave to PostgreSQL alone.
     listed = f"SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass('{LEDGER}')"
     if session.run("SELECT to_regclass('pg_dist_partition')") != [[None]] and session.run(listed):

@@ -5914,7 +5914,6 @@ class PartitionedTest(ProgramCase):
         index, column, way = attolytics.ExistingIndex, attolytics.ExistingColumn, attolytics.Way
         columns = {"id": column("uuid"), "time": column("timestamptz"), "level": column("int4")}
         columns["app"] = column("text")
-        parts: Any = {"is_empty": lambda: True}
         for key, found, expected in [
             (["time"], [index("id", unique=True, columns=["id", "time"])], None),
             (["time"], [index("time", unique=True, columns=["time", "id"])], None),
@@ -5929,7 +5928,7 @@ class PartitionedTest(ProgramCase):
         ]:
             with self.subTest(key=key, found=found):
                 indexes = [*found, index("level")]
-                table = attolytics.ExistingTable(columns, indexes, partition_key=key, **parts)
+                table = attolytics.ExistingTable(columns, indexes, partition_key=key)
                 ledger = attolytics.ExistingTable({"session": column("uuid")})
                 catalog = {"visits": table, attolytics.LEDGER: ledger}
                 plan = attolytics.make_plan(self.schema, catalog, "me")
