@@ -2324,10 +2324,7 @@ class Opener:
         self._partition_keys: dict[str, tuple[str, ...]] = {}  # for the session that is open, too
 
     def open(self, epochs: Iterable[str]) -> Session:
-        """Return a session, with which rows can be inserted into all tables. Blocks as prepare() does.
-
-        Raises DatabaseError or OperatorError.
-        """
+        """Return a session that can insert rows into all tables. Blocks and raises as prepare() does."""
         schema = self._schema
         session = connect(self.target)
         try:
