@@ -2351,7 +2351,6 @@ class Opener:
 
         While the database is away only the apps may be others. Blocks and raises as open() does.
         """
-        before = self._schema
         try:
             with contextlib.closing(connect(self.target)) as session:
                 prepare(session, schema, self.target.user, self._migrates)
@@ -2360,7 +2359,7 @@ class Opener:
         except DatabaseError as error:
             if error.fault is not Fault.AWAY:
                 raise
-            if before.tables != schema.tables:
+            if self._schema.tables != schema.tables:
                 problem = f"the database cannot be compared with it: {error}; try again when it can"
                 raise OperatorError(problem) from None
         self._schema = schema
