@@ -1747,7 +1747,7 @@ def find_password(passfile: str, target: Target, socket_dir: str) -> str | None:
     # The file says `localhost` for a socket in the default directory (PostgreSQL manual, 34.16).
     host = target.host or ("localhost" if directory in (socket_dir, "") else directory)
     wanted = (host, str(target.port), target.dbname, target.user)
-    for match in filter(None, map(PASSFILE_LINE.fullmatch, passfile.splitlines())):
+    for match in filter(None, map(PASSFILE_LINE.fullmatch, re.split("\r?\n", passfile))):
         *patterns, password = match.groups()
         if all(p == "*" or unescape(p) == value for p, value in zip(patterns, wanted, strict=True)):
             return unescape(password)
@@ -2189,7 +2189,8 @@ def survey(session: Session, schema: Schema, user: str) -> Plan:
         catalog[name] = ExistingTable(existing_columns, existing_indexes, *rest)._replace(ask=session.run)
     # Citus has such a table, and it lists what it does not leave to PostgreSQL alone.
     listed = f"SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass('{LEDGER}')"
-    if session.run("SELECT to_regclass('pg_dist_partition')") != [[None]] and session.run(listed):
+    has_citus = LEDGER in catalog and session.run("SELECT to_regclass('pg_dist_partition')") != [[None]]
+    if has_citus and session.run(listed):
         catalog[LEDGER] = catalog[LEDGER]._replace(kind="Citus table")
     session.partition_keys = {name: (*table.partition_key,) for name, table in catalog.items()}
     return make_plan(schema, catalog, user)

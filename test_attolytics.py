@@ -718,7 +718,11 @@ class DatabaseUrlTest(unittest.TestCase):
         ]:
             with self.subTest(str(target)):
                 self.assertEqual(attolytics.find_password(passfile, target, "/run/pg"), password)
-        self.assertIsNone(attolytics.find_password("", Target("u", "d", "h", 1, None), ""))
+        other = Target("u", "d", "h", 1, None)
+        self.assertIsNone(attolytics.find_password("", other, ""))
+        self.assertEqual(
+            attolytics.find_password("no\r\n*:*:*:*:a\u2028b\x85c\r\n", other, ""), "a\u2028b\x85c"
+        )
 
 
 # --- Metrics ------------------------------------------------------------------
