@@ -2625,9 +2625,7 @@ class Spool(SpoolFile):
     def oldest(self) -> float | None:
         """Return when the first event that waits was received, in seconds since the epoch."""
         query = "SELECT json_extract(batches, '$[0].received_at') FROM attolytics_spool ORDER BY id LIMIT 1"
-        with self.translated():
-            oldest: float | None = self.one(query)
-        return oldest
+        return next((oldest for (oldest,) in self._all(query)), None)
 
     def append(self, number: int, events: int, texts: Iterable[str], given_up: bool = False) -> None:
         """Keep a flush of this process, by the JSON of its batches.
