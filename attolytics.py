@@ -3778,12 +3778,9 @@ class Handler(BaseRequestHandler):
         """Send the answer to a batch. Called by the writer's thread; does not block."""
         answer, has_parted = self._answer(verdict, batch), self.has_parted
         self._service.let_go(batch)
-        try:
+        self._rest = answer
+        with contextlib.suppress(OSError):  # a client that is gone is noticed when the rest is sent
             self._rest = answer[self.request.send(answer, socket.MSG_DONTWAIT) :]
-        except BlockingIOError:
-            self._rest = answer
-        except OSError as error:
-            log.debug("%s: %s", network_of(self.client_address[0]), reason_of(error))
         self._answered.release()  # unless we have parted, the next request may be served from here on
         if has_parted and self._rest:
             self.server.pool.jobs.put(self._part)
