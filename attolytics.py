@@ -2999,7 +2999,7 @@ class Replayer:
                     log.info(text, replayed, left, rate, left / max(rate, 1))
             # A database that is slow would lose the writer's session at once.
             elif self._clock() >= slow_until and hand_over(session):
-                self._got_on_at = math.inf
+                self._got_on_at, self._backoff_s = math.inf, 0.0
                 self.turn.set()
                 if replayed:
                     text = f"replayed all {replayed} events in {self._clock() - started:.1f} s"
