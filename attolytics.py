@@ -241,7 +241,6 @@ class DatabaseError(Exception):
         self.detail = detail  # may quote rows: for the operator only
         self.column: str | None = None
         self.context = ""  # where in the statement, as the server words it
-        self.row: int | None = None  # of a group that was tried row by row
 
 
 def reason_of(error: BaseException) -> str:
@@ -2759,7 +2758,7 @@ SPOOL = "spool"
 # For the spool, which former versions have let NaN into, under keys that have no column.
 SPOOL_DECODER = json.JSONDecoder(parse_float=exact_number, parse_constant=lambda _name: None)
 # Deferred constraints are checked while it can still be told whose row it is.
-CHECK_CONSTRAINTS = "SET CONSTRAINTS ALL IMMEDIATE;\nSET CONSTRAINTS ALL DEFERRED;\n"
+ATTEMPT_END = "SET CONSTRAINTS ALL IMMEDIATE;\nSET CONSTRAINTS ALL DEFERRED;\nRELEASE attempt"
 # Codes of a database that has no time, which triggers may raise, or cause, for single events as well.
 RAISED_TOO = ("40001", "40P01", "57014")
 SIFT_START = f"ROLLBACK;\n{FLUSH_START}SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s';\n"
@@ -2772,6 +2771,7 @@ class Group:
         self.flushes = flushes
         self.epoch, self.number = flushes[0].epoch, flushes[-1].number
         self.unfit: list[Quarantined] = []  # what has to go to the quarantine
+        self.lost_at: int | None = None  # the one of its rows at which a sift has lost the session
         self._by_flush: dict[int, list[Batch]] = {}
         for flush in flushes:
             try:
@@ -2787,8 +2787,9 @@ class Group:
             if batch.problems:
                 self.unfit += batch.quarantined(batch.problems)
 
+    @cached_property
     def rows(self) -> list[tuple[TableIntake, str, Batch, int]]:
-        """Return each row with its table, its batch and its place in that."""
+        """Each row with its table, its batch and its place in that."""
         return [
             (table, row, batch, place)
             for batch in self.batches
@@ -2796,8 +2797,10 @@ class Group:
             for row, place in zip(rows, batch.places[table], strict=True)
         ]
 
-    def refuse(self, batch: Batch, problem: Problem) -> None:
+    def refuse(self, row: int, error: DatabaseError) -> None:
         """Take an event out that fits its table, and that the database does not store."""
+        _, _, batch, place = self.rows[row]
+        problem = Problem(place, error.column, str(error))
         batch.problems.append(problem)
         batch.accepted -= 1
         self.unfit += batch.quarantined([problem])
@@ -2823,50 +2826,44 @@ class Group:
 
 def sift(
     session: Session, group: Group, one_by_one: bool, excused: tuple[str, ...]
-) -> tuple[Counter[tuple[str, ...]], Counter[Fault]]:
+) -> tuple[Counter[tuple[str, ...]], list[DatabaseError]]:
     """Insert what the database takes of a group that it refused as a whole, by bisection; not committed yet.
 
-    The group refuses the others. Returns how many rows were there already, by table, and how many are refused
-    through whose fault. Raises DatabaseError; its `row` is the first of those that it came up with.
+    The group refuses the others. Returns how many rows were there already, by table, and what was said about
+    those that are refused for a reason that is not the data's. Raises DatabaseError.
     """
     session.run(f"{SIFT_START}{raise_sql(group.epoch, session.token, group.number)}")
-    # Each is tried after those before it, so that of two that are refused together the second one is found.
-    rows = group.rows()
     skipped: Counter[tuple[str, ...]] = Counter()
-    refused: Counter[Fault] = Counter()
-    step = 1 if one_by_one else len(rows)
-    parts = [range(start, start + step) for start in range(0, len(rows), step)][::-1]
+    refused: list[DatabaseError] = []
+    # Each is tried after those before it, so that of two that are refused together the second one is found.
+    every = range(len(group.rows))
+    parts = [range(row, row + 1) for row in reversed(every)] if one_by_one else [every]
     while parts:
         part = parts.pop()
-        tried = [{table: [row]} for table, row, _, _ in rows[part.start : part.stop]]
-        end = f"{CHECK_CONSTRAINTS}RELEASE attempt"
-        message = insert_message("SAVEPOINT attempt;\n", tried, end, session.partition_keys)
+        rows = [{table: [row]} for table, row, _, _ in group.rows[part.start : part.stop]]
+        message = insert_message("SAVEPOINT attempt;\n", rows, ATTEMPT_END, session.partition_keys)
         try:
             session.run(message)
             skipped += skipped_rows(message, session.tags)
         except DatabaseError as error:
-            error.row = part.start
             if error.fault is Fault.AWAY and error.sqlstate not in excused:
+                group.lost_at = part.start
                 raise
             session.run("ROLLBACK TO SAVEPOINT attempt")
-            if len(part) == 1:
-                _, _, batch, place = rows[part.start]
-                group.refuse(batch, Problem(place, error.column, str(error)))
-                refused[error.fault] += 1
-            else:
+            if len(part) > 1:
                 middle = len(part) // 2
                 parts += [part[middle:], part[:middle]]
+            else:
+                group.refuse(part.start, error)
+                refused += [error] if error.fault is not Fault.DATA else []
     return skipped, refused
 
 
 def set_apart(spool: Spool, metrics: Metrics, group: Group) -> None:
     """Move unfit events from their flushes to the quarantine, in one transaction. Raises SpoolError."""
-    items, group.unfit = group.unfit, []
-    if not items:
-        return
-    spool.quarantine(items, group.left())
-    metrics.count("events_quarantined_total", len(items))
-    for item in items:
+    spool.quarantine(group.unfit, group.left())
+    metrics.count("events_quarantined_total", len(group.unfit))
+    for item in group.unfit:
         # The reason may quote the event.
         about = f"quarantine {item.app_id} {item.table} {item.column}"
         complain(logging.WARNING, f"a spooled event goes to the quarantine: {item.reason}", about)
@@ -2881,11 +2878,10 @@ def report_retried(spool: Spool, retried: int, where: str) -> None:
 
 
 class Stuck(NamedTuple):
-    """A flush at the head of the spool that could not be stored."""
+    """What is known of the head of the spool, which could not be stored."""
 
-    id: int = 0
-    since: float = 0.0
-    losses: int = 0  # sessions that were lost when it was tried alone, or one after the other with
+    since: float
+    losses: int = 0  # sessions that were lost when its first flush was tried alone, or row by row with
     row: int | None = None  # ... this one
 
 
@@ -2914,7 +2910,7 @@ class Replayer:
         # These belong to the replayer's thread; others only look.
         self._backoff_s = 0.0
         self._got_on_at = math.inf  # while the writer has the session
-        self._stuck = Stuck()
+        self._stuck: Stuck | None = None
         self._events_max = REPLAY_EVENTS_MAX  # in a group; fewer after a failure
 
     def start(self, hand_over: Callable[[Session], bool]) -> None:
@@ -3019,60 +3015,62 @@ class Replayer:
         """Move flushes into the database, or the quarantine; return how many events have left the spool."""
         there = [flush for flush in flushes if flush.number <= session.stored.get(flush.epoch, 0)]
         group = Group(there or flushes, self.intakes)
-        # When a reload makes events unfit, the rows behind them move up.
-        is_same = self._stuck.id == flushes[0].id and not group.unfit
-        stuck = self._stuck if is_same else Stuck(flushes[0].id, self._clock())
         if not there:
+            stuck = self._stuck or Stuck(self._clock())
+            # When a reload makes events unfit, the rows behind them move up.
+            if stuck.row is not None and stuck.losses >= LOSSES_MAX and not group.unfit:
+                reason = "whenever it is stored, the connection to the database is lost"
+                group.refuse(stuck.row, DatabaseError(reason))
+            if group.unfit:
+                set_apart(self._spool, self._metrics, group)
+                self._stuck = None
+                return self._store(session, self._spool.head(self._events_max))  # what is left of them
             try:
-                self._send(session, group, stuck)
+                skipped = self._send(session, group, stuck)
             except DatabaseError as error:
                 is_loss = len(flushes) == 1 and not error.sqlstate and str(error) != NO_ANSWER
-                row = error.row if is_loss else None
-                losses = stuck.losses * (row == stuck.row) + 1 if is_loss else 0
-                self._stuck = stuck._replace(losses=losses, row=row)
-                is_overdue = error.sqlstate in RAISED_TOO and self._clock() - stuck.since > HELD_S_MAX
-                self._events_max = REPLAY_EVENTS_MAX // 8 if is_overdue else max(self._events_max // 8, 1)
+                losses = stuck.losses * (group.lost_at == stuck.row) + 1 if is_loss else 0
+                self._stuck = Stuck(stuck.since, losses, group.lost_at if is_loss else None)
+                is_excused = error.sqlstate in self._excused(stuck)  # others have to go through then
+                self._events_max = REPLAY_EVENTS_MAX // 8 if is_excused else max(self._events_max // 8, 1)
                 raise
+            self._metrics.count_all("events_duplicate_total", skipped)
         # Deleted only after COMMIT: a crash here repeats the delete, never the events.
         self._spool.delete(group.flushes)
         self._metrics.count("events_replayed_total", sum(batch.accepted for batch in group.batches))
-        self._backoff_s, self.reason, self._stuck = 0.0, "", Stuck()
+        self._backoff_s, self.reason, self._stuck = 0.0, "", None
         self._events_max = min(self._events_max * 2, REPLAY_EVENTS_MAX)
         return sum(flush.events for flush in group.flushes)
 
-    def _send(self, session: Session, group: Group, stuck: Stuck) -> None:
-        """Store a group, but for what goes to the quarantine instead. Raises DatabaseError."""
-        set_apart(self._spool, self._metrics, group)
-        if stuck.losses >= LOSSES_MAX and stuck.row is not None:
-            _, _, batch, place = group.rows()[stuck.row]
-            reason = "whenever it is stored, the connection to the database is lost"
-            group.refuse(batch, Problem(place, None, reason))
+    def _send(self, session: Session, group: Group, stuck: Stuck) -> Counter[tuple[str, ...]]:
+        """Store a group, but for what the database refuses; return how many rows were there already."""
+        is_again = stuck is self._stuck
+        one_by_one = stuck.losses >= LOSSES_MAX or stuck.row is not None
+        if not one_by_one:
+            try:
+                # A single flush cannot be divided: it may take longer.
+                patient = is_again and len(group.flushes) == 1
+                return session.store(group.epoch, group.number, [b.rows for b in group.batches], patient)
+            except DatabaseError as error:
+                is_away = error.fault is Fault.AWAY and error.sqlstate not in self._excused(stuck)
+                # At the second try this session has seen that the tables are there and fit.
+                if is_away or (error.fault is Fault.OPERATOR and not is_again):
+                    raise
+        excused = self._excused(stuck)
+        skipped, refused = sift(session, group, one_by_one, excused)
+        # If a database is away, others do not go through either.
+        is_away = any(error.fault is Fault.AWAY for error in refused)
+        is_culprit = len(refused) * 2 < len(group.rows) or (excused and not is_away)
+        if refused and not (is_again and is_culprit):
+            raise refused[0]
+        if group.unfit:  # durable before COMMIT: afterwards nobody would look at these flushes again
             set_apart(self._spool, self._metrics, group)
-            raise DatabaseError("an event cost the session each time", sqlstate="08000")
-        # At the second try this session has seen that the tables are there and fit.
-        is_again = stuck == self._stuck
-        # A single flush cannot be divided: it may take longer.
-        patient = is_again and len(group.flushes) == 1
-        try:
-            if stuck.losses >= LOSSES_MAX or stuck.row is not None:
-                raise DatabaseError("which row is it that costs the session?", Fault.DATA)
-            skipped = session.store(group.epoch, group.number, [b.rows for b in group.batches], patient)
-        except DatabaseError as error:
-            is_overdue = self._clock() - stuck.since > HELD_S_MAX
-            excused = RAISED_TOO if is_overdue else ()
-            is_away = error.fault is Fault.AWAY and error.sqlstate not in excused
-            if is_away or (error.fault is Fault.OPERATOR and not is_again):
-                raise
-            skipped, refused = sift(session, group, not error.sqlstate, excused)
-            bad = refused[Fault.OPERATOR] + refused[Fault.AWAY]
-            # If a database is away, others do not go through either.
-            is_culprit = bad * 2 < len(group.rows()) or (is_overdue and not refused[Fault.AWAY])
-            if bad and not (is_again and is_culprit):
-                raise
-            # Durable before COMMIT: afterwards nobody would look at these flushes again.
-            set_apart(self._spool, self._metrics, group)
-            session.run("COMMIT")
-        self._metrics.count_all("events_duplicate_total", skipped)
+        session.run("COMMIT")
+        return skipped
+
+    def _excused(self, stuck: Stuck) -> tuple[str, ...]:
+        """Return the codes of a database that is away which are an event's own by now."""
+        return RAISED_TOO if self._clock() - stuck.since > HELD_S_MAX else ()
 
 
 def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> list[Sequence[Batch]]:
