@@ -3094,21 +3094,6 @@ def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> li
     return [others] if others else []
 
 
-def count_stored(metrics: Metrics, batches: Sequence[Batch], place: str, seconds: float) -> None:
-    """Count the batches of a flush, and log it with -vv."""
-    accepted: Counter[tuple[str, ...]] = Counter()
-    for batch in batches:
-        for table, rows in batch.rows.items():
-            accepted[batch.delivery.app, table.name] += len(rows)
-    metrics.count_all("events_accepted_total", accepted)
-    events = accepted.total()
-    if place == SPOOL:
-        metrics.count("events_spooled_total", events)
-    metrics.observe("flush_events", events)
-    metrics.observe("flush_duration_seconds", seconds, place)
-    log.log(TRACE, "flush: %d batches, %d events, %s, %.1f ms", len(batches), events, place, seconds * 1e3)
-
-
 def cannot_store(error: SpoolError, events: int) -> Refusal:
     """Return the refusal of events that their client should send again later; log why."""
     complain(logging.ERROR, f"requests are answered with 503: {error}")
@@ -3243,9 +3228,7 @@ class Writer:
                     break
                 parts += divide(part, error, left)
             else:
-                for batch in part:
-                    batch.tell(batch, DATABASE)
-                count_stored(self._metrics, part, DATABASE, self._clock() - started)
+                self._tell(part, DATABASE, started)
                 self._metrics.count_all("events_duplicate_total", skipped)
             if self._clock() > deadline:  # so many are refused that others would wait too long
                 break
@@ -3266,14 +3249,14 @@ class Writer:
             session, self.session = self.session, None
             done = [(batches, self._append(number, batches, texts)) for number, batches, texts in ready]
         for batches, error in done:
+            if not error:
+                self._tell(batches, SPOOL, started)
+                continue
             for batch in batches:
-                if error and batch.kept:  # the client will send them again
+                if batch.kept:  # the client will send them again
                     with contextlib.suppress(SpoolError):
                         self._spool.release(batch.kept)
-                verdict = cannot_store(error, batch.accepted + len(batch.kept)) if error else SPOOL
-                batch.tell(batch, verdict)
-            if not error:
-                count_stored(self._metrics, batches, SPOOL, self._clock() - started)
+                batch.tell(batch, cannot_store(error, batch.accepted + len(batch.kept)))
         if session and loss:
             if not self._stopping:
                 level = logging.ERROR if loss.fault is Fault.OPERATOR else logging.WARNING
@@ -3291,6 +3274,21 @@ class Writer:
         except SpoolError as error:
             return error
         return None
+
+    def _tell(self, batches: Sequence[Batch], place: str, started: float) -> None:
+        """Answer the clients of a flush; count it, and log it with -vv."""
+        accepted: Counter[tuple[str, ...]] = Counter()
+        for batch in batches:
+            batch.tell(batch, place)
+            for table, rows in batch.rows.items():
+                accepted[batch.delivery.app, table.name] += len(rows)
+        events, seconds = accepted.total(), self._clock() - started
+        self._metrics.count_all("events_accepted_total", accepted)
+        self._metrics.count("events_spooled_total", events if place == SPOOL else 0)
+        self._metrics.observe("flush_events", events)
+        self._metrics.observe("flush_duration_seconds", seconds, place)
+        text = "flush: %d batches, %d events, %s, %.1f ms"
+        log.log(TRACE, text, len(batches), events, place, seconds * 1e3)
 
 
 # --- HTTP ---------------------------------------------------------------------
