@@ -2869,14 +2869,6 @@ def set_apart(spool: Spool, metrics: Metrics, group: Group) -> None:
         complain(logging.WARNING, f"a spooled event goes to the quarantine: {item.reason}", about)
 
 
-def report_retried(spool: Spool, retried: int, where: str) -> None:
-    """Log what has become of the events in quarantine that were retried."""
-    moved = max(retried - spool.quarantined, 0)
-    log.info("quarantine: %d of %d events %s, %d stay", moved, retried, where, spool.quarantined)
-    for reason, count in spool.quarantine_reasons():
-        log.warning("quarantine: %d stay: %s", count, reason)
-
-
 class Stuck(NamedTuple):
     """What is known of the head of the spool, which could not be stored."""
 
@@ -2926,6 +2918,14 @@ class Replayer:
         """Go on with a session that is well, or connect, because it was lost for a reason."""
         self.is_up, self.reason, self._got_on_at = session is not None, reason, self._clock()
         self._wanted.put(session)
+
+    def report_retried(self, where: str) -> None:
+        """Log what has become of the events in quarantine that were retried. Raises SpoolError."""
+        retried, stay = self.retried, self._spool.quarantined
+        log.info("quarantine: %d of %d events %s, %d stay", max(retried - stay, 0), retried, where, stay)
+        for reason, count in self._spool.quarantine_reasons():
+            log.warning("quarantine: %d stay: %s", count, reason)
+        self.retried = 0
 
     def held_up(self) -> str:
         """Return what holds the replay up, if it has not got on for HELD_UP_S, else ""."""
@@ -3002,8 +3002,7 @@ class Replayer:
                     complain(logging.INFO, text, "replayed")
                 with contextlib.suppress(SpoolError):  # somebody reads it; another time
                     if self.retried:
-                        report_retried(self._spool, self.retried, "went through")
-                        self.retried = 0
+                        self.report_retried("went through")
                     self._spool.shrink()
                 return True
             else:
@@ -3127,8 +3126,7 @@ class Writer:
         self._spool.retry(self._numbers, why)
         self._metrics.count("events_spooled_total", retried - self._spool.quarantined)
         if not (self._spool.events and self.replayer.has_database):  # or else when they have been replayed
-            report_retried(self._spool, retried, "fit by now")
-            self.replayer.retried = 0
+            self.replayer.report_retried("fit by now")
 
     def start(self, session: Session | None) -> threading.Thread:
         """Start the threads, with a session or (None) with the database away."""
