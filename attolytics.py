@@ -3958,16 +3958,6 @@ class Server(Listener):
         self.shutdown_request(sock)
 
 
-def addresses(host: str, port: int) -> list[tuple[int, str]]:
-    if host == "localhost":
-        return [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
-    try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise OperatorError(f"cannot listen on {show(host)}: {reason_of(error)}") from None
-    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
-
-
 def shown_address(host: object, port: object) -> str:
     return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 
@@ -3979,9 +3969,15 @@ def listen(host: str, port: int, option: str = "--port", reuse_port: bool = Fals
         errno.EACCES: f"permission denied; ports below 1024 need root, choose another with {option}",
         errno.EADDRNOTAVAIL: "this machine does not have the address",
     }
+    places = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+    if host != "localhost":
+        try:
+            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except (OSError, UnicodeError) as error:
+            raise OperatorError(f"cannot listen on {show(host)}: {reason_of(error)}") from None
+        places = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
     make = partial(socket.create_server, backlog=LISTEN_BACKLOG, reuse_port=reuse_port)
     sockets: list[socket.socket] = []
-    places = addresses(host, port)
     for family, address in places:
         port = sockets[0].getsockname()[1] if sockets else port
         # `::` alone is for IPv4 as well; beside `0.0.0.0` it would collide with it.
