@@ -3403,7 +3403,7 @@ def parse_head(head: bytes) -> Head:
         raise Refusal("malformed_request", "the Host header is missing")
     if not HOST.fullmatch(headers.get("host", "")):
         raise Refusal("malformed_request", f"malformed Host header {show(headers['host'])}")
-    connection = headers.get("connection", "").lower().replace(" ", "").split(",")
+    connection = [item.strip(" \t") for item in headers.get("connection", "").lower().split(",")]
     keep_alive = "close" not in connection and (minor != "0" or "keep-alive" in connection)
     expects_continue = minor != "0" and headers.get("expect", "").lower() == "100-continue"
     return Head(method, target, headers, body_length(headers, minor), keep_alive, expects_continue)

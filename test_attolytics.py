@@ -2504,7 +2504,7 @@ class HttpTest(ServerCase):
         post = functools.partial(self.raw, self.BODY)
         old = post().replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"Host: localhost\r\n", b"")
         old_kept = old.replace(b"\r\n", b"\r\nConnection: Keep-Alive\r\n", 1)
-        closing = [old, post("Connection: close"), post("Connection: x, Close")]
+        closing = [old, post("Connection: close"), post("Connection: x,\tClose")]
         paths = ("http://localhost/apps/app/events", "/apps/%61pp/events", "/apps/app/events?x=1")
         json_as_it_is = ("Content-Type: Application/JSON; charset=utf-8", "Content-Encoding: Identity")
         zipped = [(coding, gzip.compress(self.BODY)) for coding in ("gzip", "X-GZip")]
