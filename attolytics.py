@@ -3307,7 +3307,7 @@ CODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "deflate": 
 ONCE_ONLY = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "origin"}
 
 REQUEST_LINE = re.compile(rf"({HEADER_NAME}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-FIELD = re.compile(rf"({HEADER_NAME}):[ \t]*([\t -~\x80-\xff]*)")  # RFC 9112, section 5
+FIELD = re.compile(rf"({HEADER_NAME}):([\t -~\x80-\xff]*)")  # RFC 9112, section 5
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?/apps/([^/?#]+)/events(?:\?[^#]*)?")
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*(?=\r\n|\Z)", re.IGNORECASE)
@@ -3336,8 +3336,7 @@ def parse_request_line(line: str) -> tuple[str, str, str]:
     """Return the method, the target and the minor version (RFC 9112, section 3)."""
     if len(line) > REQUEST_LINE_BYTES_MAX:
         raise Refusal("target_too_long", f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
+    if not (match := REQUEST_LINE.fullmatch(line)):
         raise Refusal("malformed_request", f"malformed request line {show(line.partition('?')[0])}")
     method, target, major, minor = match.groups()
     if major != "1":
@@ -3364,11 +3363,10 @@ def parse_fields(lines: Sequence[str]) -> dict[str, str]:
         raise Refusal("headers_too_large", f"the header fields have more than {HEADER_BYTES_MAX} bytes")
     headers: dict[str, str] = {}
     for line in lines:
-        match = FIELD.fullmatch(line)
-        if not match:
+        if not (match := FIELD.fullmatch(line)):
             kind = "folded" if line[:1] in (" ", "\t") else "malformed"
             raise Refusal("malformed_request", f"{kind} header line {show(line)}")
-        name, value = match[1].lower(), match[2].rstrip(" \t")
+        name, value = match[1].lower(), match[2].strip(" \t")
         if name in headers and name in ONCE_ONLY:
             raise Refusal("malformed_request", f"the header {name} stands twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -3412,8 +3410,7 @@ def parse_head(head: bytes) -> Head:
 def find_app(head: Head, apps: Mapping[str, Intake]) -> Intake:
     if head.method not in HTTPMethod.__members__:
         raise Refusal("not_implemented", f"the method {show(head.method)} is not known")
-    match = TARGET.fullmatch(head.target)
-    if not match:
+    if not (match := TARGET.fullmatch(head.target)):
         raise Refusal("unknown_path", "no such path; events go to /apps/<app>/events")
     try:
         return apps[unquote_to_bytes(match[1]).decode()]

@@ -2534,6 +2534,11 @@ class HttpTest(ServerCase):
         self.assertEqual(self.talk(request).status, 200)
         self.assertEqual(self.query("SELECT * FROM headers"), [[f"0{len(body)}", "1, 2", ""]])
 
+    def test_blanks_in_a_header_do_not_make_others_wait(self) -> None:
+        request = self.raw(self.BODY, f"X: {' ' * 32_000}\x01")
+        with within(1):
+            self.assertEqual(self.talk(request).status, 400)
+
     def test_what_could_smuggle_a_request_is_refused_and_ends_the_connection(self) -> None:
         smuggled = [line.split("~") for line in re.split(r"[|\n]", SMUGGLED[1:-1])]
         for lines in [
