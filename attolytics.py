@@ -1101,6 +1101,8 @@ class Intake:
             raise Refusal("invalid_body", f'expected an array "events", got {got}')
         if len(events) > EVENTS_MAX:
             raise Refusal("too_large", f"{len(events)} events; a request may bring {EVENTS_MAX}")
+        if (chars := sum(map(len, delivery.headers.values()))) * len(events) > FLUSH_CHARS_MAX:  # in rows
+            raise Refusal("too_large", f"{len(events)} events, and {chars} bytes of headers for each")
         # What is nested more deeply might not be read again from the spool. Each level has a bracket, and so
         # have the other events; most bodies have no more.
         brackets = body.count(b"{") + body.count(b"[") - len(events)
@@ -2648,7 +2650,7 @@ class Spool(SpoolFile):
         now, ids = time.time(), []
         with self.transaction(quarantined=len(items)):
             if not left:
-                self.check_room(sum(len(item.event) for item in items))
+                self.check_room(sum(len(text or "") for item in items for text in item))
             self._db.executemany(update, [(text, id_) for id_, text in left.items()])
             for item in items:
                 values = (now, *(text and storable(text) for text in item))

@@ -540,6 +540,12 @@ class BatchTest(unittest.TestCase):
         batch = self.batch(example(**{f"key{i}": i for i in range(5000)}), example(other=1))
         self.assertEqual(len(batch.warnings), attolytics.UNKNOWN_KEYS_MAX + 1)
 
+    def test_long_headers_are_not_kept_for_many_events(self) -> None:
+        events, headers = [example()] * 300, {"referer": "r" * 30_000}
+        with self.assertRaisesRegex(attolytics.Refusal, "300 events, and 30000 bytes of headers"):
+            self.batch(*events, headers=headers)
+        self.assertEqual(self.batch(*events[:200], headers=headers).accepted, 200)
+
     def test_a_required_header_that_is_missing_refuses_the_events(self) -> None:
         columns = "[{name: h, header: X-A, required: true}]"
         apps = f"{{app: {{secret_key: {KEY}, tables: [t]}}}}"
