@@ -2050,10 +2050,9 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
     # As in libpq, a root certificate that is there turns `require` into `verify-ca`.
     found = bool(target.sslrootcert) or os.path.exists(root)
     verify = target.sslmode.startswith("verify") or (target.sslmode == "require" and found)
-    context = ssl.create_default_context()
     try:
-        if verify and root != "system":
-            context.load_verify_locations(cafile=root)
+        # With a file it trusts only that, without one the system's authorities.
+        context = ssl.create_default_context(cafile=root if verify and root != "system" else None)
         if target.sslcert:
             context.load_cert_chain(target.sslcert, target.sslkey)
     except OSError as error:  # ssl.SSLError is one

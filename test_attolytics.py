@@ -1775,6 +1775,9 @@ class ConnectTest(DatabaseCase):
                 in_use = database.run("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
                 self.assertEqual(in_use, [[expected]])
                 database.check_idle()  # which a session of which there is nothing to read passes
+        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=ca):  # the system trusts it
+            self.open(sslmode="verify-full", sslrootcert="system")
+            self.refused(Fault.OPERATOR, invalid, sslmode="verify-ca", sslrootcert=other_ca)
         with self.assertRaisesRegex(OperatorError, r"cannot read the certificates .*No such file"):
             self.open(sslmode="verify-full", sslrootcert="/nowhere/ca.pem")
 
