@@ -2382,11 +2382,9 @@ def sqlite_key(json_sql: str, name: str) -> str:
 
 def readable_time(value: str) -> str:
     """Return SQL for seconds since 1970, or an RFC 3339 text, as a time in UTC."""
-    as_text = "'%Y-%m-%d %H:%M:%f'"
-    return (
-        f"CASE typeof({value}) WHEN 'text' THEN coalesce(strftime({as_text}, {value}), {value})"
-        f" ELSE strftime({as_text}, {value}, 'unixepoch') END"
-    )
+    form = "'%Y-%m-%d %H:%M:%f'"
+    # 'unixepoch' makes NULL of a text.
+    return f"coalesce(strftime({form}, {value}, 'unixepoch'), strftime({form}, {value}), {value})"
 
 
 def view_column(table: Table, column: Column) -> str:
@@ -2404,7 +2402,7 @@ def view_column(table: Table, column: Column) -> str:
     if column.type is Type.TIMESTAMP:
         value = readable_time(value)
     elif column.type is Type.JSON and not column.extra:
-        value = f"CASE WHEN {value} IS NOT NULL THEN json_quote({value}) END"
+        value = f"nullif(json_quote({value}), 'null')"
     return f"{value} AS {identifier(column.name)}"
 
 
