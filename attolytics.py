@@ -2434,6 +2434,9 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SPOOL_VERSIONS[-1]};
 """
 
+LAST_TOTAL = "(SELECT total FROM attolytics_spool ORDER BY id DESC LIMIT 1)"
+DELETE_QUARANTINED = "DELETE FROM attolytics_quarantine WHERE id = ?"
+
 QUARANTINE_VIEW = f"""CREATE VIEW quarantine AS SELECT
   id, {readable_time("quarantined_at")} AS quarantined_at, app,
   table_name AS "table", column_name AS "column", reason,
@@ -2571,9 +2574,13 @@ class SpoolFile:
             self._db.close()
         os.close(self._descriptor)
 
+    def rows(self, sql: str, *values: int) -> list[Any]:
+        with self.translated():
+            return self._db.execute(sql, values).fetchall()
+
     def one(self, sql: str) -> Any:
         """Return the first value that a query brings, None for nothing."""
-        return (self._db.execute(sql).fetchone() or [None])[0]
+        return (self.rows(sql) or [[None]])[0][0]
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
@@ -2606,21 +2613,20 @@ class Spool(SpoolFile):
         super().__init__(path, bytes_max)
         self.epoch = epoch
         self._last_number = 0  # of the flushes of this epoch
-        with self.translated():
-            gone = self.one("SELECT total - events FROM attolytics_spool ORDER BY id LIMIT 1") or 0
-            self.events = self._total() - gone
-            self.quarantined = self.one("SELECT count(*) FROM attolytics_quarantine")
+        gone = "(SELECT total - events FROM attolytics_spool ORDER BY id LIMIT 1)"
+        self.events = self.one(f"SELECT {LAST_TOTAL} - {gone}") or 0
+        self.quarantined = self.one("SELECT count(*) FROM attolytics_quarantine")
         self.create_views(schema)
 
     @cached_property  # the whole file is read for it, and no others come in while we run
     def epochs(self) -> set[str]:
         """The present epoch, and those that had flushes here at the start."""
-        return {self.epoch, *(epoch for (epoch,) in self._all("SELECT DISTINCT epoch FROM attolytics_spool"))}
+        return {self.epoch, *(epoch for (epoch,) in self.rows("SELECT DISTINCT epoch FROM attolytics_spool"))}
 
     def oldest(self) -> float | None:
         """Return when the first event that waits was received, in seconds since the epoch."""
         query = "SELECT json_extract(batches, '$[0].received_at') FROM attolytics_spool ORDER BY id LIMIT 1"
-        return next((oldest for (oldest,) in self._all(query)), None)
+        return next((oldest for (oldest,) in self.rows(query)), None)
 
     def append(self, number: int, events: int, texts: Iterable[str], given_up: bool = False) -> None:
         """Keep a flush of this process, by the JSON of its batches.
@@ -2653,7 +2659,7 @@ class Spool(SpoolFile):
 
     def release(self, ids: Sequence[int]) -> None:
         with self.transaction(quarantined=-len(ids)):
-            self._delete_quarantined(ids)
+            self._db.executemany(DELETE_QUARANTINED, zip(ids))
 
     def head(self, events_max: int) -> list[SpooledFlush]:
         """Return the first flushes, all of one epoch, with about `events_max` events; at least one if any."""
@@ -2675,19 +2681,19 @@ class Spool(SpoolFile):
 
     def quarantine_reasons(self) -> list[tuple[str, int]]:
         count = "SELECT reason, count(*) FROM attolytics_quarantine GROUP BY 1 ORDER BY 2 DESC LIMIT ?"
-        return self._all(count, LISTED_MAX)
+        return self.rows(count, LISTED_MAX)
 
     def newest_quarantined(self, chars: int, count: int) -> list[Any]:
         """Return when, for which app and table, and why the newest are there, with so much of each."""
         columns = "quarantined_at, app, table_name, reason, substr(event, 1, ?)"
         query = f"SELECT {columns} FROM attolytics_quarantine ORDER BY id DESC LIMIT ?"
-        return self._all(query, chars, count)
+        return self.rows(query, chars, count)
 
     def retry(self, numbers: Iterator[int], why: Callable[[str], str]) -> None:
         """Move the events in quarantine that fit into flushes of ours; `why` says what is against a batch."""
         last = 0
         select = "SELECT id, batch, event FROM attolytics_quarantine WHERE id > ? ORDER BY id LIMIT 100"
-        while found := self._all(select, last):
+        while found := self.rows(select, last):
             # An event without a batch is a whole flush that could not be read.
             texts = {
                 id_: f'{batch[:-1]},"events":[{event}]}}' if batch else event[1:-1]
@@ -2701,7 +2707,7 @@ class Spool(SpoolFile):
                     self._insert_flush(next(numbers), len(going), text)
                 update = "UPDATE attolytics_quarantine SET reason = ? WHERE id = ?"
                 self._db.executemany(update, [(storable(reason), id_) for id_, reason in reasons.items()])
-                self._delete_quarantined(going)
+                self._db.executemany(DELETE_QUARANTINED, zip(going))
             last = found[-1][0]
 
     def create_views(self, schema: Schema) -> None:
@@ -2721,22 +2727,12 @@ class Spool(SpoolFile):
                 except sqlite3.OperationalError as error:  # a name that SQLite keeps for itself, say
                     log.warning('the spool cannot have a view for the table "%s": %s', name, reason_of(error))
 
-    def _all(self, sql: str, *values: int) -> list[Any]:
-        with self.translated():
-            return self._db.execute(sql, values).fetchall()
-
-    def _total(self) -> int:
-        """Return how many events there have been up to the last flush."""
-        return self.one("SELECT total FROM attolytics_spool ORDER BY id DESC LIMIT 1") or 0
-
     def _insert_flush(self, number: int, events: int, text: str) -> None:
         assert number > self._last_number  # the replay relies on their order
         self._last_number = number
-        row = self.epoch, number, events, self._total() + events, text
-        self._db.execute("INSERT INTO attolytics_spool VALUES (NULL, ?, ?, ?, ?, ?)", row)
-
-    def _delete_quarantined(self, ids: Iterable[int]) -> None:
-        self._db.executemany("DELETE FROM attolytics_quarantine WHERE id = ?", [(id_,) for id_ in ids])
+        row = self.epoch, number, events, events, text
+        insert = f"INSERT INTO attolytics_spool VALUES (NULL, ?, ?, ?, ? + ifnull({LAST_TOTAL}, 0), ?)"
+        self._db.execute(insert, row)
 
 
 # --- Writer -------------------------------------------------------------------
