@@ -2065,48 +2065,38 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
 
 def session_error(target: Target, error: Exception) -> DatabaseError:
     """Return our error for a session that did not come about; only what can pass by itself is AWAY."""
-    match error:
-        case pg8000.exceptions.DatabaseError():
-            refusal, hint = server_error(error.args[0]), ""
-            if refusal.sqlstate == "28P01" and not target.password:
-                hint = " (no password was given: put it in the URL, PGPASSWORD or .pgpass)"
-            if refusal.sqlstate == "28000" and target.socket:
-                hint = (
-                    " (over a socket the role must be named like the system user; the dynamic user of a"
-                    " systemd unit is unknown to PostgreSQL without the Debian package libnss-systemd)"
-                )
-            fault = Fault.AWAY if refusal.fault is Fault.AWAY else Fault.OPERATOR
-            return DatabaseError(f"{refusal}{hint}", fault, refusal.sqlstate)
-        case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
-            return DatabaseError("the connection ended during the TLS handshake")
-        case ssl.SSLError():
-            reason = f"TLS with {target.host} failed: {reason_of(error)}"
-        case pg8000.core.scramp.ScramException():
-            reason = f"the password cannot be used with SCRAM: {reason_of(error)}"
-        case pg8000.exceptions.InterfaceError() if "Authentication method" in str(error):
-            reason = reason_of(error)
-        case _:
-            return lost(error, {})
-    return DatabaseError(reason, Fault.OPERATOR)
+    if isinstance(error, pg8000.exceptions.DatabaseError):
+        refusal, hint = server_error(error.args[0]), ""
+        if refusal.sqlstate == "28P01" and not target.password:
+            hint = " (no password was given: put it in the URL, PGPASSWORD or .pgpass)"
+        if refusal.sqlstate == "28000" and target.socket:
+            hint = (
+                " (over a socket the role must be named like the system user; the dynamic user of a"
+                " systemd unit is unknown to PostgreSQL without the Debian package libnss-systemd)"
+            )
+        fault = Fault.AWAY if refusal.fault is Fault.AWAY else Fault.OPERATOR
+        return DatabaseError(f"{refusal}{hint}", fault, refusal.sqlstate)
+    reason, place = reason_of(error.__cause__ or error), target.socket or f"{target.host}:{target.port}"
+    stays = isinstance(error, PermissionError | ssl.SSLError) or "Authentication method" in reason
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):  # in the middle of the handshake
+        stays = False
+    if isinstance(error, pg8000.core.scramp.ScramException):
+        stays, reason = True, f"the password cannot be used with SCRAM: {reason}"
+    return DatabaseError(f"cannot connect to {place}: {reason}", Fault.OPERATOR if stays else Fault.AWAY)
 
 
 def open_socket(target: Target, context: ssl.SSLContext | None) -> socket.socket:
     """Return a connected socket, encrypted if there is a context. Raises DatabaseError, OSError."""
     with contextlib.ExitStack() as at_error:
-        try:
-            if target.socket:
-                sock = at_error.enter_context(socket.socket(socket.AF_UNIX))
-                sock.settimeout(target.connect_timeout)
-                sock.connect(target.socket)
-            else:
-                sock = socket.create_connection((target.host, target.port), target.connect_timeout)
-                at_error.enter_context(sock)
-                # Without this every flush waits 40 ms for a delayed acknowledgement; pg8000 does not set it.
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError as error:
-            fault = Fault.OPERATOR if isinstance(error, PermissionError) else Fault.AWAY
-            place = target.socket or f"{target.host}:{target.port}"
-            raise DatabaseError(f"cannot connect to {place}: {reason_of(error)}", fault) from None
+        if target.socket:
+            sock = at_error.enter_context(socket.socket(socket.AF_UNIX))
+            sock.settimeout(target.connect_timeout)
+            sock.connect(target.socket)
+        else:
+            sock = socket.create_connection((target.host, target.port), target.connect_timeout)
+            at_error.enter_context(sock)
+            # Without this every flush waits 40 ms for a delayed acknowledgement; pg8000 does not set it.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if context:  # pg8000's own negotiation takes an end of input for a server without TLS
             sock.sendall(struct.pack("!ii", 8, 80877103))  # SSLRequest (PostgreSQL manual, 55.7)
             if answer := sock.recv(1).replace(b"S", b""):

@@ -1700,7 +1700,7 @@ class ConnectTest(DatabaseCase):
                 refused = functools.partial(self.refused, Fault.OPERATOR, user=user)
                 refused("password authentication failed", password="wrong")
                 refused("no password was given")
-        self.refused(Fault.OPERATOR, "", user="with_scram", password="a\x01b")  # SCRAM has none
+        self.refused(Fault.OPERATOR, "the password cannot be used", user="with_scram", password="a\x01b")
 
     def test_a_server_that_is_not_there_or_read_only_may_come_an_unknown_database_will_not(self) -> None:
         path = f"{self.postgres.directory}/.s.PGSQL.{self.postgres.port}"
@@ -1727,7 +1727,7 @@ class ConnectTest(DatabaseCase):
         no_tls = "sslmode=require, but the server does not offer TLS"
         closed = b""  # by a proxy in front of a server that is not up
         for words, fault, reason, sslmode in [
-            (None, Fault.AWAY, "no answer in time", "disable"),
+            (None, Fault.AWAY, "timed out", "disable"),
             (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10, Fault.AWAY, "", "disable"),
             (closed, Fault.AWAY, "", "require"),
             (b"N", Fault.OPERATOR, no_tls, "require"),
