@@ -2255,8 +2255,20 @@ def repeated_values(index: Index, error: DatabaseError) -> OperatorError:
     return to_run(text, [find, index.sql("CONCURRENTLY ")])
 
 
-def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: bool) -> None:
-    """Take the first step of a plan, make a new plan, and so on: others may do the same."""
+def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None:
+    """Create what is missing; if it `migrates` columns too, and drop NOT NULL where nothing requires it.
+
+    Takes the first step of a plan, makes a new plan, and so on: others may do the same. Blocks while
+    PostgreSQL builds indexes; inserts of others wait for half a second at most. Raises OperatorError with
+    everything that does not fit and the SQL for it, before anything is done; DatabaseError when the database
+    went away or a table stayed in use for long: trying again goes on from there.
+    """
+    session.timeout_s = PREPARE_TIMEOUT_S
+    # Keeps time-outs of the role or the database from ending builds, until say_once(); a pooler would give
+    # that to others. Who did not ask for a migration rather starts without the database than wait for long.
+    if session.is_direct():
+        session.run(f"SET statement_timeout = 0; SET lock_timeout = {0 if migrates else 2000}")
+    plan = partial(permitted, session, schema, user, migrates)
     deadlines: dict[Step, float] = {}
     taken = Counter[Step]()
     repeated: dict[Index, OperatorError] = {}
@@ -2289,21 +2301,6 @@ def take_steps(session: Session, plan: Callable[[], Plan], user: str, migrates: 
             raise to_run(f"run {taken[step]} times without effect:", step.statements)
     if repeated:
         raise OperatorError("\n".join(map(str, repeated.values())))
-
-
-def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None:
-    """Create what is missing; if it `migrates` columns too, and drop NOT NULL where nothing requires it.
-
-    Blocks while PostgreSQL builds indexes; inserts of others wait for half a second at most. Raises
-    OperatorError with everything that does not fit and the SQL for it, before anything is done; DatabaseError
-    when the database went away or a table stayed in use for long: trying again goes on from there.
-    """
-    session.timeout_s = PREPARE_TIMEOUT_S
-    # Keeps time-outs of the role or the database from ending builds, until say_once(); a pooler would give
-    # that to others. Who did not ask for a migration rather starts without the database than wait for long.
-    if session.is_direct():
-        session.run(f"SET statement_timeout = 0; SET lock_timeout = {0 if migrates else 2000}")
-    take_steps(session, partial(permitted, session, schema, user, migrates), user, migrates)
 
 
 class Opener:
