@@ -2186,11 +2186,11 @@ def survey(session: Session, schema: Schema, user: str) -> Plan:
     return make_plan(schema, catalog, user)
 
 
-def permitted(session: Session, schema: Schema, user: str, migrates: bool) -> Plan:
-    """Return what a start does about tables. Raises OperatorError for what it may not do, DatabaseError."""
+def permitted(session: Session, schema: Schema, user: str, migrates: bool, creates: bool = True) -> Plan:
+    """Return what is to be done about tables. Raises OperatorError if it may not be, DatabaseError."""
     plan = survey(session, schema, user)
-    left = [Way.HAND] if migrates else [Way.HAND, Way.ALTER]
-    if misfits := Plan(step for step in plan.by(*left) if step.way is Way.HAND or not step.index):
+    ways = [Way.HAND] if migrates else [Way.HAND, Way.ALTER]
+    if misfits := Plan(step for step in plan.by(*ways) if step.way is Way.HAND or not step.index):
         count = counted(len(misfits.reasons), "difference")
         what = " that --migrate leaves to you (nothing was changed)" if migrates else ""
         reasons = "".join(f"  {reason}\n" for reason in misfits.reasons)
@@ -2198,6 +2198,11 @@ def permitted(session: Session, schema: Schema, user: str, migrates: bool) -> Pl
         text = f"the database does not fit the schema file, {count}{what}:\n{reasons}"
         text += f"Change the schema file, {migrating}or mend the tables with:"
         raise to_run(text, misfits.statements)
+    # (ON CONFLICT needs its unique index.)
+    needed = Plan(step for step in plan if step.way is Way.CREATE or (step.index and step.index.unique))
+    if needed and not creates:
+        text = "tables or indexes that events need are gone; bring them back, or create them with:"
+        raise to_run(text, needed.statements)
     return plan
 
 
@@ -2208,16 +2213,6 @@ def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> Datab
     detail = f" ({error.detail})" if error.detail else ""
     allow = f"Let the owner of the database run this, or allow user {identifier(user)} to:"
     return to_run(f"{text}{detail}\n{allow}", statements)
-
-
-def check_tables(session: Session, schema: Schema, user: str) -> None:
-    """Raise OperatorError if tables that we had prepared are gone or have changed, DatabaseError."""
-    # They are not created anew: whoever renamed a table may be about to rename it back.
-    plan = permitted(session, schema, user, migrates=False)
-    # (ON CONFLICT needs its unique index.)
-    if needed := Plan(step for step in plan if step.way is Way.CREATE or (step.index and step.index.unique)):
-        text = "tables or indexes that events need are gone; bring them back, or create them with:"
-        raise to_run(text, needed.statements)
 
 
 def take(session: Session, step: Step, plan: Callable[[], Plan]) -> None:
@@ -2317,7 +2312,8 @@ class Opener:
         session = connect(self.target)
         try:
             if schema.tables == self._prepared:
-                check_tables(session, schema, self.target.user)
+                # None is created anew: whoever renamed one may be about to rename it back.
+                permitted(session, schema, self.target.user, migrates=False, creates=False)
             else:
                 prepare(session, schema, self.target.user, self._migrates)
                 self._prepared = schema.tables
