@@ -1888,15 +1888,15 @@ FAULTS = {
     Fault.AWAY: re.compile("08|25006|40|53|55P03|57"),
     Fault.OPERATOR: re.compile("0A|0L|0P|21|22P05|25|26|28|2B|3D|3F|42|55|58|F0|HV|XX"),
 }
-MISSING_PARTITION = "23514"  # check_violation, when it names a table and no constraint
 
 
 def server_error(fields: Mapping[str, str]) -> DatabaseError:
     """Return our error for the fields of an ErrorResponse (PostgreSQL manual, 55.8)."""
     sqlstate = fields.get("C", "")
     fault = next((fault for fault, states in FAULTS.items() if states.match(sqlstate)), Fault.DATA)
-    if sqlstate == MISSING_PARTITION and "t" in fields and "n" not in fields:
-        fault = Fault.OPERATOR  # for whom it is to mend: the event is good
+    # A check_violation of a table, but of no constraint: it has no partition for the event, which is good.
+    if sqlstate == "23514" and "t" in fields and "n" not in fields:
+        fault = Fault.OPERATOR
         fields = {**fields, "M": f"{fields.get('M')} ({fields.get('D', 'no detail')})"}  # for which time
     text = " ".join(fields.get("M", "unknown error").split())
     text = f"the ledger says that this session is over ({text})" if sqlstate == LEDGER_REFUSAL else text
@@ -1908,8 +1908,6 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
 # What pg8000 raises when the connection ends, or when the peer does not speak PostgreSQL's protocol.
 BROKEN = (pg8000.exceptions.InterfaceError, OSError, struct.error, LookupError, ValueError, AttributeError)
 NO_ANSWER = "no answer in time"
-COMMAND_COMPLETE, COPY_IN = b"C", b"G"  # Kinds of messages (PostgreSQL manual, 55.7) ...
-ROW_KINDS = (b"T", b"D")  # ... RowDescription, DataRow: nobody looks at those of a flush
 
 
 def lost(error: Exception, said: Mapping[str, str]) -> DatabaseError:
@@ -2015,6 +2013,8 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         self.tags = []
         self._usock.settimeout(seconds)
         self._usock.sendall(b"".join(kind + (len(data) + 4).to_bytes(4) + data for kind, data in parts))
+        # RowDescription, DataRow: nobody looks at those of a flush. CopyInResponse: its data is on its way.
+        unread = (b"T", b"D", b"G") if message.copies or message.inserts else ()
         deadline, kind = time.monotonic() + seconds, b""
         while kind != pg8000.core.READY_FOR_QUERY:
             left = deadline - time.monotonic()
@@ -2027,10 +2027,9 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             if len(head) < 5 or len(data) < size:
                 raise ConnectionResetError("the server closed the connection")
             kind = head[:1]
-            if kind == COMMAND_COMPLETE:
+            if kind == pg8000.core.COMMAND_COMPLETE:
                 self.tags.append(data[:-1].decode())
-            # The data of a COPY is on its way already.
-            elif kind != COPY_IN and (kind not in ROW_KINDS or not (message.copies or message.inserts)):
+            elif kind not in unread:
                 self.message_types[kind](data, context)
 
 
