@@ -1910,15 +1910,6 @@ BROKEN = (pg8000.exceptions.InterfaceError, OSError, struct.error, LookupError, 
 NO_ANSWER = "no answer in time"
 
 
-def lost(error: Exception, said: Mapping[str, str]) -> DatabaseError:
-    """Return our error for a connection that has ended, and the last error that the server sent over it."""
-    if said.get("V", said.get("S")) in ("FATAL", "PANIC"):
-        return DatabaseError(f"connection lost: {said.get('M')}")
-    if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
-        return DatabaseError(NO_ANSWER)
-    return DatabaseError(f"connection lost: {reason_of(error.__cause__ or error)}")
-
-
 def skipped_rows(message: Message, tags: Iterable[str]) -> Counter[tuple[str, ...]]:
     inserted = [int(tag.rpartition(" ")[2]) for tag in tags if tag.startswith("INSERT ")]
     skipped: Counter[tuple[str, ...]] = Counter()
@@ -1951,7 +1942,12 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         try:
             self._ask(message, context, self.timeout_s if seconds is None else seconds)
         except BROKEN as error:
-            raise lost(error, context.error.args[0] if context.error else {}) from None
+            cause = error.__cause__ or error
+            reason = NO_ANSWER if isinstance(cause, TimeoutError) else f"connection lost: {reason_of(cause)}"
+            said = context.error.args[0] if context.error else {}  # what the server sent before it hung up
+            if said.get("V", said.get("S")) in ("FATAL", "PANIC"):
+                reason = f"connection lost: {said.get('M')}"
+            raise DatabaseError(reason) from None
         if context.error:
             raise server_error(context.error.args[0])
         if message.sql.endswith("COMMIT") and self.tags[-1:] != ["COMMIT"]:
