@@ -969,10 +969,18 @@ class TableIntake:
                 problems.append((column.name, str(error)))
         return fields, problems
 
-    def rows(self, events: Iterable[dict[str, object]], filled: Sequence[str]) -> list[str]:
-        """Return the rows of events; `filled` has the fields that the request fills. Raises ValueError."""
-        own, null, rows = self._own, self._null, []
-        for event in map(self._completed, events) if self.extra else events:
+    def rows(
+        self, events: Sequence[Any], places: Sequence[int], delivery: Delivery, limit: float
+    ) -> tuple[list[str], list[int], list[Problem]]:
+        """Return the rows of those events at `places` that fit, their places, and why the others do not.
+
+        Gives up after so many problems.
+        """
+        filled, lacking = self.filled(delivery)
+        own, null, width = self._own, self._null, len(self.columns)
+        rows, good, problems = [], [], []
+        for index in places:
+            event = self._completed(events[index]) if self.extra else events[index]
             fields = []
             for name, required, is_text, to_field in own:
                 value = event.get(name)
@@ -980,27 +988,24 @@ class TableIntake:
                 if is_text and type(value) is str and value.isprintable() and "\\" not in value:
                     fields.append(value)
                 elif value is not None:
-                    fields.append(to_field(value))
+                    try:
+                        fields.append(to_field(value))
+                    except ValueError as error:
+                        problems.append(Problem(index, name, str(error)))
                 elif required:
-                    raise ValueError  # explain() says it in words
+                    what = "null" if name in event else "missing"
+                    problems.append(Problem(index, name, f"{what}, but required"))
                 else:
                     fields.append(null)
             fields += filled
-            rows.append(self._separator.join(fields))
-        return rows if self.is_copied else [f"({row})" for row in rows]
-
-    def explain(self, event: dict[str, object]) -> Iterator[tuple[str, str]]:
-        """Return (column, reason) for each value of an event that does not fit."""
-        values = self._completed(event) if self.extra else event
-        for name, required, _, to_field in self._own:
-            value = values.get(name)
-            try:
-                if value is not None:
-                    to_field(value)
-                elif required:
-                    yield name, f"{'null' if name in event else 'missing'}, but required"
-            except ValueError as error:
-                yield name, str(error)
+            if len(fields) == width:
+                rows.append(self._separator.join(fields))
+                good.append(index)
+                continue
+            problems += [Problem(index, column, reason) for column, reason in lacking]
+            if len(problems) > limit:
+                break
+        return rows if self.is_copied else [f"({row})" for row in rows], good, problems
 
     def describe(self, key: str) -> str:
         for c, _ in self._filled:
@@ -1122,23 +1127,11 @@ class Intake:
         batch = Batch(delivery, events, quarantines=self.app.quarantines)
         problems = batch.problems
         for table, places in self._by_table(events, problems).items():
-            filled, lacking = table.filled(delivery)
-            try:
-                rows = [] if lacking else table.rows([events[index] for index in places], filled)
-            except ValueError:  # explain() gives the reasons
-                rows = []
-            good = places if rows else []
-            for index in places if not rows else ():
-                if len(problems) > limit:
-                    break
-                reasons = [*lacking, *table.explain(events[index])]
-                problems += [Problem(index, column, reason) for column, reason in reasons]
-                if not reasons:
-                    good.append(index)
-            if good:
-                batch.rows[table] = rows or table.rows([events[index] for index in good], filled)
-                batch.places[table] = good
-                batch.accepted += len(good)
+            rows, good, found = table.rows(events, places, delivery, limit - len(problems))
+            problems += found
+            if rows:
+                batch.rows[table], batch.places[table] = rows, good
+                batch.accepted += len(rows)
         problems.sort(key=lambda problem: problem.index or 0)
         return batch
 
