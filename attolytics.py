@@ -326,7 +326,7 @@ class App:
     id: str
     secret_key: str
     origins: frozenset[str] | None  # lower case; None allows every origin
-    tables: tuple[Table, ...]
+    tables: tuple[str, ...]
     quarantines: bool = False  # bad events go to the quarantine instead of refusing their batch
 
     def allows(self, origin: str | None) -> bool:
@@ -508,7 +508,7 @@ def parse_column(part: Part, others: Sequence[Column]) -> Column:
     return column
 
 
-def parse_app(part: Part, app_id: str, tables: Mapping[str, Table]) -> App:
+def parse_app(part: Part, app_id: str, tables: Collection[str]) -> App:
     parts = part.section("an app with a secret_key and tables", APP_KEYS)
     if "/" in app_id or not app_id:
         part.problem("an app's id must not be empty or contain a slash: it stands in a URL")
@@ -517,15 +517,13 @@ def parse_app(part: Part, app_id: str, tables: Mapping[str, Table]) -> App:
     items = allowed.value() if isinstance(allowed.node, yaml.SequenceNode) else [allowed]
     texts = [item.scalar(str, what, ORIGIN, required=allowed.node is not None) or "*" for item in items]
     origins = frozenset(text.removesuffix("/").lower() for text in texts)
-    own = {}
+    own = []
     for item in parts["tables"].parts(list, "a list of table names", least=0):
-        name = item.scalar(str, "the name of a table", required=True)
-        if name in tables:
-            own[name] = tables[name]
-        elif name:
-            item.problem(f"there is no table {show(name)}{suggestion(name, tables)}")
+        own.append(item.scalar(str, "the name of a table", required=True) or "")
+        if own[-1] and own[-1] not in tables:
+            item.problem(f"there is no table {show(own[-1])}{suggestion(own[-1], tables)}")
     policy = parts["invalid_events"].choice("policy", ("refuse", "quarantine"), {})
-    return App(app_id, key, None if "*" in origins else origins, tuple(own.values()), policy == "quarantine")
+    return App(app_id, key, None if "*" in origins else origins, tuple(own), policy == "quarantine")
 
 
 def parse_schema(text: str, file: str = "schema file") -> Schema:
@@ -558,11 +556,9 @@ def changes(before: Schema, after: Schema) -> list[str]:
     kept = [name for name in before.tables if name in after.tables]
 
     def things(schema: Schema) -> dict[tuple[str, str], object]:
+        tables = {("table", name): True for name in schema.tables}
         columns = {("column", f"{name}.{c.name}"): c for name in kept for c in schema.tables[name].columns}
-        apps = {
-            ("app", a.id): (replace(a, tables=()), [t.name for t in a.tables]) for a in schema.apps.values()
-        }
-        return {**{("table", name): True for name in schema.tables}, **columns, **apps}
+        return {**tables, **columns, **{("app", app_id): app for app_id, app in schema.apps.items()}}
 
     old, new = things(before), things(after)
     found = [(key, "changed" if key in new else "removed") for key in old if old[key] != new.get(key)]
@@ -1080,9 +1076,10 @@ class Intake:
         """`tables` are those of the schema: the apps share them, so that a flush can merge their rows."""
         self.app = app
         self._key = app.secret_key.encode(errors="surrogatepass")
-        self._tables = {table.name: tables[table.name] for table in app.tables}
-        self.headers = sorted({c.header for table in app.tables for c in table.columns if c.header})
-        self._sources = {c.source for table in app.tables for c in table.columns}
+        self.tables = {name: tables[name] for name in app.tables}
+        columns = [column for table in self.tables.values() for column in table.columns]
+        self.headers = sorted({column.header for column in columns if column.header})
+        self._sources = {column.source for column in columns}
 
     def delivery(self, headers: Mapping[str, str], peer: str, received_at: float) -> Delivery:
         """Return what is kept of a request; `peer` is the IP address at the other end of its connection."""
@@ -1139,15 +1136,15 @@ class Intake:
         places: dict[TableIntake, list[int]] = {}
         for index, event in enumerate(events):
             name = event.get(TABLE_KEY) if type(event) is dict else None
-            if type(name) is str and name in self._tables:
-                places.setdefault(self._tables[name], []).append(index)
+            if type(name) is str and name in self.tables:
+                places.setdefault(self.tables[name], []).append(index)
             elif type(event) is not dict:
                 problems.append(Problem(index, None, f"expected an object, got {show(event)}"))
             elif type(name) is not str:
                 got = show(name) if TABLE_KEY in event else "nothing"
                 problems.append(Problem(index, TABLE_KEY, f"expected the name of a table, got {got}"))
             else:
-                near = suggestion(name, self._tables) if len(problems) < UNKNOWN_KEYS_MAX else ""
+                near = suggestion(name, self.tables) if len(problems) < UNKNOWN_KEYS_MAX else ""
                 problems.append(Problem(index, TABLE_KEY, f"the app has no table {show(name)}{near}"))
         return places
 
@@ -1819,8 +1816,8 @@ class Metrics:
     def declare(self, schema: Schema) -> None:
         """Let the counters of a schema's apps and tables start with 0."""
         for app in schema.apps.values():
-            for table in app.tables:
-                self.count("events_accepted_total", 0, app.id, table.name)
+            for name in app.tables:
+                self.count("events_accepted_total", 0, app.id, name)
         for table in schema.tables.values():
             if any(column.unique for column in table.columns):
                 self.count("events_duplicate_total", 0, table.name)
@@ -4300,7 +4297,7 @@ class Live:
             with contextlib.suppress(SpoolError):
                 rows = service.spool.newest_quarantined(LIVE_TEXT_CHARS_MAX, LIVE_ITEMS_MAX)
         apps: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
-        for app, table in ((i.app.id, table) for i in service.apps.values() for table in i.app.tables):
+        for app, table in ((i.app.id, table) for i in service.apps.values() for table in i.tables.values()):
             own = [c for c in table.columns if not (c.header or c.source)]
             apps[app][table.name] = {c.name: "catch-all" if c.extra else c.type for c in own}
         state = presentable(json.loads(health) | {"items": [list(row) for row in rows]}, self._keys)
