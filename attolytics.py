@@ -1295,8 +1295,8 @@ def refused_line(context: str, tables: Collection[TableIntake]) -> tuple[TableIn
     return None
 
 
-# The rest is about tables. A Schema says what a database should have, its catalog what it has, and a Plan
-# what is to be done, and by whom: a start, --check and --migrate all go by it.
+# The rest is about tables. A Schema says what a database should have, its catalog what it has, and a plan is
+# a list of steps: what is to be done, and by whom. A start, --check and --migrate all go by it.
 
 # How a column type is called in SQL, and which existing types (pg_type.typname) hold it.
 SQL_TYPES: Mapping[Type, tuple[str, Set[str]]] = {
@@ -1445,19 +1445,12 @@ class Step:
     index: Index | None = None  # that it builds; if ALTER is the way then, any start takes it
 
 
-class Plan(tuple[Step, ...]):
-    """What is to be done about a database."""
+def reasons_of(steps: Iterable[Step]) -> list[str]:
+    return [reason for step in steps for reason in step.reasons]
 
-    @property
-    def reasons(self) -> list[str]:
-        return [reason for step in self for reason in step.reasons]
 
-    @property
-    def statements(self) -> list[str]:
-        return [statement for step in self for statement in step.statements]
-
-    def by(self, *ways: Way) -> Plan:
-        return Plan(step for step in self if step.way in ways)
+def statements_of(steps: Iterable[Step]) -> list[str]:
+    return [statement for step in steps for statement in step.statements]
 
 
 def column_misfits(table: Table, existing: ExistingTable) -> Iterator[tuple[Way, str, str]]:
@@ -1585,7 +1578,7 @@ def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
         yield Step(Way.HAND, LEDGER, (f"{place}: no permission to use it",), (grant,))
 
 
-def make_plan(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -> Plan:
+def make_plan(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -> list[Step]:
     """Return what is to be done about a database, quick things first."""
     steps = list(ledger_steps(catalog.get(LEDGER), user))
     for table in schema.tables.values():
@@ -1598,7 +1591,7 @@ def make_plan(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -
         create = f"CREATE TABLE {identifier(table.name)} ({', '.join(columns)})"
         statements = (create, *(index.sql() for index in wanted_indexes(table)))
         steps.append(Step(Way.CREATE, table.name, (f'there is no table "{table.name}"',), statements))
-    return Plan(sorted(steps, key=lambda step: step.way.value))
+    return sorted(steps, key=lambda step: step.way.value)
 
 
 def to_run(text: str, statements: Iterable[str]) -> OperatorError:
@@ -1610,14 +1603,13 @@ def comment(text: str) -> str:
     return "\n".join(f"-- {line}".rstrip() for line in text.splitlines())
 
 
-def script(plan: Plan) -> str:
+def script(plan: Collection[Step]) -> str:
     """Return what a plan says, for people and for psql alike, which runs what --migrate would."""
-    lines = [comment(f"  {reason}") for reason in plan.reasons]
-    by_hand = plan.by(Way.HAND).statements
-    if quick := [statement for statement in plan.statements if statement not in by_hand]:
+    lines = [comment(f"  {reason}") for reason in reasons_of(plan)]
+    if quick := statements_of(step for step in plan if step.way is not Way.HAND):
         lines += ["-- What --migrate would run (it also waits for others, and lets nobody wait):"]
         lines += [f"{statement};" for statement in quick]
-    if by_hand:
+    if by_hand := statements_of(step for step in plan if step.way is Way.HAND):
         lines += ["-- What --migrate leaves to you, because it blocks, rewrites, drops or grants something:"]
         lines += [comment(f"  {statement};") for statement in by_hand]
     return "\n".join(lines)
@@ -2155,7 +2147,7 @@ ALTER_SETTINGS = (
 TRY_AGAIN = ("55P03", "57014", "40", "23505", "42P07", "42710")
 
 
-def survey(session: Session, schema: Schema, user: str) -> Plan:
+def survey(session: Session, schema: Schema, user: str) -> list[Step]:
     """Return what is to be done about the tables. Changes nothing. Raises DatabaseError."""
     catalog = {}
     for name, columns, indexes, *rest in session.run(catalog_sql(schema)):
@@ -2171,23 +2163,26 @@ def survey(session: Session, schema: Schema, user: str) -> Plan:
     return make_plan(schema, catalog, user)
 
 
-def permitted(session: Session, schema: Schema, user: str, migrates: bool, creates: bool = True) -> Plan:
+def permitted(
+    session: Session, schema: Schema, user: str, migrates: bool, creates: bool = True
+) -> list[Step]:
     """Return what is to be done about tables. Raises OperatorError if it may not be, DatabaseError."""
     plan = survey(session, schema, user)
-    ways = [Way.HAND] if migrates else [Way.HAND, Way.ALTER]
-    if misfits := Plan(step for step in plan.by(*ways) if step.way is Way.HAND or not step.index):
-        count = counted(len(misfits.reasons), "difference")
+    by_hand = [step for step in plan if step.way is Way.HAND]
+    altering = [step for step in plan if step.way is Way.ALTER and not step.index and not migrates]
+    if misfits := [*altering, *by_hand]:
+        count = counted(len(reasons_of(misfits)), "difference")
         what = " that --migrate leaves to you (nothing was changed)" if migrates else ""
-        reasons = "".join(f"  {reason}\n" for reason in misfits.reasons)
-        migrating = "" if misfits.by(Way.HAND) else "start with --migrate, "
+        reasons = "".join(f"  {reason}\n" for reason in reasons_of(misfits))
+        migrating = "" if by_hand else "start with --migrate, "
         text = f"the database does not fit the schema file, {count}{what}:\n{reasons}"
         text += f"Change the schema file, {migrating}or mend the tables with:"
-        raise to_run(text, misfits.statements)
+        raise to_run(text, statements_of(misfits))
     # (ON CONFLICT needs its unique index.)
-    needed = Plan(step for step in plan if step.way is Way.CREATE or (step.index and step.index.unique))
+    needed = [step for step in plan if step.way is Way.CREATE or (step.index and step.index.unique)]
     if needed and not creates:
         text = "tables or indexes that events need are gone; bring them back, or create them with:"
-        raise to_run(text, needed.statements)
+        raise to_run(text, statements_of(needed))
     return plan
 
 
@@ -2200,7 +2195,7 @@ def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> Datab
     return to_run(f"{text}{detail}\n{allow}", statements)
 
 
-def take(session: Session, step: Step, plan: Callable[[], Plan]) -> None:
+def take(session: Session, step: Step, plan: Callable[[], list[Step]]) -> None:
     """Take a step, unless others have by the time that a lock keeps them from it. Raises DatabaseError.
 
     The build of an index cannot be in the lock's transaction: it is started right after it, under a name that
@@ -2252,7 +2247,7 @@ def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None
     deadlines: dict[Step, float] = {}
     taken = Counter[Step]()
     repeated: dict[Index, OperatorError] = {}
-    while steps := Plan(step for step in plan() if step.index not in repeated):
+    while steps := [step for step in plan() if step.index not in repeated]:
         step = steps[0]
         # Behind a BUILD nobody has to wait, and somebody's build may take long.
         patience = PREPARE_TIMEOUT_S if step.way is Way.BUILD else CHANGE_PATIENCE_S
@@ -2267,7 +2262,7 @@ def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None
                 text = f"PostgreSQL gave up building an index: {error}; run this without a time-out:"
                 raise to_run(text, step.statements) from None
             if not error.sqlstate.startswith(TRY_AGAIN):
-                raise not_run(error, steps.statements, user) from None
+                raise not_run(error, statements_of(steps), user) from None
             session.run("ROLLBACK")
             if step.index and step.index.unique and error.sqlstate == "23505":
                 repeated[step.index] = repeated_values(step.index, error)  # the next plan drops what is left
@@ -4833,9 +4828,9 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int,
             plan = survey(session, schema, target.user)
     except DatabaseError as error:
         raise OperatorError(f"cannot use {target}: {error}") from None
-    if not plan.reasons:
+    if not plan:
         return 0, [*report, comment(f"{target}: fits")]
-    return 1, [*report, comment(f"{target}: {counted(len(plan.reasons), 'difference')}"), script(plan)]
+    return 1, [*report, comment(f"{target}: {counted(len(reasons_of(plan)), 'difference')}"), script(plan)]
 
 
 def serve(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
