@@ -1511,15 +1511,6 @@ def table_steps(table: Table, existing: ExistingTable, user: str) -> Iterator[St
         yield Step(Way.ALTER, table.name, tuple(altering), (statement,))
 
 
-def attached_sql(index: Index, partitions: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield what builds an index on a partitioned table without blocking inserts; may be run again."""
-    for place, table in partitions:
-        own = index._replace(table=table)
-        yield own.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(own.names()[1])} ", place)
-    # Has nothing to build: PostgreSQL attaches those.
-    yield index.sql(f"IF NOT EXISTS {identifier(index.names()[1])} ")
-
-
 def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reason: str) -> Iterator[Step]:
     """Yield what an index on a partitioned table needs, where PostgreSQL does not build it CONCURRENTLY."""
     if index.unique:
@@ -1536,7 +1527,12 @@ def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reaso
         return
     way, statements = Way.ALTER, [index.sql()]
     if not existing.can_select or existing.ask(f"SELECT 1 FROM {identifier(table.name)} LIMIT 1"):
-        way, statements = Way.HAND, [*attached_sql(index, existing.ask(partitions_sql(table.name)))]
+        way, statements = Way.HAND, []
+        for place, partition in existing.ask(partitions_sql(table.name)):
+            own = index._replace(table=partition)
+            statements.append(own.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(own.names()[1])} ", place))
+        # Has nothing to build: PostgreSQL attaches those. All have names, so they may be run again.
+        statements.append(index.sql(f"IF NOT EXISTS {identifier(index.names()[1])} "))
         reason += "; building it on a partitioned table blocks inserts, but not in these steps"
     yield Step(way, table.name, (reason,), tuple(statements), index)
 
