@@ -1503,9 +1503,8 @@ def table_steps(table: Table, existing: ExistingTable, user: str) -> Iterator[St
     for way, reason, action in column_misfits(table, existing):
         if way is Way.ALTER:
             altering[place + reason] = action
-        else:  # ALTER TABLE cannot add a column to a view
-            is_sql = kind != "view" or not action.startswith("ADD")
-            yield by_hand((place + reason,), (f"ALTER TABLE {name} {action}",) * is_sql)
+        else:  # ALTER TABLE cannot mend a view
+            yield by_hand((place + reason,), (f"ALTER TABLE {name} {action}",) * (kind != "view"))
     if altering:
         statement = f"ALTER TABLE {name} {', '.join(altering.values())}"
         yield Step(Way.ALTER, table.name, tuple(altering), (statement,))

@@ -1399,6 +1399,10 @@ table "marks", column "mark": PostgreSQL generates it"""
         self.query(pass_on.format("plain"))
         self.store(mark(1, table="plain"))
         self.assertEqual(self.query("SELECT mark FROM base"), [[2]])
+        cast = "DROP VIEW plain; CREATE VIEW plain AS SELECT mark::int4, text FROM base;"
+        self.query(f"{cast} {pass_on.format('plain')}")
+        # ALTER TABLE cannot mend a view.
+        self.assertNotIn("ALTER", self.mend(self.open, 'column "mark": the type is int4, expected bigint'))
         self.query(f"DROP TABLE marks; CREATE VIEW marks AS SELECT * FROM base; {pass_on.format('marks')}")
         with self.assertRaisesRegex(OperatorError, 'table "marks": a view cannot have unique columns'):
             self.open()
