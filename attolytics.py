@@ -1563,7 +1563,7 @@ def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
         yield Step(Way.CREATE, LEDGER, (f"there is no {place}",), (CREATE_LEDGER,))
         return
     if "session" not in existing.columns:  # made by an earlier version
-        add = f"ALTER TABLE {LEDGER} ADD COLUMN session uuid"
+        add = f"ALTER TABLE {LEDGER} ADD COLUMN IF NOT EXISTS session uuid"
         yield Step(Way.CREATE, LEDGER, (f'{place} has no column "session"',), (add,))
     if existing.kind == "Citus table":  # which may not be raised by raise_sql()
         local = f"SELECT undistribute_table('{LEDGER}')"

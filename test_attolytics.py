@@ -1313,6 +1313,14 @@ class PrepareTest(TablesCase):
                 opening.result()
         self.assertEqual(self.indexes("marks"), [("marks_mark_idx", True)])
 
+    def test_a_ledger_of_an_earlier_version_is_changed_also_by_several_instances_at_once(self) -> None:
+        self.open()
+        self.query("ALTER TABLE attolytics_ledger DROP COLUMN session")
+        session = self.session()
+        session.run("BEGIN; ALTER TABLE attolytics_ledger ADD COLUMN session uuid")
+        threading.Timer(0.5, session.run, ["COMMIT"]).start()
+        self.open()
+
     def test_tables_of_the_original_are_taken_and_get_their_indexes(self) -> None:
         self.query(  # what the original sent
             'CREATE TABLE "events" (time timestamptz, referer varchar, platform varchar not null,'
