@@ -488,16 +488,14 @@ def parse_column(part: Part, others: Sequence[Column]) -> Column:
         parts["source"].choice("source", tuple(Source), {}),
         *(parts[flag].scalar(bool, "true or false") is True for flag in COLUMN_KEYS[4:]),
     )
-    if column.header and column.type is not Type.STRING:
-        parts["type"].problem(f"a column filled from a header must be a string, not {column.type}")
     source_type = Type.TIMESTAMP if column.source is Source.RECEIVED_AT else Type.STRING
-    if column.source and column.type is not source_type:
-        parts["type"].problem(f"source {column.source} needs type {source_type}, not {column.type}")
-    if column.extra and column.type is not Type.JSON:
-        parts["type"].problem(f"an extra column must be json, not {column.type}")
+    needed = {"header": Type.STRING, "source": source_type, "extra": Type.JSON}
+    filled = {key: value for key in needed if (value := getattr(column, key))}
+    for key, value in filled.items():
+        if column.type is not needed[key]:
+            parts["type"].problem(f"{key} {show(value)} needs type {needed[key]}, not {column.type}")
     if column.extra and column.required:
         parts["required"].problem("an extra column is empty when there are no unknown keys")
-    filled = [key for key in ("header", "source", "extra") if getattr(column, key)]
     if len(filled) > 1:
         part.problem(f"a column can have only one of {' and '.join(filled)}")
     for i, other in enumerate(others):
