@@ -934,7 +934,8 @@ class TableIntake:
     """How events become rows of one table.
 
     A row has the columns that come from the event, the catch-all column last, then those that the request
-    fills. It is a line of COPY's text format or, as COPY skips no repeated values, one of VALUES.
+    fills. It is a line of COPY's text format or, as COPY skips no repeated values, what VALUES has between
+    brackets.
     """
 
     def __init__(self, table: Table) -> None:
@@ -964,17 +965,18 @@ class TableIntake:
         return fields, problems
 
     def rows(
-        self, events: Sequence[Any], places: Sequence[int], delivery: Delivery, limit: float
-    ) -> tuple[list[str], list[int], list[Problem]]:
-        """Return the rows of those events at `places` that fit, their places, and why the others do not.
+        self, events: Sequence[Any], places: Iterable[int], delivery: Delivery, limit: float
+    ) -> tuple[dict[int, str], list[Problem]]:
+        """Return the rows of those events at `places` that fit, by place, and why the others do not.
 
         Gives up after so many problems.
         """
         filled, lacking = self.filled(delivery)
-        own, null, width = self._own, self._null, len(self.columns)
-        rows, good, problems = [], [], []
+        own, extra, null, join = self._own, self.extra, self._null, self._separator.join
+        width = len(self.columns)
+        rows, problems = {}, []
         for index in places:
-            event = self._completed(events[index]) if self.extra else events[index]
+            event = self._completed(events[index]) if extra else events[index]
             fields = []
             for name, required, is_text, to_field in own:
                 value = event.get(name)
@@ -993,13 +995,12 @@ class TableIntake:
                     fields.append(null)
             fields += filled
             if len(fields) == width:
-                rows.append(self._separator.join(fields))
-                good.append(index)
+                rows[index] = join(fields)
                 continue
             problems += [Problem(index, column, reason) for column, reason in lacking]
             if len(problems) > limit:
                 break
-        return rows if self.is_copied else [f"({row})" for row in rows], good, problems
+        return rows, problems
 
     def describe(self, key: str) -> str:
         for c, _ in self._filled:
@@ -1021,7 +1022,7 @@ class TableIntake:
         return convert  # The texts of all other types have nothing to escape.
 
 
-Rows = Mapping[TableIntake, Sequence[str]]
+Rows = Mapping[TableIntake, Mapping[int, str]]  # by their places among the events
 
 
 def storable(text: str) -> str:
@@ -1035,8 +1036,7 @@ class Batch:
 
     delivery: Delivery
     events: list[Any]  # none if only the body is kept
-    rows: dict[TableIntake, list[str]] = field(default_factory=dict)
-    places: dict[TableIntake, list[int]] = field(default_factory=dict)  # where each of `rows` is in `events`
+    rows: dict[TableIntake, dict[int, str]] = field(default_factory=dict)  # by their places in `events`
     accepted: int = 0  # how many events fit
     problems: list[Problem] = field(default_factory=list)
     warnings: Sequence[str] = ()
@@ -1122,10 +1122,10 @@ class Intake:
         batch = Batch(delivery, events, quarantines=self.app.quarantines)
         problems = batch.problems
         for table, places in self._by_table(events, problems).items():
-            rows, good, found = table.rows(events, places, delivery, limit - len(problems))
+            rows, found = table.rows(events, places, delivery, limit - len(problems))
             problems += found
             if rows:
-                batch.rows[table], batch.places[table] = rows, good
+                batch.rows[table] = rows
                 batch.accepted += len(rows)
         problems.sort(key=lambda problem: problem.index or 0)
         return batch
@@ -1150,7 +1150,7 @@ class Intake:
         """Return what was ignored in a request: each unknown key once, with its first place."""
         keys = [key for key in document if key not in REQUEST_KEYS][:UNKNOWN_KEYS_MAX]
         texts = {("", key): f"unknown key {show(key)}{suggestion(key, REQUEST_KEYS)}" for key in keys}
-        for table, places in batch.places.items():
+        for table, places in batch.rows.items():
             if table.extra or all(table.known.issuperset(batch.events[index]) for index in places):
                 continue
             for index in places:
@@ -1254,7 +1254,7 @@ def insert_sql(table: TableIntake, partition_key: tuple[str, ...] = ()) -> tuple
     # operator's stays an error. SQL has no way to name two. (A partitioned table's index has its key, too.)
     names = ",".join(map(identifier, dict.fromkeys([*unique, *partition_key])))
     target = f" ({names})" if len(unique) == 1 else ""
-    return f"INSERT INTO {into} VALUES ", f" ON CONFLICT{target} DO NOTHING"
+    return f"INSERT INTO {into} VALUES (", f") ON CONFLICT{target} DO NOTHING"
 
 
 def insert_message(
@@ -1264,8 +1264,8 @@ def insert_message(
     # By what makes them, not by names: while a schema is replaced, rows of both may meet.
     by_table: dict[TableIntake, list[str]] = {}
     for part in parts:
-        for table, rows in part.items():
-            by_table.setdefault(table, []).extend(rows)
+        for table, found in part.items():
+            by_table.setdefault(table, []).extend(found.values())
     sql, copies, inserts = [start], [], []
     # Always in the same order of tables, so that instances do not lock each other out.
     for table, rows in sorted(by_table.items(), key=lambda item: item[0].name):
@@ -1274,7 +1274,7 @@ def insert_message(
             sql.append(f"{before};\n")
             copies.append(("\n".join(rows) + "\n").encode())
         else:
-            sql.append(f"{before}{','.join(rows)}{after};\n")
+            sql.append(f"{before}{'),('.join(rows)}{after};\n")
             inserts.append((table.name, len(rows)))
     return Message("".join(sql) + end, copies, inserts)
 
@@ -2742,7 +2742,7 @@ class Group:
             (table, row, batch, place)
             for batch in self.batches
             for table, rows in batch.rows.items()
-            for row, place in zip(rows, batch.places[table], strict=True)
+            for place, row in rows.items()
         ]
 
     def refuse(self, row: int, error: DatabaseError) -> None:
@@ -2788,7 +2788,7 @@ def sift(
     parts = [range(row, row + 1) for row in reversed(every)] if one_by_one else [every]
     while parts:
         part = parts.pop()
-        rows = [{table: [row]} for table, row, _, _ in group.rows[part.start : part.stop]]
+        rows = [{table: {place: row}} for table, row, _, place in group.rows[part.start : part.stop]]
         message = insert_message("SAVEPOINT attempt;\n", rows, ATTEMPT_END, session.partition_keys)
         try:
             session.run(message)
@@ -3028,7 +3028,7 @@ def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> li
     culprit, index = part[0], None
     if named := refused_line(error.context, {table for batch in part for table in batch.rows}):
         table, line = named
-        culprit, index = [(batch, place) for batch in part for place in batch.places.get(table, ())][line]
+        culprit, index = [(batch, place) for batch in part for place in batch.rows.get(table, ())][line]
     elif len(part) > 1:
         middle = len(part) // 2
         return [part[middle:], part[:middle]]
