@@ -692,7 +692,8 @@ def exact_json(value: object, number: str | Callable[[re.Match[str]], str] = r"\
 def numeric(marked: re.Match[str]) -> str:
     """Return a number in JSON, unless it has too many digits when it is written without an exponent."""
     number = Decimal(marked[1])
-    if abs(number.adjusted()) > 1_000:  # jsonb holds 131,072; full of such a value could not be read again
+    # jsonb holds 131,072 before the point, of which a value could not be read again, and 16,383 after it.
+    if abs(number.adjusted()) > 1_000 or len(marked[1]) > 10_000:
         raise ValueError(f"the number {show(number)} is out of range")
     return marked[1]
 

@@ -343,7 +343,8 @@ class ConversionTest(unittest.TestCase):
         deep = json.loads("[" * 101 + "]" * 101)
         self.assertEqual(len(attolytics.CONVERTERS[Type.JSON](deep[0])), 200)
         years, year_0 = "expected a time in the years 1 to 9999", "0001-01-01T00:00:00+01:00"
-        huge = [{"n": Decimal(text)} for text in ("1E+1001", "-1E-1001", "0e-1001", "1e140000")]
+        numbers = ["1E+1001", "-1E-1001", "0e-1001", "1e140000", f"0.{'1' * 16_384}"]
+        huge = [{"n": Decimal(text)} for text in numbers]
         times = [f"{day}T00:00:00Z" for day in ("2019-02-30", "2019-04-31", "0000-01-01")]
         refusals: list[tuple[str, str, Sequence[object]]] = [
             ("bool", "expected true or false, got ", [1, "true"]),
