@@ -1439,13 +1439,9 @@ class Step:
 
     way: Way
     table: str
-    reasons: tuple[str, ...]
+    reason: str
     statements: tuple[str, ...]  # none if only another schema mends it
     index: Index | None = None  # that it builds; if ALTER is the way then, any start takes it
-
-
-def reasons_of(steps: Iterable[Step]) -> list[str]:
-    return [reason for step in steps for reason in step.reasons]
 
 
 def statements_of(steps: Iterable[Step]) -> list[str]:
@@ -1483,30 +1479,25 @@ def table_steps(table: Table, existing: ExistingTable, user: str) -> Iterator[St
     name, kind, place = identifier(table.name), existing.kind, f'table "{table.name}"'
     by_hand = partial(Step, Way.HAND, table.name)
     if kind.startswith("view without"):  # INSERT may work, but COPY does not
-        yield by_hand((f"{place} is a {kind}",), ())
+        yield by_hand(f"{place} is a {kind}", ())
         return
     if kind not in ("table", "view", "foreign table"):
         rename = f"ALTER {kind.upper()} {name} RENAME TO {identifier(table.name[:-4] + '_old')}"
-        yield by_hand((f"{place}: the name belongs to a {kind}",), (rename,))
+        yield by_hand(f"{place}: the name belongs to a {kind}", (rename,))
         return
     unique = any(column.unique for column in table.columns)
     if unique and kind != "table":
-        yield by_hand((f"{place}: a {kind} cannot have unique columns",), ())
+        yield by_hand(f"{place}: a {kind} cannot have unique columns", ())
     if not existing.can_insert or (unique and not existing.can_select):  # ON CONFLICT reads as well
         reason = f"{place}: no permission to {'select' if existing.can_insert else 'insert'}"
-        yield by_hand((reason,), (f"GRANT SELECT, INSERT ON {name} TO {identifier(user)}",))
+        yield by_hand(reason, (f"GRANT SELECT, INSERT ON {name} TO {identifier(user)}",))
     if existing.row_security and not unique:  # COPY cannot do it, INSERT can
         reason = f'{place}: row-level security applies to user "{user}"'
-        yield by_hand((reason,), (f"ALTER ROLE {identifier(user)} BYPASSRLS",))
-    altering: dict[str, str] = {}
+        yield by_hand(reason, (f"ALTER ROLE {identifier(user)} BYPASSRLS",))
     for way, reason, action in column_misfits(table, existing):
-        if way is Way.ALTER:
-            altering[place + reason] = action
-        else:  # ALTER TABLE cannot mend a view
-            yield by_hand((place + reason,), (f"ALTER TABLE {name} {action}",) * (kind != "view"))
-    if altering:
-        statement = f"ALTER TABLE {name} {', '.join(altering.values())}"
-        yield Step(Way.ALTER, table.name, tuple(altering), (statement,))
+        # ALTER TABLE cannot mend a view.
+        statements = (f"ALTER TABLE {name} {action}",) * (kind != "view")
+        yield Step(way, table.name, place + reason, statements)
 
 
 def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reason: str) -> Iterator[Step]:
@@ -1519,7 +1510,7 @@ def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reaso
         sent = {c.name for c in table.columns if not (c.header or c.source or c.extra)}
         if other := ", ".join(name or "an expression" for name in key if name not in sent):
             reason += f", nor can there be: it would take the partition key, and no event brings {other}"
-            yield Step(Way.HAND, table.name, (reason,), ())
+            yield Step(Way.HAND, table.name, reason, ())
             return
     if any(item.serves_as(index) for item in existing.indexes):
         return
@@ -1532,7 +1523,7 @@ def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reaso
         # Has nothing to build: PostgreSQL attaches those. All have names, so they may be run again.
         statements.append(index.sql(f"IF NOT EXISTS {identifier(index.names()[1])} "))
         reason += "; building it on a partitioned table blocks inserts, but not in these steps"
-    yield Step(way, table.name, (reason,), tuple(statements), index)
+    yield Step(way, table.name, reason, tuple(statements), index)
 
 
 def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
@@ -1547,29 +1538,29 @@ def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
         for item in left:
             state = f'table "{table.name}", index "{item.name}": its build goes on, or was interrupted'
             drop = f"DROP INDEX CONCURRENTLY IF EXISTS {item.sql_name}"
-            yield Step(Way.BUILD, table.name, (state,), (drop,))
+            yield Step(Way.BUILD, table.name, state, (drop,))
         if not any(item.serves_as(index) for item in existing.indexes):
             plain, coded = index.names()
             is_taken = plain in existing.names and plain not in [item.name for item in left]
             name = coded if is_taken or len(plain.encode()) > NAME_BYTES_MAX else plain
             build = index.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(name)} ")
-            yield Step(Way.BUILD, table.name, (reason,), (build,), index)
+            yield Step(Way.BUILD, table.name, reason, (build,), index)
 
 
 def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
     place = f'table "{LEDGER}"'
     if not existing:
-        yield Step(Way.CREATE, LEDGER, (f"there is no {place}",), (CREATE_LEDGER,))
+        yield Step(Way.CREATE, LEDGER, f"there is no {place}", (CREATE_LEDGER,))
         return
     if "session" not in existing.columns:  # made by an earlier version
         add = f"ALTER TABLE {LEDGER} ADD COLUMN IF NOT EXISTS session uuid"
-        yield Step(Way.CREATE, LEDGER, (f'{place} has no column "session"',), (add,))
+        yield Step(Way.CREATE, LEDGER, f'{place} has no column "session"', (add,))
     if existing.kind == "Citus table":  # which may not be raised by raise_sql()
         local = f"SELECT undistribute_table('{LEDGER}')"
-        yield Step(Way.HAND, LEDGER, (f"{place} belongs to Citus, but has to be local",), (local,))
+        yield Step(Way.HAND, LEDGER, f"{place} belongs to Citus, but has to be local", (local,))
     if not (existing.can_insert and existing.can_select):
         grant = f"GRANT SELECT, INSERT, UPDATE ON {LEDGER} TO {identifier(user)}"
-        yield Step(Way.HAND, LEDGER, (f"{place}: no permission to use it",), (grant,))
+        yield Step(Way.HAND, LEDGER, f"{place}: no permission to use it", (grant,))
 
 
 def make_plan(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -> list[Step]:
@@ -1584,7 +1575,7 @@ def make_plan(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -
         ]
         create = f"CREATE TABLE {identifier(table.name)} ({', '.join(columns)})"
         statements = (create, *(index.sql() for index in wanted_indexes(table)))
-        steps.append(Step(Way.CREATE, table.name, (f'there is no table "{table.name}"',), statements))
+        steps.append(Step(Way.CREATE, table.name, f'there is no table "{table.name}"', statements))
     return sorted(steps, key=lambda step: step.way.value)
 
 
@@ -1599,7 +1590,7 @@ def comment(text: str) -> str:
 
 def script(plan: Collection[Step]) -> str:
     """Return what a plan says, for people and for psql alike, which runs what --migrate would."""
-    lines = [comment(f"  {reason}") for reason in reasons_of(plan)]
+    lines = [comment(f"  {step.reason}") for step in plan]
     if quick := statements_of(step for step in plan if step.way is not Way.HAND):
         lines += ["-- What --migrate would run (it also waits for others, and lets nobody wait):"]
         lines += [f"{statement};" for statement in quick]
@@ -2165,9 +2156,9 @@ def permitted(
     by_hand = [step for step in plan if step.way is Way.HAND]
     altering = [step for step in plan if step.way is Way.ALTER and not step.index and not migrates]
     if misfits := [*altering, *by_hand]:
-        count = counted(len(reasons_of(misfits)), "difference")
+        count = counted(len(misfits), "difference")
         what = " that --migrate leaves to you (nothing was changed)" if migrates else ""
-        reasons = "".join(f"  {reason}\n" for reason in reasons_of(misfits))
+        reasons = "".join(f"  {step.reason}\n" for step in misfits)
         migrating = "" if by_hand else "start with --migrate, "
         text = f"the database does not fit the schema file, {count}{what}:\n{reasons}"
         text += f"Change the schema file, {migrating}or mend the tables with:"
@@ -4824,7 +4815,7 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int,
         raise OperatorError(f"cannot use {target}: {error}") from None
     if not plan:
         return 0, [*report, comment(f"{target}: fits")]
-    return 1, [*report, comment(f"{target}: {counted(len(reasons_of(plan)), 'difference')}"), script(plan)]
+    return 1, [*report, comment(f"{target}: {counted(len(plan), 'difference')}"), script(plan)]
 
 
 def serve(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
