@@ -965,17 +965,15 @@ class TableIntake:
                 problems.append((column.name, str(error)))
         return fields, problems
 
-    def rows(
-        self, events: Sequence[Any], places: Iterable[int], delivery: Delivery, limit: float
-    ) -> tuple[dict[int, str], list[Problem]]:
-        """Return the rows of those events at `places` that fit, by place, and why the others do not.
+    def convert(self, batch: Batch, places: Iterable[int], limit: float) -> None:
+        """Add to a batch the rows of its events at some places, and why others do not fit.
 
-        Gives up after so many problems.
+        Gives up when the batch has more problems than `limit`.
         """
-        filled, lacking = self.filled(delivery)
+        events, problems, rows = batch.events, batch.problems, {}
+        filled, lacking = self.filled(batch.delivery)
         own, extra, null, join = self._own, self.extra, self._null, self._separator.join
         width = len(self.columns)
-        rows, problems = {}, []
         for index in places:
             event = self._completed(events[index]) if extra else events[index]
             fields = []
@@ -1001,7 +999,9 @@ class TableIntake:
             problems += [Problem(index, column, reason) for column, reason in lacking]
             if len(problems) > limit:
                 break
-        return rows, problems
+        if rows:
+            batch.rows[self] = rows
+            batch.accepted += len(rows)
 
     def describe(self, key: str) -> str:
         for c, _ in self._filled:
@@ -1121,14 +1121,9 @@ class Intake:
     def convert(self, events: list[Any], delivery: Delivery, limit: float = math.inf) -> Batch:
         """Return a batch of events; with a `limit`, gives up after so many problems."""
         batch = Batch(delivery, events, quarantines=self.app.quarantines)
-        problems = batch.problems
-        for table, places in self._by_table(events, problems).items():
-            rows, found = table.rows(events, places, delivery, limit - len(problems))
-            problems += found
-            if rows:
-                batch.rows[table] = rows
-                batch.accepted += len(rows)
-        problems.sort(key=lambda problem: problem.index or 0)
+        for table, places in self._by_table(events, batch.problems).items():
+            table.convert(batch, places, limit)
+        batch.problems.sort(key=lambda problem: problem.index or 0)
         return batch
 
     def _by_table(self, events: Sequence[Any], problems: list[Problem]) -> dict[TableIntake, list[int]]:
