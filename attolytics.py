@@ -1036,12 +1036,13 @@ class Batch:
     """The events of one request, and the rows of those that fit; the others have problems."""
 
     delivery: Delivery
-    events: list[Any]  # none if only the body is kept
+    events: list[Any]  # none if only the body, or what it is in the spool, is kept
     rows: dict[TableIntake, dict[int, str]] = field(default_factory=dict)  # by their places in `events`
     accepted: int = 0  # how many events fit
     problems: list[Problem] = field(default_factory=list)
     warnings: Sequence[str] = ()
     body: bytes = b""
+    spooled: str = ""  # text(), if that was foreseen
     # For the writer: whether bad events are kept in the quarantine, and under which ids they are by now;
     # when the batch came, and who wants to know what became of it.
     quarantines: bool = False
@@ -1114,8 +1115,7 @@ class Intake:
             names = [p.column == TABLE_KEY and events[p.index or 0].get(TABLE_KEY) for p in batch.problems]
             label = "unknown_table" if all(type(name) is str for name in names) else "invalid_events"
             raise refused_events(batch.problems, len(events), label)
-        batch.body = body
-        batch.warnings = self._warnings(document, batch)
+        batch.body, batch.warnings = body, self._warnings(document, batch)
         return batch
 
     def convert(self, events: list[Any], delivery: Delivery, limit: float = math.inf) -> Batch:
@@ -3177,7 +3177,7 @@ class Writer:
         What was sent comes with its number, other batches with 0 for a fresh one.
         """
         started = self._clock()
-        ready = [(number, batches, [b.text() for b in batches]) for number, batches in flushes if batches]
+        ready = [(n, batches, [b.spooled or b.text() for b in batches]) for n, batches in flushes if batches]
         with self._spool.switch:
             session, self.session = self.session, None
             done = [(batches, self._append(number, batches, texts)) for number, batches, texts in ready]
@@ -3607,8 +3607,7 @@ class Service:
         self._large.acquire()
         try:
             with self._converting:
-                batch = intake.batch(body, delivery)
-            return self._keep(batch)
+                return self._keep(intake.batch(body, delivery))
         except BaseException:
             self._large.release()
             raise
@@ -3624,8 +3623,8 @@ class Service:
             except SpoolError as error:
                 raise cannot_store(error, len(batch.events)) from None
             self.metrics.count("events_quarantined_total", len(batch.kept))
-        if self.writer.session:
-            batch.events = []  # the body takes a fifth of the memory, and few batches ever go to the spool
+        batch.spooled = "" if self.writer.session else batch.text()  # all others wait for the writer
+        batch.events = []  # the body takes a fifth of the memory, and few batches ever go to the spool
         return batch
 
 

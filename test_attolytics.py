@@ -3278,6 +3278,17 @@ class SpoolTest(BreakableCase):
         self.assertIn("duplicate key", reasons[2500])
         self.assertIn("violates check constraint", reasons[5])
 
+    def test_bodies_that_take_long_to_write_do_not_make_others_wait(self) -> None:
+        server = self.serve(url="")
+        numbers = b"[" + b"1e400," * 150_000 + b"0]"
+        body = body_of({**mark(1, "x", "plain"), "nope": "@"}, key="key").replace(b'"@"', numbers)
+        socks = [self.enterContext(socket.create_connection(server.listening()[0])) for _ in range(6)]
+        with Clients(2, server) as clients:
+            for sock in socks:
+                sock.sendall(raw_post(body))
+            self.assertEqual({read_answer(sock).status for sock in socks}, {200})
+        self.assertLess(clients.slowest, 0.6)
+
     def test_the_spool_is_bounded_and_shrinks_after_the_replay(self) -> None:
         server = self.serve("--spool_limit", "2M")
         self.postgres.stop()
