@@ -760,10 +760,10 @@ def believed_address(peer: str, *claims: str) -> str:
 
 def client_ip(headers: Mapping[str, str], peer: str) -> str:
     """Return the client's IP address, from X-Real-IP or last in X-Forwarded-For if they are believed."""
-    forwarded_for = headers.get("x-forwarded-for", "").rpartition(",")[2]
     # Cut, because they are kept for later; an address has 45 characters, and perhaps a zone.
-    claims = headers.get("x-real-ip", ""), forwarded_for
-    return believed_address(peer, *(claim[:SHOWN_CHARS_MAX] for claim in claims))
+    real_ip = headers.get("x-real-ip", "")[:SHOWN_CHARS_MAX]
+    forwarded_for = headers.get("x-forwarded-for", "").rpartition(",")[2][:SHOWN_CHARS_MAX]
+    return believed_address(peer, real_ip, forwarded_for)
 
 
 @lru_cache(maxsize=4096)
@@ -1477,7 +1477,8 @@ def table_steps(table: Table, existing: ExistingTable, user: str) -> Iterator[St
         yield by_hand(f"{place} is a {kind}", ())
         return
     if kind not in ("table", "view", "foreign table"):
-        rename = f"ALTER {kind.upper()} {name} RENAME TO {identifier(table.name[:-4] + '_old')}"
+        other_name = identifier(f"{table.name[: NAME_BYTES_MAX - 4]}_old")
+        rename = f"ALTER {kind.upper()} {name} RENAME TO {other_name}"
         yield by_hand(f"{place}: the name belongs to a {kind}", (rename,))
         return
     unique = any(column.unique for column in table.columns)
@@ -2155,9 +2156,9 @@ def permitted(
         what = " that --migrate leaves to you (nothing was changed)" if migrates else ""
         reasons = "".join(f"  {step.reason}\n" for step in misfits)
         migrating = "" if by_hand else "start with --migrate, "
+        mending = f", {migrating}or mend the tables with:" if statements_of(misfits) else "."
         text = f"the database does not fit the schema file, {count}{what}:\n{reasons}"
-        text += f"Change the schema file, {migrating}or mend the tables with:"
-        raise to_run(text, statements_of(misfits))
+        raise to_run(f"{text}Change the schema file{mending}", statements_of(misfits))
     # (ON CONFLICT needs its unique index.)
     needed = [step for step in plan if step.way is Way.CREATE or (step.index and step.index.unique)]
     if needed and not creates:

@@ -1403,7 +1403,7 @@ table "marks", column "mark": PostgreSQL generates it"""
             " INSERT INTO base VALUES (NEW.mark + 1, NEW.text); RETURN NEW; END $$"
         )
         pass_on = "CREATE TRIGGER pass INSTEAD OF INSERT ON {} FOR EACH ROW EXECUTE FUNCTION pass()"
-        with self.assertRaisesRegex(OperatorError, "is a view without an INSTEAD OF INSERT trigger"):
+        with self.assertRaisesRegex(OperatorError, r"INSTEAD OF INSERT trigger\nChange the schema file\.$"):
             self.open()
         self.query(pass_on.format("plain"))
         self.store(mark(1, table="plain"))
@@ -5743,7 +5743,7 @@ class RepositoryTest(ProgramCase):
         for scope in symtable.symtable(self.source, "attolytics.py", "exec").get_children():
             for name in global_names(scope) - {scope.get_name()}:
                 self.assertLess(defined.get(name, 0), scope.get_lineno(), f"{scope.get_name()} uses {name}")
-        self.assertLessEqual(len(self.source.splitlines()), 4_907)
+        self.assertLessEqual(len(self.source.splitlines()), 4_908)
 
     def test_the_readmes_first_steps_lead_to_rows_in_the_database(self) -> None:
         readme = README.read_text()
