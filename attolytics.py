@@ -131,6 +131,7 @@ LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kern
 
 FLUSH_EVENTS_MAX = 2_000  # About 25 ms; more at once is no faster, and others wait behind it.
 FLUSH_CHARS_MAX = 8 << 20  # Bounds memory and the time one flush takes.
+LONG_FLUSH_EVENTS = 100  # PostgreSQL gets the next one before so many are answered, instead of being idle.
 PATIENCE_S = 0.8  # The oldest batch of a flush waits so long for the database, then it goes to the spool ...
 PATIENCE_MIN_S = 0.4  # ... but at least so long for each flush: a backlog alone does not cost the session.
 LOCK_TIMEOUT_MS = 5_000  # Another session holds a lock on a table: the database is busy.
@@ -1894,16 +1895,19 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
     stored: Mapping[str, int] = {}  # how far each epoch was stored when it took the ledger over
     partition_keys: Mapping[str, tuple[str, ...]] = {}  # of the tables, by name
 
-    def run(self, message: str | Message, seconds: float | None = None) -> list[list[Any]]:
+    def run(
+        self, message: str | Message, seconds: float | None = None, meanwhile: Callable[[], object] = bool
+    ) -> list[list[Any]]:
         """Send one message, or the SQL of one without COPY, and return the rows it brings.
 
-        Raises DatabaseError. If that has no SQLSTATE, the connection is of no use any more.
+        Calls `meanwhile` when PostgreSQL has begun with it. Raises DatabaseError. If that has no SQLSTATE,
+        the connection is of no use any more.
         """
         # COPY data behind an error is dropped by the server (PostgreSQL manual, 55.2.6).
         message = Message(message) if isinstance(message, str) else message
         context = pg8000.core.Context(message.sql)
         try:
-            self._ask(message, context, self.timeout_s if seconds is None else seconds)
+            self._ask(message, context, self.timeout_s if seconds is None else seconds, meanwhile)
         except BROKEN as error:
             cause = error.__cause__ or error
             reason = NO_ANSWER if isinstance(cause, TimeoutError) else f"connection lost: {reason_of(cause)}"
@@ -1919,19 +1923,24 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         return context.rows or []
 
     def store(
-        self, epoch: str, number: int, parts: Iterable[Rows], patient: bool = False, seconds: float = 0
+        self,
+        epoch: str,
+        number: int,
+        parts: Iterable[Rows],
+        seconds: float = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S,
+        meanwhile: Callable[[], object] = bool,
     ) -> Counter[tuple[str, ...]]:
         """Store rows as a flush of an epoch, in one round trip; return how many were there already, by table.
 
-        Waits for `seconds`, or until PostgreSQL gives up, which `patient` makes later. Raises DatabaseError.
-        Its fault is DATA only if nothing was stored, for sure; the session is well then. After any other the
+        Waits for `seconds`; PostgreSQL does so, too, if they are more than usual. Raises DatabaseError. Its
+        fault is DATA only if nothing was stored, for sure; the session is well then. After any other the
         outcome is unknown: the ledger tells it to the next session.
         """
-        limit_s = (LONG_STATEMENT_TIMEOUT_S if patient else STATEMENT_TIMEOUT_S) + ANSWER_GRACE_S
-        start = self.start + PATIENTLY * patient + raise_sql(epoch, self.token, number, self.raising)
+        patiently = PATIENTLY if seconds > LONG_STATEMENT_TIMEOUT_S else ""
+        start = f"{self.start}{patiently}{raise_sql(epoch, self.token, number, self.raising)}"
         message = insert_message(start, parts, "COMMIT", self.partition_keys)
         try:
-            self.run(message, seconds or limit_s)
+            self.run(message, seconds, meanwhile)
         except DatabaseError as error:
             if error.sqlstate and error.fault is not Fault.AWAY:
                 with contextlib.suppress(DatabaseError):  # the next message will say it
@@ -1965,13 +1974,17 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             self._usock.settimeout(POLL_S)  # PostgreSQL would notice anyway
             super().close()
 
-    def _ask(self, message: Message, context: Any, seconds: float) -> None:
+    def _ask(self, message: Message, context: Any, seconds: float, meanwhile: Callable[[], object]) -> None:
         parts = [(b"Q", message.sql.encode() + b"\0")]
         for data in message.copies:
             parts += [(b"d", data), (b"c", b"")]
         self.tags = []
         self._usock.settimeout(seconds)
-        self._usock.sendall(b"".join(kind + (len(data) + 4).to_bytes(4) + data for kind, data in parts))
+        whole = b"".join(kind + (len(data) + 4).to_bytes(4) + data for kind, data in parts)
+        sent = self._usock.send(whole)  # nearly always all of it
+        meanwhile()
+        if rest := whole[sent:]:  # (an empty one would be a system call, behind which others go first)
+            self._usock.sendall(rest)
         # RowDescription, DataRow: nobody looks at those of a flush. CopyInResponse: its data is on its way.
         unread = (b"T", b"D", b"G") if message.copies or message.inserts else ()
         deadline, kind = time.monotonic() + seconds, b""
@@ -2984,8 +2997,9 @@ class Replayer:
         if not one_by_one:
             try:
                 # A single flush cannot be divided: it may take longer.
-                patient = is_again and len(group.flushes) == 1
-                return session.store(group.epoch, group.number, [b.rows for b in group.batches], patient)
+                is_long = is_again and len(group.flushes) == 1
+                limit_s = (LONG_STATEMENT_TIMEOUT_S if is_long else STATEMENT_TIMEOUT_S) + ANSWER_GRACE_S
+                return session.store(group.epoch, group.number, [b.rows for b in group.batches], limit_s)
             except DatabaseError as error:
                 is_away = error.fault is Fault.AWAY and error.sqlstate not in self._excused(stuck)
                 # At the second try this session has seen that the tables are there and fit.
@@ -3050,6 +3064,7 @@ class Writer:
         # These belong to the writer's thread. Numbers of flushes only go up, and none is given twice.
         self._numbers = itertools.count(1)
         self._stopping = False
+        self._untold: tuple[Sequence[Batch], float] | None = None  # the last flush, and how long it took
 
     def retry_quarantine(self) -> None:
         """Try the events in quarantine again. Before start(). Raises SpoolError."""
@@ -3113,6 +3128,7 @@ class Writer:
                 self._store(session, batches)
             else:
                 self._to_spool([(0, batches)])
+        self._tell_stored()
         if self.session:
             self.session.close()
         self._spool.close()
@@ -3155,14 +3171,16 @@ class Writer:
             try:
                 session.check_idle()
                 rows, seconds = [batch.rows for batch in part], max(deadline - started, PATIENCE_MIN_S)
-                skipped = session.store(self._spool.epoch, number, rows, seconds=seconds)
+                skipped = session.store(self._spool.epoch, number, rows, seconds, self._tell_stored)
             except DatabaseError as error:
                 if error.fault is not Fault.DATA:
                     sent, loss = [(number, part)], error
                     break
                 parts += divide(part, error, left)
             else:
-                self._tell(part, DATABASE, started)
+                self._untold = part, self._clock() - started
+                if self._inbox.empty() or sum(batch.accepted for batch in part) < LONG_FLUSH_EVENTS:
+                    self._tell_stored()
                 self._metrics.count_all("events_duplicate_total", skipped)
             if self._clock() > deadline:  # so many are refused that others would wait too long
                 break
@@ -3177,6 +3195,7 @@ class Writer:
 
         What was sent comes with its number, other batches with 0 for a fresh one.
         """
+        self._tell_stored()
         started = self._clock()
         ready = [(n, batches, [b.spooled or b.text() for b in batches]) for n, batches in flushes if batches]
         with self._spool.switch:
@@ -3184,7 +3203,7 @@ class Writer:
             done = [(batches, self._append(number, batches, texts)) for number, batches, texts in ready]
         for batches, error in done:
             if not error:
-                self._tell(batches, SPOOL, started)
+                self._tell(batches, SPOOL, self._clock() - started)
                 continue
             for batch in batches:
                 if batch.kept:  # the client will send them again
@@ -3209,14 +3228,21 @@ class Writer:
             return error
         return None
 
-    def _tell(self, batches: Sequence[Batch], place: str, started: float) -> None:
+    def _tell_stored(self) -> None:
+        """Answer the clients of the last flush that is in the database, unless that has been done."""
+        untold, self._untold = self._untold, None
+        if untold:
+            batches, seconds = untold
+            self._tell(batches, DATABASE, seconds)
+
+    def _tell(self, batches: Sequence[Batch], place: str, seconds: float) -> None:
         """Answer the clients of a flush; count it, and log it with -vv."""
         accepted: Counter[tuple[str, ...]] = Counter()
         for batch in batches:
             batch.tell(batch, place)
             for table, rows in batch.rows.items():
                 accepted[batch.delivery.app, table.name] += len(rows)
-        events, seconds = accepted.total(), self._clock() - started
+        events = accepted.total()
         self._metrics.count_all("events_accepted_total", accepted)
         self._metrics.count("events_spooled_total", events if place == SPOOL else 0)
         self._metrics.observe("flush_events", events)
