@@ -3730,9 +3730,10 @@ class Handler(BaseRequestHandler):
         """Send the answer to a batch. Called by the writer's thread; does not block."""
         answer, has_parted = self._answer(verdict, batch), self.has_parted
         self._service.let_go(batch)
-        self._rest = answer
-        with contextlib.suppress(OSError):  # a client that is gone is noticed when the rest is sent
+        try:
             self._rest = answer[self.request.send(answer, socket.MSG_DONTWAIT) :]
+        except OSError:  # a client that is gone is noticed when the rest is sent
+            self._rest = answer
         self._answered.release()  # unless we have parted, the next request may be served from here on
         if has_parted and self._rest:
             self.server.pool.jobs.put(self._part)
