@@ -3650,7 +3650,7 @@ class Service:
             except SpoolError as error:
                 raise cannot_store(error, len(batch.events)) from None
             self.metrics.count("events_quarantined_total", len(batch.kept))
-        batch.spooled = "" if self.writer.session else batch.text()  # all others wait for the writer
+        batch.spooled = "" if self.writer.session else batch.text()  # for that the writer would hold all up
         batch.events = []  # the body takes a fifth of the memory, and few batches ever go to the spool
         return batch
 
