@@ -234,14 +234,11 @@ class Fault(Enum):
 
 
 class DatabaseError(Exception):
-    """PostgreSQL, or the way to it, said no. `sqlstate` is "" where there was none."""
+    """PostgreSQL, or the way to it, said no. `fields` are PostgreSQL's (see server_error), if it was that."""
 
-    def __init__(self, reason: str, fault: Fault = Fault.AWAY, sqlstate: str = "", detail: str = "") -> None:
+    def __init__(self, reason: str, fault: Fault = Fault.AWAY, fields: Mapping[str, str] = {}) -> None:
         super().__init__(reason)
-        self.fault, self.sqlstate = fault, sqlstate
-        self.detail = detail  # may quote rows: for the operator only
-        self.column: str | None = None
-        self.context = ""  # where in the statement, as the server words it
+        self.fault, self.fields, self.sqlstate = fault, fields, fields.get("C", "")
 
 
 def reason_of(error: BaseException) -> str:
@@ -779,10 +776,10 @@ class Delivery(NamedTuple):
     """What is kept of a request with its events, under these names: what columns of the tables need."""
 
     app: str
-    received_at: float  # seconds since the epoch
     client_ip: str  # or only its network, or ""
     client_network: str
     headers: Mapping[str, str]  # names in lower case
+    received_at: float  # seconds since the epoch
 
     def about(self) -> str:
         """Return it as JSON."""
@@ -967,10 +964,7 @@ class TableIntake:
         return fields, problems
 
     def convert(self, batch: Batch, places: Iterable[int], limit: float) -> None:
-        """Add to a batch the rows of its events at some places, and why others do not fit.
-
-        Gives up when the batch has more problems than `limit`.
-        """
+        """Add to a batch the rows of its events at some places; gives up after `limit` problems."""
         events, problems, rows = batch.events, batch.problems, {}
         filled, lacking = self.filled(batch.delivery)
         own, extra, null, join = self._own, self.extra, self._null, self._separator.join
@@ -1041,6 +1035,7 @@ class Batch:
     rows: dict[TableIntake, dict[int, str]] = field(default_factory=dict)  # by their places in `events`
     accepted: int = 0  # how many events fit
     problems: list[Problem] = field(default_factory=list)
+    unknown: list[tuple[TableIntake, int]] = field(default_factory=list)  # events with keys that are ignored
     warnings: Sequence[str] = ()
     body: bytes = b""
     spooled: str = ""  # text(), if that was foreseen
@@ -1070,6 +1065,19 @@ class Batch:
         return items
 
 
+def unknown_keys(document: Mapping[str, object], batch: Batch) -> list[str]:
+    """Return what was ignored in a request: each unknown key once, with its first place."""
+    keys = [key for key in document if key not in REQUEST_KEYS][:UNKNOWN_KEYS_MAX]
+    texts = {("", key): f"unknown key {show(key)}{suggestion(key, REQUEST_KEYS)}" for key in keys}
+    for table, index in batch.unknown:
+        new = {(table.name, key) for key in batch.events[index].keys() - table.known} - texts.keys()
+        for name, key in sorted(new):
+            if len(texts) >= UNKNOWN_KEYS_MAX:
+                return [*texts.values(), "there are more unknown keys"]
+            texts[name, key] = f"events[{index}]: {table.describe(key)}"
+    return list(texts.values())
+
+
 class Intake:
     """How requests of one app become batches."""
 
@@ -1082,13 +1090,13 @@ class Intake:
         self.headers = sorted({column.header for column in columns if column.header})
         self._sources = {column.source for column in columns}
 
-    def delivery(self, headers: Mapping[str, str], peer: str, received_at: float) -> Delivery:
-        """Return what is kept of a request; `peer` is the IP address at the other end of its connection."""
+    def delivery(self, headers: Mapping[str, str], peer: str) -> Callable[[float], Delivery]:
+        """Return what is kept of requests from an IP address, when it is told the time at which one came."""
         ip = client_ip(headers, peer)
         if Source.CLIENT_IP not in self._sources:
             ip = network_of(ip) if Source.CLIENT_NETWORK in self._sources else ""
         kept = {name: headers[name] for name in self.headers if name in headers}
-        return Delivery(self.app.id, received_at, ip, network_of(ip), kept)
+        return partial(Delivery, self.app.id, ip, network_of(ip), kept)
 
     def batch(self, body: bytes, delivery: Delivery) -> Batch:
         """Return the batch in a request's body. Raises Refusal."""
@@ -1116,23 +1124,27 @@ class Intake:
             names = [p.column == TABLE_KEY and events[p.index or 0].get(TABLE_KEY) for p in batch.problems]
             label = "unknown_table" if all(type(name) is str for name in names) else "invalid_events"
             raise refused_events(batch.problems, len(events), label)
-        batch.body, batch.warnings = body, self._warnings(document, batch)
+        has_unknown = batch.unknown or not REQUEST_KEYS.issuperset(document)
+        batch.body, batch.warnings = body, unknown_keys(document, batch) if has_unknown else ()
         return batch
 
     def convert(self, events: list[Any], delivery: Delivery, limit: float = math.inf) -> Batch:
         """Return a batch of events; with a `limit`, gives up after so many problems."""
         batch = Batch(delivery, events, quarantines=self.app.quarantines)
-        for table, places in self._by_table(events, batch.problems).items():
+        for table, places in self._by_table(batch).items():
             table.convert(batch, places, limit)
         batch.problems.sort(key=lambda problem: problem.index or 0)
         return batch
 
-    def _by_table(self, events: Sequence[Any], problems: list[Problem]) -> dict[TableIntake, list[int]]:
-        places: dict[TableIntake, list[int]] = {}
-        for index, event in enumerate(events):
+    def _by_table(self, batch: Batch) -> dict[TableIntake, list[int]]:
+        problems, places = batch.problems, dict[TableIntake, list[int]]()
+        for index, event in enumerate(batch.events):
             name = event.get(TABLE_KEY) if type(event) is dict else None
             if type(name) is str and name in self.tables:
-                places.setdefault(self.tables[name], []).append(index)
+                table = self.tables[name]
+                places.setdefault(table, []).append(index)
+                if not (table.extra or table.known.issuperset(event)):
+                    batch.unknown.append((table, index))
             elif type(event) is not dict:
                 problems.append(Problem(index, None, f"expected an object, got {show(event)}"))
             elif type(name) is not str:
@@ -1142,22 +1154,6 @@ class Intake:
                 near = suggestion(name, self.tables) if len(problems) < UNKNOWN_KEYS_MAX else ""
                 problems.append(Problem(index, TABLE_KEY, f"the app has no table {show(name)}{near}"))
         return places
-
-    def _warnings(self, document: Mapping[str, object], batch: Batch) -> Sequence[str]:
-        """Return what was ignored in a request: each unknown key once, with its first place."""
-        keys = [key for key in document if key not in REQUEST_KEYS][:UNKNOWN_KEYS_MAX]
-        texts = {("", key): f"unknown key {show(key)}{suggestion(key, REQUEST_KEYS)}" for key in keys}
-        for table, places in batch.rows.items():
-            if table.extra or all(table.known.issuperset(batch.events[index]) for index in places):
-                continue
-            for index in places:
-                for key in sorted(batch.events[index].keys() - table.known):
-                    if (table.name, key) in texts:
-                        continue
-                    if len(texts) >= UNKNOWN_KEYS_MAX:
-                        return [*texts.values(), "there are more unknown keys"]
-                    texts[table.name, key] = f"events[{index}]: {table.describe(key)}"
-        return list(texts.values())
 
 
 def intakes(schema: Schema) -> dict[str, Intake]:
@@ -1269,7 +1265,7 @@ def insert_message(
         before, after = insert_sql(table, partition_keys.get(table.name, ()))
         if table.is_copied:
             sql.append(f"{before};\n")
-            copies.append(("\n".join(rows) + "\n").encode())
+            copies.append("\n".join([*rows, ""]).encode())
         else:
             sql.append(f"{before}{'),('.join(rows)}{after};\n")
             inserts.append((table.name, len(rows)))
@@ -1864,9 +1860,7 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
         fields = {**fields, "M": f"{fields.get('M')} ({fields.get('D', 'no detail')})"}  # for which time
     text = " ".join(fields.get("M", "unknown error").split())
     text = f"the ledger says that this session is over ({text})" if sqlstate == LEDGER_REFUSAL else text
-    error = DatabaseError(text, fault, sqlstate, fields.get("D", ""))
-    error.column, error.context = fields.get("c"), fields.get("W", "")
-    return error
+    return DatabaseError(text, fault, fields)
 
 
 # What pg8000 raises when the connection ends, or when the peer does not speak PostgreSQL's protocol.
@@ -1975,12 +1969,13 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             super().close()
 
     def _ask(self, message: Message, context: Any, seconds: float, meanwhile: Callable[[], object]) -> None:
-        parts = [(b"Q", message.sql.encode() + b"\0")]
+        sql = message.sql.encode() + b"\0"
+        parts = [b"Q", (len(sql) + 4).to_bytes(4), sql]
         for data in message.copies:
-            parts += [(b"d", data), (b"c", b"")]
+            parts += [b"d", (len(data) + 4).to_bytes(4), data, b"c\0\0\0\4"]
         self.tags = []
         self._usock.settimeout(seconds)
-        whole = b"".join(kind + (len(data) + 4).to_bytes(4) + data for kind, data in parts)
+        whole = memoryview(b"".join(parts))
         sent = self._usock.send(whole)  # nearly always all of it
         meanwhile()
         if rest := whole[sent:]:  # (an empty one would be a system call, behind which others go first)
@@ -2046,7 +2041,7 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
                 " systemd unit is unknown to PostgreSQL without the Debian package libnss-systemd)"
             )
         fault = Fault.AWAY if refusal.fault is Fault.AWAY else Fault.OPERATOR
-        return DatabaseError(f"{refusal}{hint}", fault, refusal.sqlstate)
+        return DatabaseError(f"{refusal}{hint}", fault, refusal.fields)
     reason, place = reason_of(error.__cause__ or error), target.socket or f"{target.host}:{target.port}"
     stays = isinstance(error, PermissionError | ssl.SSLError) or "Authentication method" in reason
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):  # in the middle of the handshake
@@ -2183,8 +2178,8 @@ def permitted(
 def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> DatabaseError | OperatorError:
     text = f"cannot create what the schema needs: {error}"
     if error.fault is Fault.AWAY:
-        return DatabaseError(text, error.fault, error.sqlstate)
-    detail = f" ({error.detail})" if error.detail else ""
+        return DatabaseError(text, error.fault, error.fields)
+    detail = f" ({error.fields['D']})" if "D" in error.fields else ""
     allow = f"Let the owner of the database run this, or allow user {identifier(user)} to:"
     return to_run(f"{text}{detail}\n{allow}", statements)
 
@@ -2218,8 +2213,8 @@ def repeated_values(index: Index, error: DatabaseError) -> OperatorError:
     find = f"SELECT {column}, count(*) FROM {table} GROUP BY {column} HAVING count(*) > 1"
     text = (
         f'table "{index.table}", column "{index.column}" cannot become unique, because values are repeated in'
-        f" it: {error.detail or error}\nFind them with the SELECT, remove them, and start again or run the"
-        " rest:"
+        f" it: {error.fields.get('D', error)}\nFind them with the SELECT, remove them, and start again or run"
+        " the rest:"
     )
     return to_run(text, [find, index.sql("CONCURRENTLY ")])
 
@@ -2264,7 +2259,7 @@ def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None
             complain(logging.INFO, f'database: table "{step.table}" is in use, waiting for it: {error}')
             if time.monotonic() > deadline:
                 reason = f'table "{step.table}" is still in use after {patience} s ({error}); not run: '
-                raise DatabaseError(reason + "; ".join(step.statements), Fault.AWAY, error.sqlstate) from None
+                raise DatabaseError(reason + "; ".join(step.statements), Fault.AWAY, error.fields) from None
             time.sleep(random.uniform(0.5, 1) * CHANGE_PAUSE_S)  # so that two do not meet again
         if taken[step] > 5:  # PostgreSQL takes it, and it has no effect
             raise to_run(f"run {taken[step]} times without effect:", step.statements)
@@ -2749,7 +2744,7 @@ class Group:
     def refuse(self, row: int, error: DatabaseError) -> None:
         """Take an event out that fits its table, and that the database does not store."""
         _, _, batch, place = self.rows[row]
-        problem = Problem(place, error.column, str(error))
+        problem = Problem(place, error.fields.get("c"), str(error))
         batch.problems.append(problem)
         batch.accepted -= 1
         self.unfit += batch.quarantined([problem])
@@ -2765,7 +2760,7 @@ class Group:
     @staticmethod
     def _convert(raw: Any, intakes: Mapping[str, Intake]) -> Batch:
         ip, events = raw["client_ip"], raw["events"]
-        delivery = Delivery(raw["app"], float(raw["received_at"]), ip, network_of(ip), raw["headers"])
+        delivery = Delivery(raw["app"], ip, network_of(ip), raw["headers"], float(raw["received_at"]))
         if intake := intakes.get(delivery.app):
             return intake.convert(events, delivery)
         reason = f"the schema file has no app {show(delivery.app)}"
@@ -3028,7 +3023,7 @@ def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> li
     The batch at fault, if it is known, is refused, or `left` to the replay if its app quarantines.
     """
     culprit, index = part[0], None
-    if named := refused_line(error.context, {table for batch in part for table in batch.rows}):
+    if named := refused_line(error.fields.get("W", ""), {table for batch in part for table in batch.rows}):
         table, line = named
         culprit, index = [(batch, place) for batch in part for place in batch.rows.get(table, ())][line]
     elif len(part) > 1:
@@ -3037,7 +3032,7 @@ def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> li
     if culprit.quarantines:
         left.append(culprit)
     else:
-        problem = Problem(index, error.column, f"the database refuses it: {error}")
+        problem = Problem(index, error.fields.get("c"), f"the database refuses it: {error}")
         culprit.tell(culprit, refused_events([problem], culprit.accepted))
     others = [batch for batch in part if batch is not culprit]
     return [others] if others else []
@@ -3667,9 +3662,10 @@ class Handler(BaseRequestHandler):
     def setup(self) -> None:
         self._service = self.server.service
         self._incoming = Incoming(self.request, self._service.clock)
-        # The last head that was let in, without its Content-Length, and what came of it: clients that keep
-        # their connection repeat it byte for byte. Good for these apps only.
-        self._known: tuple[bytes, Mapping[str, Intake], Head, Intake, str] | None = None
+        # What came of the last head that was let in, for which apps, and what of it is before and behind the
+        # number in Content-Length: clients that keep their connection repeat it byte for byte.
+        self._known: tuple[Head, Intake, str, Callable[[float], Delivery]] | None = None
+        self._known_by: tuple[object, bytes, bytes] = None, b"", b""
         # Held while the writer has a batch of ours, from submit() until its answer is sent.
         self._answered = threading.Lock()
         self._rest = b""  # of its answer, which the kernel did not take
@@ -3783,11 +3779,12 @@ class Handler(BaseRequestHandler):
     def _read_request(self) -> Batch | None:
         """Return the batch of a request, or None for a preflight that is allowed. Raises Refusal."""
         raw, apps, limit = self._incoming.head(), self._service.apps, self._service.body_bytes_max
-        field = CONTENT_LENGTH.search(raw)
-        length: int | None
-        shape, length = (raw[: field.start()] + raw[field.end() :], int(field[1])) if field else (b"", 0)
-        if self._known and self._known[:2] == (shape, apps) and length <= limit:
-            _, _, head, intake, self._cors = self._known
+        known_apps, before, behind = self._known_by
+        number = raw[len(before) : len(raw) - len(behind)]
+        is_known = apps is known_apps and raw == before + number + behind
+        length = int(number) if is_known and number.isdigit() and len(number) <= 18 else None
+        if self._known and length is not None and length <= limit:
+            head, intake, self._cors, deliver = self._known
             self.head, self.intake = head, intake
         else:
             head = self.head = parse_head(raw)
@@ -3802,8 +3799,10 @@ class Handler(BaseRequestHandler):
                 if not head.expects_continue and (length or 0) <= limit:
                     self.body = self._incoming.body(length, limit)
                 raise
-            if field and "content-length" not in intake.headers:
-                self._known = shape, apps, head, intake, self._cors
+            deliver = intake.delivery(head.headers, self.client_address[0])
+            if (field := CONTENT_LENGTH.search(raw)) and "content-length" not in intake.headers:
+                self._known_by = apps, raw[: field.start(1)], raw[field.end(1) :]
+                self._known = head, intake, self._cors, deliver
         if head.expects_continue and length != 0:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.body = self._incoming.body(length, limit)
@@ -3811,8 +3810,7 @@ class Handler(BaseRequestHandler):
             return None
         if coding := CODINGS[head.headers.get("content-encoding", "").lower()]:
             body = self.body = inflate(body, coding, limit)
-        delivery = intake.delivery(head.headers, self.client_address[0], time.time())
-        return self._service.batch(intake, body, delivery)
+        return self._service.batch(intake, body, deliver(time.time()))
 
 
 def describe_bug(error: BaseException | None) -> str:
