@@ -1137,7 +1137,8 @@ class Intake:
         return batch
 
     def _by_table(self, batch: Batch) -> dict[TableIntake, list[int]]:
-        problems, places = batch.problems, dict[TableIntake, list[int]]()
+        places: dict[TableIntake, list[int]] = {}
+        problems = batch.problems
         for index, event in enumerate(batch.events):
             name = event.get(TABLE_KEY) if type(event) is dict else None
             if type(name) is str and name in self.tables:
