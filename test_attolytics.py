@@ -541,6 +541,14 @@ class BatchTest(unittest.TestCase):
         batch = self.batch(example(**{f"key{i}": i for i in range(5000)}), example(other=1))
         self.assertEqual(len(batch.warnings), attolytics.UNKNOWN_KEYS_MAX + 1)
 
+    def test_an_unknown_key_of_an_event_that_goes_to_the_quarantine_is_warned_of(self) -> None:
+        apps = f"{{app: {{secret_key: {KEY}, tables: [t], invalid_events: quarantine}}}}"
+        schema = schema_of(f"{{tables: {{t: {{columns: [{{name: level, required: true}}]}}}}, apps: {apps}}}")
+        self.intake = attolytics.intakes(schema)["app"]
+        batch = self.batch({"_t": "t", "level": "1"}, {"_t": "t", "levle": "2"})
+        self.assertEqual(batch.problems, [Problem(1, "level", "missing, but required")])
+        self.assertEqual(batch.warnings, ['events[1]: unknown key "levle", did you mean "level"?'])
+
     def test_long_headers_are_not_kept_for_many_events(self) -> None:
         events, headers = [example()] * 300, {"referer": "r" * 30_000}
         with self.assertRaisesRegex(attolytics.Refusal, "300 events, and 30000 bytes of headers"):
