@@ -1277,14 +1277,14 @@ def refused_line(context: str, tables: Collection[TableIntake]) -> tuple[TableIn
     """Return the table and the row (from 0) that an error in a COPY is about, if its context names them.
 
     The context (PostgreSQL manual, 55.8: W) is in the server's language; in ours `COPY t, line 3, column x`.
+    It quotes values, in which a client may have written such a line: of two none is believed.
     """
-    names = [table.name for table in tables]
+    names, lines = [table.name for table in tables], list[tuple[TableIntake, int]]()
     for table in tables:
-        line = re.search(rf"^COPY {re.escape(table.name)}, [^\d\n]*(\d+)", context, re.MULTILINE)
-        # While a schema is replaced there may be two statements for one table.
-        if line and names.count(table.name) == 1:
-            return table, int(line[1]) - 1
-    return None
+        pattern = rf"^COPY {re.escape(table.name)}, [^\d\n]*(\d+)"
+        lines += [(table, int(line) - 1) for line in re.findall(pattern, context, re.MULTILINE)]
+    # While a schema is replaced there may be two statements for one table.
+    return lines[0] if len(lines) == 1 and names.count(lines[0][0].name) == 1 else None
 
 
 # The rest is about tables. A Schema says what a database should have, its catalog what it has, and a plan is
@@ -3024,9 +3024,12 @@ def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> li
     The batch at fault, if it is known, is refused, or `left` to the replay if its app quarantines.
     """
     culprit, index = part[0], None
-    if named := refused_line(error.fields.get("W", ""), {table for batch in part for table in batch.rows}):
-        table, line = named
-        culprit, index = [(batch, place) for batch in part for place in batch.rows.get(table, ())][line]
+    named = refused_line(error.fields.get("W", ""), {table for batch in part for table in batch.rows})
+    rows = [(batch, place) for batch in part for place in batch.rows.get(named[0], ())] if named else []
+    # Rows that are too big for a page are found many lines later, where they are stored together.
+    is_late = error.fields.get("R") == "RelationGetBufferForTuple"
+    if named and named[1] < len(rows) and not is_late:
+        culprit, index = rows[named[1]]
     elif len(part) > 1:
         middle = len(part) // 2
         return [part[middle:], part[:middle]]
