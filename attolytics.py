@@ -108,6 +108,7 @@ BODY_BYTES_MAX = 1 << 20  # nginx's own default, so both refuse the same request
 EVENTS_MAX = 10_000  # Per request; keeps one transaction well below a second.
 JSON_DEPTH_MAX = 100  # In a json value; PostgreSQL and every client cope with that.
 BODY_DEPTH_MAX = 400  # In the whole body; Python reads and writes that from anywhere, SQLite reads it.
+COLUMN_PROBLEMS_MAX = 10  # Listed of one event: a hundred of each would fill memory and quarantine.
 PROBLEMS_MAX = 1_000  # Refused events listed in one answer, about 150 kB.
 UNKNOWN_KEYS_MAX = 20  # Named in one answer; each costs a search for a suggestion.
 SHOWN_CHARS_MAX = 60  # Of a value quoted in a message.
@@ -843,6 +844,12 @@ def refused_events(problems: Sequence[Problem], count: int, label: str = "invali
     return Refusal(label, reason, problems[:PROBLEMS_MAX], count)
 
 
+def shorten(problems: list[Problem], count: int) -> None:
+    """Leave of the last ones, so many columns of one event, some and the number of the others."""
+    if (more := count - COLUMN_PROBLEMS_MAX) > 0:
+        problems[-more:] = [Problem(problems[-1].index, None, f"and {counted(more, 'column')} more")]
+
+
 def flaws(document: object) -> Refusal:
     """Return the refusal of a document that has flaws, which names the events they are in."""
     found = document.get("events") if isinstance(document, dict) else None
@@ -992,6 +999,7 @@ class TableIntake:
                 rows[index] = join(fields)
                 continue
             problems += [Problem(index, column, reason) for column, reason in lacking]
+            shorten(problems, width - len(fields))
             if len(problems) > limit:
                 break
         if rows:

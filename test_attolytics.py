@@ -482,6 +482,23 @@ class BatchTest(unittest.TestCase):
                 self.assertIn(reason, refusal.reason)
         self.assertEqual(batch_of(self.intake, b"\xef\xbb\xbf" + body_of(example())).accepted, 1)
 
+    def test_of_an_event_with_many_bad_columns_some_are_named_and_the_others_counted(self) -> None:
+        columns = tuple(Column(f"c{n}", Type.I32, required=True) for n in range(100))
+        app = attolytics.App("app", "key", None, ("t",), quarantines=True)
+        intake = attolytics.intakes(attolytics.Schema({"t": attolytics.Table("t", columns)}, {"app": app}))[
+            "app"
+        ]
+        event, good = (
+            {"_t": "t", "c5": 1, "c90": "x"},
+            {"_t": "t", **dict.fromkeys((c.name for c in columns), 1)},
+        )
+        batch = intake.convert([event, good, event], batch_of(intake, body_of(key="key")).delivery)
+        named = [(p.column, p.reason) for p in batch.problems if p.index == 2]
+        self.assertEqual(named[:2], [("c0", "missing, but required"), ("c1", "missing, but required")])
+        self.assertEqual(named[-2:], [("c10", "missing, but required"), (None, "and 89 columns more")])
+        self.assertEqual((len(batch.problems), batch.accepted), (22, 1))
+        self.assertTrue(batch.quarantined(batch.problems)[0].reason.endswith("; and 89 columns more"))
+
     def test_every_bad_event_is_listed_with_its_column_and_the_reason(self) -> None:
         without = {"_t": "events", "version": "1", "event_type": "start"}
         bad = [example(score="x"), 5, example(), example(score=1.5, time=[]), without, example(platform=None)]
@@ -5788,7 +5805,7 @@ class RepositoryTest(ProgramCase):
         for scope in symtable.symtable(self.source, "attolytics.py", "exec").get_children():
             for name in global_names(scope) - {scope.get_name()}:
                 self.assertLess(defined.get(name, 0), scope.get_lineno(), f"{scope.get_name()} uses {name}")
-        self.assertLessEqual(len(self.source.splitlines()), 4_937)
+        self.assertLessEqual(len(self.source.splitlines()), 4_944)
 
     def test_the_readmes_first_steps_lead_to_rows_in_the_database(self) -> None:
         readme = README.read_text()
