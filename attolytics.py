@@ -1872,6 +1872,9 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
     return DatabaseError(text, fault, fields)
 
 
+# What no event of ours causes that fits its column, unless somebody has changed that, or a trigger says so:
+# not in range, no time, no text of the type, NULL.
+MISFITS = ("22003", "22007", "22P02", "23502")
 # What pg8000 raises when the connection ends, or when the peer does not speak PostgreSQL's protocol.
 BROKEN = (pg8000.exceptions.InterfaceError, OSError, struct.error, LookupError, ValueError, AttributeError)
 NO_ANSWER = "no answer in time"
@@ -1897,6 +1900,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
     token = ""  # by which the ledger knows it
     stored: Mapping[str, int] = {}  # how far each epoch was stored when it took the ledger over
     partition_keys: Mapping[str, tuple[str, ...]] = {}  # of the tables, by name
+    check_tables: Callable[[], object] = staticmethod(bool)  # raises OperatorError if they fit no more
 
     def run(
         self, message: str | Message, seconds: float | None = None, meanwhile: Callable[[], object] = bool
@@ -1948,6 +1952,11 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             if error.sqlstate and error.fault is not Fault.AWAY:
                 with contextlib.suppress(DatabaseError):  # the next message will say it
                     self.run("ROLLBACK")
+            if error.sqlstate in MISFITS:
+                try:
+                    self.check_tables()
+                except OperatorError as misfit:
+                    raise DatabaseError(str(misfit), Fault.OPERATOR, error.fields) from None
             raise
         return skipped_rows(message, self.tags)
 
@@ -2298,6 +2307,7 @@ class Opener:
             session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
             self._partition_keys.update(session.partition_keys)
             session.partition_keys = self._partition_keys
+            session.check_tables = partial(self._check, session)
             # An INSERT of no rows gets the locks that one with rows needs, and EXPLAIN does not even run it.
             touches = [f"EXPLAIN INSERT INTO {identifier(name)} SELECT WHERE false" for name in schema.tables]
             session.run(f"{FLUSH_START}{';'.join(touches)};\nCOMMIT")
@@ -2307,6 +2317,13 @@ class Opener:
         except (DatabaseError, OperatorError):
             session.close()
             raise
+
+    def _check(self, session: Session) -> None:
+        """Raise OperatorError if somebody has changed a table so that it does not fit, DatabaseError."""
+        session.timeout_s = PATIENCE_MIN_S  # clients wait
+        permitted(session, self._schema, self.target.user, migrates=False, creates=False)
+        session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
+        session.partition_keys = self._partition_keys
 
     def prepare(self, schema: Schema) -> None:
         """Prepare or migrate the tables for another schema, over a connection of its own, then use it.

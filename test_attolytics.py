@@ -2259,6 +2259,26 @@ class WriterTest(WriterCase):
         self.assertEqual({self.place_of(each) for each in (first, last)}, {"database"})
         self.assertIn("row is too big", self.problem(sent)[1])
 
+    def test_a_table_that_is_changed_so_that_it_does_not_fit_is_not_the_clients_fault(self) -> None:
+        for number, (change, undo) in enumerate(
+            (
+                ("ALTER text TYPE integer USING 0", "ALTER text TYPE varchar"),
+                ("ALTER text TYPE timestamptz USING now()", "ALTER text TYPE varchar"),
+                ("ALTER mark TYPE smallint USING 0", "ALTER mark TYPE bigint"),
+                ("ADD z integer NOT NULL", "DROP z"),
+            )
+        ):
+            with self.subTest(change):
+                self.query(f"TRUNCATE plain; ALTER TABLE plain {change}")
+                try:
+                    self.assertEqual(self.place(mark(number + 100_000, "a", "plain")), "spool")
+                    wait_until(lambda: "does not fit the schema file" in self.log())
+                finally:
+                    self.query(f"ALTER TABLE plain {undo}")
+                self.wait_for_database()
+                self.assertEqual(self.stored(), [number + 100_000])
+        self.assertEqual(self.quarantined(), [])
+
     def test_a_lock_is_waited_for_once_not_by_every_batch(self) -> None:
         self.constraint("plain", "CHECK (mark < 1000)")
         release = self.hold("everything")
@@ -5805,7 +5825,7 @@ class RepositoryTest(ProgramCase):
         for scope in symtable.symtable(self.source, "attolytics.py", "exec").get_children():
             for name in global_names(scope) - {scope.get_name()}:
                 self.assertLess(defined.get(name, 0), scope.get_lineno(), f"{scope.get_name()} uses {name}")
-        self.assertLessEqual(len(self.source.splitlines()), 4_944)
+        self.assertLessEqual(len(self.source.splitlines()), 4_962)
 
     def test_the_readmes_first_steps_lead_to_rows_in_the_database(self) -> None:
         readme = README.read_text()
