@@ -3330,9 +3330,9 @@ def parse_request_line(line: str) -> tuple[str, str, str]:
     return method, target, minor
 
 
-def check_partial_head(head: bytes) -> None:
-    """Raise Refusal for the beginning of a head that cannot become a good one."""
-    if FORBIDDEN.search(head):
+def check_partial_head(head: bytes, checked: int = 0) -> None:
+    """Raise Refusal for the beginning of a head that cannot become a good one; so much of it may."""
+    if FORBIDDEN.search(head, max(checked - 1, 0)):  # all of it for each byte that comes would take long
         raise Refusal("malformed_request", "a control character, or a line that does not end in CR LF")
     line, is_whole, _ = head.removeprefix(b"\r\n").partition(b"\r\n")
     if is_whole or len(head) > REQUEST_LINE_BYTES_MAX:  # HTTP/0.9, for example, sends no more than a line
@@ -3544,16 +3544,18 @@ class Incoming:
     def _line(self, limit: int, deadline: float) -> bytes:
         """Return a line of a chunked body without its CRLF, unless its beginning is a bad one."""
 
-        def check(line: bytes) -> None:
-            if len(line) > limit or FORBIDDEN.search(line):
+        def check(line: bytes, checked: int) -> None:
+            if len(line) > limit or FORBIDDEN.search(line, max(checked - 1, 0)):
                 raise Refusal("malformed_request", "a line of a chunked body is too long, or is not one")
 
         return self._until(b"\r\n", check, deadline)
 
-    def _until(self, mark: bytes, check: Callable[[bytes], None], deadline: float) -> bytes:
+    def _until(self, mark: bytes, check: Callable[[bytes, int], None], deadline: float) -> bytes:
         """Take what comes before a mark, and the mark; `check` may refuse the beginning of it."""
+        checked = 0
         while (end := self._buffer.find(mark)) < 0:
-            check(self._buffer)
+            check(self._buffer, checked)
+            checked = len(self._buffer)
             data = self._receive(deadline)
             if not data:
                 raise Refusal("malformed_request", "the connection ended in the middle of the request")
