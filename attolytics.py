@@ -527,7 +527,7 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
     """Return the schema that a file's text describes. Raises SchemaError with every mistake in it."""
     try:
         node = yaml.compose(text, yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # of "\UFFFFFFFF", say
         reason = "nested too deeply" if isinstance(error, RecursionError) else f"not YAML: {reason_of(error)}"
         raise SchemaError(f"the schema file has 1 mistake:\n{file}: {reason}") from None
     root = Part([], node)

@@ -225,6 +225,9 @@ class SchemaTest(unittest.TestCase):
         for text, expected in [
             ("", "expected tables and apps, got nothing"),
             ("a:\n\tb: 1", "not YAML"),
+            ('a: "\\UFFFFFFFF"', "not YAML"),
+            ('a: "\\U00110000"', "not YAML"),
+            (f"%YAML 1.{'1' * 5000}\n---\na: b", "not YAML"),
             ("[" * 3000, "nested too deeply"),
             (bomb, 'a6: unknown key "a6"'),
             (f"{bomb}tables: *a6", "tables: expected at least one table, got an array"),
