@@ -812,8 +812,10 @@ def unique_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def marked_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(result := dict(pairs)) == len(pairs):
+        return result
     twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    return dict(pairs) | {key: Flaw(f"the key {show(key)} stands twice in one object") for key in twice}
+    return result | {key: Flaw(f"the key {show(key)} stands twice in one object") for key in twice}
 
 
 def exact_number(text: str) -> float | Decimal:
@@ -854,14 +856,15 @@ def flaws(document: object) -> Refusal:
     """Return the refusal of a document that has flaws, which names the events they are in."""
     found = document.get("events") if isinstance(document, dict) else None
     events: list[Any] = found if isinstance(found, list) else []
-    problems = [
+    every = (
         Problem(index, key[:NAME_BYTES_MAX], str(flaw))
-        for index, event in enumerate(events)
+        for index, event in enumerate(events[:EVENTS_MAX])
         if isinstance(event, dict) and find_flaw(event) is not None
         for key, value in event.items()
         if (flaw := find_flaw(value)) is not None
-    ]
-    if problems:
+    )
+    # Nobody has shown a key yet: to find them all may take a hundred times as long as to decode the body.
+    if problems := list(itertools.islice(every, PROBLEMS_MAX + 1)):
         return refused_events(problems, len(events))
     return Refusal("invalid_body", str(find_flaw(document)))
 

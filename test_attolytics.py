@@ -447,6 +447,16 @@ class BatchTest(unittest.TestCase):
         self.assertEqual((refusal.label, refusal.events), (label, len(events)))
         return list(refusal.problems)
 
+    def test_a_body_full_of_flaws_is_refused_without_looking_for_all_of_them(self) -> None:
+        find = unittest.mock.Mock(wraps=attolytics.find_flaw)
+        for event in (b'{"a": NaN}', b'{"a": 1, "a": 2}', b'{"a": {}}'):
+            body = b'{"events": [%s, {"b": NaN}]}' % b",".join([event] * 50_000)
+            with unittest.mock.patch.object(attolytics, "find_flaw", find):
+                refusal = self.refusal(body)
+            self.assertIn("at least 1001 of 50001 events" if b"{}" not in event else "NaN", refusal.reason)
+            self.assertLess(find.call_count, 3 * attolytics.EVENTS_MAX)
+            find.reset_mock()
+
     def test_events_become_rows_of_their_tables(self) -> None:
         purchase = {"_t": "purchases", "id": "123e4567-e89b-12d3-a456-426614174000", "product": "hat"}
         events = example(time=0, score=7), purchase, example(user_id="me")
@@ -5852,7 +5862,7 @@ class RepositoryTest(ProgramCase):
         for scope in symtable.symtable(self.source, "attolytics.py", "exec").get_children():
             for name in global_names(scope) - {scope.get_name()}:
                 self.assertLess(defined.get(name, 0), scope.get_lineno(), f"{scope.get_name()} uses {name}")
-        self.assertLessEqual(len(self.source.splitlines()), 4_964)
+        self.assertLessEqual(len(self.source.splitlines()), 4_967)
 
     def test_the_readmes_first_steps_lead_to_rows_in_the_database(self) -> None:
         readme = README.read_text()
