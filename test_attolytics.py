@@ -470,7 +470,7 @@ class BatchTest(unittest.TestCase):
             # It has a unique column.
             "purchases": [f"'123e4567-e89b-12d3-a456-426614174000','hat',NULL,NULL,NULL,{filled}"],
         }
-        self.assertEqual((batch.accepted, self.rows(batch), batch.warnings), (3, rows, []))
+        self.assertEqual((batch.accepted, self.rows(batch), [*batch.warnings]), (3, rows, []))
 
     def test_a_body_of_another_shape_is_refused(self) -> None:
         for body, reason in [
