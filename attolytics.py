@@ -3650,27 +3650,23 @@ class Service:
     # for all of them in turn to let go of the interpreter.
     _converting: threading.Lock = field(default_factory=threading.Lock)
     # Counts the large batches that may still be converted and stored: they take more memory than bodies.
-    _large: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(LARGE_BATCHES_MAX))
+    large: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(LARGE_BATCHES_MAX))
     live: Live | None = None  # with a monitor port
 
     def batch(self, intake: Intake, body: bytes, delivery: Delivery) -> Batch:
-        """Return the batch in a body; let_go() has to follow. Blocks while there are many large ones.
+        """Return the batch in a body, a large one counted until it is answered. Blocks while there are many.
 
         Its bad events are in the quarantine before anything of it is stored. Raises Refusal.
         """
         if len(body) <= LARGE_BODY_BYTES:
             return self._keep(intake.batch(body, delivery))
-        self._large.acquire()
+        self.large.acquire()
         try:
             with self._converting:
                 return self._keep(intake.batch(body, delivery))
         except BaseException:
-            self._large.release()
+            self.large.release()
             raise
-
-    def let_go(self, batch: Batch) -> None:
-        if len(batch.body) > LARGE_BODY_BYTES:
-            self._large.release()
 
     def _keep(self, batch: Batch) -> Batch:
         if batch.problems:
@@ -3759,7 +3755,8 @@ class Handler(BaseRequestHandler):
     def _tell(self, batch: Batch, verdict: str | Refusal) -> None:
         """Send the answer to a batch. Called by the writer's thread; does not block."""
         answer, has_parted = self._answer(verdict, batch), self.has_parted
-        self._service.let_go(batch)
+        if len(batch.body) > LARGE_BODY_BYTES:
+            self._service.large.release()
         try:
             self._rest = answer[self.request.send(answer, socket.MSG_DONTWAIT) :]
         except OSError:  # a client that is gone is noticed when the rest is sent
