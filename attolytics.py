@@ -3700,7 +3700,7 @@ class Handler(BaseRequestHandler):
         self._answered = threading.Lock()
         self._rest = b""  # of its answer, which the kernel did not take
         self.has_parted = False  # from its thread: the connection ends with that answer
-        self._keeps = True  # the connection, after the last answer
+        self._keeps = True  # the connection, after the answer
         # About the request that is served, or whose answer the writer has to send.
         self.head: Head | None = None
         self.intake: Intake | None = None
@@ -3709,16 +3709,16 @@ class Handler(BaseRequestHandler):
         self._cors = ANY_ORIGIN
 
     def handle(self) -> None:
-        try:
-            while self._keeps and self._await_request():
-                self._exchange()
-            if not self.has_parted:
-                self._finish_answer()
-            if self.body is None:
-                self._incoming.drain()
-        finally:
-            if not self.has_parted:
-                self._answered.acquire()  # it must not meet a closed socket, nor that of another client
+        while self._keeps and self._await_request():
+            self._exchange()
+        if not self.has_parted:
+            self._finish_answer()
+        if self.body is None:
+            self._incoming.drain()
+
+    def finish(self) -> None:
+        if not self.has_parted:
+            self._answered.acquire()  # it must not meet a closed socket, nor that of another client
 
     def _await_request(self) -> bool:
         """Return whether there is another request to serve."""
@@ -3745,7 +3745,6 @@ class Handler(BaseRequestHandler):
         if batch is None:
             self.request.sendall(self._answer(""))
             return
-        self._keeps = bool(self.head and self.head.keep_alive)
         self._answered.acquire()
         self.has_parted = not self._keeps  # the writer's thread has everything from here on
         self._service.writer.submit(batch, self._tell)
@@ -3794,7 +3793,7 @@ class Handler(BaseRequestHandler):
         seconds = service.clock() - self.started
         service.metrics.count("http_requests_total", 1, f"{status}")
         service.metrics.observe("http_request_duration_seconds", seconds)
-        self._keeps = bool(head and head.keep_alive) and self.body is not None and not service.draining
+        self._keeps = self._keeps and self.body is not None and not service.draining
         self.body = self.body and b""
         headers = f"{self._cors}Connection: {'keep-alive' if self._keeps else 'close'}\r\n"
         answer = answer_bytes(status, headers, answer_text(verdict, batch))
@@ -3819,7 +3818,7 @@ class Handler(BaseRequestHandler):
             self.head, self.intake = head, intake
         else:
             head = self.head = parse_head(raw)
-            length = head.length
+            self._keeps, length = head.keep_alive, head.length  # a head that is known keeps it
             try:
                 intake = self.intake = find_app(head, apps)
                 self._cors = cors_headers(intake, head)
