@@ -3782,10 +3782,10 @@ class Handler(BaseRequestHandler):
 
     def _answer(self, verdict: str | Refusal, batch: Batch | None = None) -> bytes:
         """Return the answer to a refused request, a stored batch or a preflight; count and log it."""
-        service, head, intake, reason = self._service, self.head, self.intake, ""
+        service, head, intake = self._service, self.head, self.intake
         status = HTTPStatus.OK if batch else HTTPStatus.NO_CONTENT
         if isinstance(verdict, Refusal):
-            batch, status, reason = None, verdict.status, verdict.reason
+            batch, status = None, verdict.status
             app_id = intake.app.id if intake else ""  # never a client's text
             service.metrics.count("events_refused_total", verdict.events, app_id, verdict.label)
         if service.live and verdict:
@@ -3802,8 +3802,8 @@ class Handler(BaseRequestHandler):
         if log.isEnabledFor(logging.DEBUG):
             line = head.line() if head else "-"
             client = network_of(self.client_address[0])  # more of it may not be kept
-            cause = reason.partition('"')[0]  # what it quotes may be a key
-            log.debug("%s %s -> %d, %.1f ms %s", client, line, status, seconds * 1e3, cause)
+            text = str(verdict).partition('"')[0]  # what it quotes may be a key
+            log.debug("%s %s -> %d, %.1f ms %s", client, line, status, seconds * 1e3, text)
         return answer
 
     def _read_request(self) -> Batch | None:

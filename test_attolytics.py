@@ -5185,7 +5185,7 @@ class CommandTest(ProgramCase):
         server.post("/apps/app/events", body, headers={"Content-Type": body[:30].decode()})
         self.assertEqual(server.stop(), 0)
         text = "\n".join(server.lines)
-        self.assertIn("POST /apps/app/events -> 200", text)
+        self.assertRegex(text, r"POST /apps/app/events -> 200, \S+ ms database\n")
         self.assertIn("flush: 1 batches, 1 events", text)
         self.assertNotRegex(text, "sesame|wrong-key|secret_key")
         port = free_port()
