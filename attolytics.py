@@ -3502,24 +3502,10 @@ class Incoming:
     def body(self, length: int | None, limit: int) -> bytes:
         """Return a request's body, of a known length or (None) chunked, then of at most `limit` bytes."""
         deadline = self._clock() + BODY_DEADLINE_S
-        return self._chunked(limit, deadline) if length is None else self._exactly(length, deadline)
-
-    def _exactly(self, size: int, deadline: float) -> bytes:
-        parts, self._buffer = [self._buffer[:size]], self._buffer[size:]
-        missing = size - len(parts[0])
-        while missing:
-            data = self._receive(deadline, missing)
-            if not data:
-                raise Refusal("malformed_request", f"the body ended {missing} bytes early")
-            parts.append(data)
-            missing -= len(data)
-        return b"".join(parts)
-
-    def _chunked(self, limit: int, deadline: float) -> bytes:
-        """Return a chunked body (RFC 9112, section 7.1) of at most `limit` bytes."""
-        body = bytearray()
-        size = -1
-        while size:
+        if length is not None:
+            return self._exactly(length, deadline)
+        body, size = bytearray(), -1
+        while size:  # RFC 9112, section 7.1
             match = CHUNK_LINE.fullmatch(self._line(256, deadline))
             if not match:
                 raise Refusal("malformed_request", "malformed chunk size")
@@ -3543,6 +3529,17 @@ class Incoming:
             self._sock.shutdown(socket.SHUT_WR)
             while self._receive(deadline):
                 pass
+
+    def _exactly(self, size: int, deadline: float) -> bytes:
+        parts, self._buffer = [self._buffer[:size]], self._buffer[size:]
+        missing = size - len(parts[0])
+        while missing:
+            data = self._receive(deadline, missing)
+            if not data:
+                raise Refusal("malformed_request", f"the body ended {missing} bytes early")
+            parts.append(data)
+            missing -= len(data)
+        return b"".join(parts)
 
     def _line(self, limit: int, deadline: float) -> bytes:
         """Return a line of a chunked body without its CRLF, unless its beginning is a bad one."""
