@@ -3485,12 +3485,12 @@ class Incoming:
 
     def wait(self) -> bool | None:
         """Return whether the next request has begun; False at the end of input, None after IDLE_SLICE_S."""
-        if not self._buffer:
+        if self._buffer in (b"", b"\r\n"):  # some clients send an empty line behind a body
             try:
                 self._buffer = self._receive(self._clock() + IDLE_SLICE_S)
             except Refusal:
                 return None
-        return bool(self._buffer)
+        return bool(self._buffer) if self._buffer != b"\r\n" else None
 
     def head(self, seconds: float = HEAD_DEADLINE_S) -> bytes:
         """Return a request's head without its final empty line. Call it after wait()."""

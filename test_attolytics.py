@@ -2729,6 +2729,14 @@ class HttpTest(ServerCase):
         self.assertEqual(statuses, [200 if i % 3 else 403 for i in range(12)])
         self.assertEqual(self.stored("marks"), [i for i in range(12) if i % 3])
 
+    def test_an_empty_line_behind_a_request_is_no_other_one(self) -> None:
+        sock = self.connect()
+        self.assertEqual(self.ask(sock, self.raw(self.BODY) + b"\r\n").status, 200)
+        self.assertEqual(self.ask(sock, self.raw(self.BODY)).status, 200)
+        sock.sendall(b"\r\n")  # waited for in vain, it would be answered with 408 after HEAD_DEADLINE_S
+        sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(sock.recv(1000), b"")
+
     def test_chunked_bodies(self) -> None:
         halves = self.BODY[:20], self.BODY[20:]
         lines = b"%x\r\n%s\r\n%X;name=value\r\n%s\r\n0\r\nTrailer: x\r\n\r\n"
