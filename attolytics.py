@@ -3897,18 +3897,16 @@ class Listener(ThreadingHTTPServer):
 
 
 class Server(Listener):
-    """A listening socket for clients; `is_inherited` if it stays open when we are gone."""
+    """A listening socket for clients."""
 
-    def __init__(
-        self, sock: socket.socket, service: Service, pool: Pool, turning_away: Pool, is_inherited: bool
-    ) -> None:
+    def __init__(self, sock: socket.socket, service: Service, pool: Pool, turning_away: Pool) -> None:
         super().__init__(sock, Handler, pool)
-        self.service, self._turning_away, self.is_inherited = service, turning_away, is_inherited
+        self.service, self._turning_away = service, turning_away
 
-    def stop_accepting(self) -> None:
-        """Accept what has connected, or leave that to the next process; close the listening socket."""
+    def stop_accepting(self, is_inherited: bool) -> None:
+        """Close the listening socket. Accept what has connected, unless that is left to the next process."""
         self.shutdown()
-        if not self.is_inherited:
+        if not is_inherited:
             # Closing would reset connections that the kernel has accepted for us.
             self._handle_request_noblock()
         self.server_close()
@@ -4813,15 +4811,15 @@ class Reloader:
         self.schema = schema
 
 
-def drain(servers: Sequence[Server], service: Service, writing: threading.Thread) -> None:
+def drain(servers: Sequence[Server], are_inherited: bool, writing: threading.Thread) -> None:
     """Accept nothing new, answer what is in flight, store it. Blocks at most DRAIN_S."""
-    deadline, pool = time.monotonic() + DRAIN_S, servers[0].pool
+    deadline, service, pool = time.monotonic() + DRAIN_S, servers[0].service, servers[0].pool
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, signal.SIG_DFL)  # a second one ends us at once
-    if servers[0].is_inherited:  # so they all are
+    if are_inherited:  # they stay open when we are gone
         pool.wait_until_quiet(DRAIN_OPEN_S)
     for server in servers:
-        server.stop_accepting()
+        server.stop_accepting(are_inherited)
     # A client that keeps its connection learns from its next answer that it ends. Closing the connection
     # now could meet a request on its way, and clients do not repeat a POST.
     pool.wait_until_quiet(DRAIN_IDLE_S)
@@ -4888,7 +4886,7 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     if options.retry_quarantine:
         writer.retry_quarantine()
     servers = [
-        Server(sock, service, pool, turning_away, is_inherited=bool(sockets))
+        Server(sock, service, pool, turning_away)
         for sock in sockets or listen(options.host, options.port, reuse_port=options.reuse_port)
     ]
     monitors: list[Monitor] = []
@@ -4919,7 +4917,7 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     log.info("stopping: %s", reason)
     service.draining = True
     notify("STOPPING=1", "STATUS=answering the requests in flight")
-    drain(servers, service, writing)
+    drain(servers, bool(sockets), writing)
     if reason == BUG:
         raise OperatorError("stopped because of a bug, see the message above")
 
