@@ -4365,10 +4365,8 @@ class MonitorHandler(BaseHTTPRequestHandler):
         else:
             self._answer(*page())
 
-    do_HEAD = do_GET  # noqa: N815  # http.server's name
-
     def send_error(self, code: int, message: str | None = None, _explain: str | None = None) -> None:
-        """Answer what is no request. Called for requests of other methods, too."""
+        """Answer what is no request. Called for requests of other methods, too, so for HEAD."""
         if code == HTTPStatus.NOT_IMPLEMENTED:
             self.do_GET()
         else:
