@@ -4306,13 +4306,8 @@ class Live:
                 if has_left.poll(LIVE_TICK_S * 1e3):
                     return
 
-    def pages(self, health: Callable[[], Page]) -> dict[str, Callable[[], Page]]:
-        """Return what answers each path of the live view; /live only with a head, watch() does the rest."""
-        page, stream = (HTTPStatus.OK, PAGE, "text/html"), (HTTPStatus.OK, "", "text/event-stream")
-        return {"/": lambda: page, "/live": lambda: stream, "/live/state": lambda: self._state(health()[1])}
-
-    def _state(self, health: str) -> Page:
-        """Return what the page shows beside the feed."""
+    def state(self, health: str) -> Page:
+        """Return what the page shows beside the feed; `health` is the monitor's."""
         service, rows = self._service, list[Any]()
         with self._lock:
             samples, since = [*self._samples], self._since
@@ -4396,7 +4391,10 @@ class Monitor(Listener):
         self._replayer, self._clients = service.writer.replayer, clients
         self._started_at, self._started = time.time(), service.clock()
         self.live = service.live = service.live or Live(service)
-        self.pages = {"/healthz": self.health, "/metrics": self.metrics, **self.live.pages(self.health)}
+        page, head = (HTTPStatus.OK, PAGE, "text/html"), (HTTPStatus.OK, "", "text/event-stream")
+        self.pages: dict[str, Callable[[], Page]] = {"/": lambda: page, "/live": lambda: head}  # not its body
+        self.pages |= {"/live/state": lambda: self.live.state(self.health()[1])}
+        self.pages |= {"/healthz": self.health, "/metrics": self.metrics}
 
     def service_actions(self) -> None:
         self.live.tick()
