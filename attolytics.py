@@ -3055,7 +3055,7 @@ def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> li
     named = refused_line(error.fields.get("W", ""), {table for batch in part for table in batch.rows})
     rows = [(batch, place) for batch in part for place in batch.rows.get(named[0], ())] if named else []
     # Rows that are too big for a page are found many lines later, where they are stored together.
-    is_late = error.fields.get("R") == "RelationGetBufferForTuple"
+    is_late = error.sqlstate == "54000" and "n" not in error.fields  # of no index
     if named and named[1] < len(rows) and not is_late:
         culprit, index = rows[named[1]]
     elif len(part) > 1:
