@@ -2649,7 +2649,7 @@ class Spool(SpoolFile):
         query = "SELECT id, epoch, flush, events, batches FROM attolytics_spool ORDER BY id"
         with self.translated(), contextlib.closing(self._db.execute(query)) as rows:
             for flush in itertools.starmap(SpooledFlush, rows):
-                events, chars = events + flush.events, chars + len(flush.text)
+                events, chars = events + max(flush.events, 1), chars + len(flush.text)  # each may be alone
                 is_more = events > events_max or chars > FLUSH_CHARS_MAX
                 if flushes and (is_more or flush.epoch != flushes[0].epoch):
                     break

@@ -3799,6 +3799,18 @@ class PoisonTest(ProgramCase):
         self.query("ALTER TABLE plain DISABLE TRIGGER ALL")
         wait_until(lambda: self.stored() == [1, 2, 3, 4, 5])
 
+    @not_pooled("the pooler keeps the session")
+    def test_an_event_that_costs_the_session_is_found_beside_batches_without_events(self) -> None:
+        self.serve().stop()
+        self.trigger("IF NEW.text = 'bad' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF")
+        server = self.serve(url="")
+        for events in ([mark(1, "bad", "plain")], [], [], [mark(2, "good", "plain")]):
+            self.assertEqual(self.post(server, *events).json["stored"], "spool")
+        server.stop()
+        server = self.serve(limits={"BACKOFF_MAX_S": 0.2})
+        self.wait_for_database(server)
+        self.assertEqual((self.stored(), [*self.quarantined()]), ([2], [1]))
+
     def rate(self, server: Attolytics, first: str = "x") -> int:
         """Return how many requests 32 clients get through in a while, beside one that sends a text."""
         count, deadline = 0, time.monotonic() + 0.5
