@@ -2874,7 +2874,7 @@ class Replayer:
         self._stop = threading.Event()
         # These belong to the replayer's thread; others only look.
         self._backoff_s = 0.0
-        self._got_on_at = math.inf  # while the writer has the session
+        self._got_on_at = math.inf  # until take()
         self._stuck: Stuck | None = None
         self._events_max = REPLAY_EVENTS_MAX  # in a group; fewer after a failure
 
@@ -2888,7 +2888,7 @@ class Replayer:
         self._wanted.put(None)
 
     def take(self, session: Session | None, reason: str = "") -> None:
-        """Go on with a session that is well, or connect, because it was lost for a reason."""
+        """Go on with a session that is well, or connect, because it was lost. Before anything is spooled."""
         self.is_up, self.reason, self._got_on_at = session is not None, reason, self._clock()
         self._wanted.put(session)
 
@@ -2902,8 +2902,8 @@ class Replayer:
 
     def held_up(self) -> str:
         """Return what holds the replay up, if it has not got on for HELD_UP_S, else ""."""
-        seconds = self._clock() - self._got_on_at
-        if seconds < HELD_UP_S or not self._spool.events:
+        events, seconds = self._spool.events, self._clock() - self._got_on_at
+        if seconds < HELD_UP_S or not events:
             return ""
         why = self.reason or "the database has not answered yet"
         return f"the replay has been held up for {seconds:.0f} s: {why}"
@@ -2968,7 +2968,7 @@ class Replayer:
                     log.info(text, replayed, left, rate, left / max(rate, 1))
             # A database that is slow would lose the writer's session at once.
             elif self._clock() >= slow_until and hand_over(session):
-                self._got_on_at, self._backoff_s = math.inf, 0.0
+                self._backoff_s = 0.0
                 self.turn.set()
                 if replayed:
                     text = f"replayed all {replayed} events in {self._clock() - started:.1f} s"
@@ -3227,6 +3227,8 @@ class Writer:
         ready = [(n, batches, [b.spooled or b.text() for b in batches]) for n, batches in flushes if batches]
         with self._spool.switch:
             session, self.session = self.session, None
+            if session:  # who goes on with it has to wait for the switch
+                self.replayer.take(None if loss else session, str(loss or ""))
             done = [(batches, self._append(number, batches, texts)) for number, batches, texts in ready]
         for batches, error in done:
             if not error:
@@ -3243,9 +3245,6 @@ class Writer:
                 text = f"the database cannot store events: {loss}; they go to {self._spool.path}"
                 complain(level, text, f"cannot store {loss.sqlstate or loss}")
             session.close()
-            self.replayer.take(None, str(loss))
-        elif session:
-            self.replayer.take(session)
 
     def _append(self, number: int, batches: Sequence[Batch], texts: Sequence[str]) -> SpoolError | None:
         events = sum(batch.accepted for batch in batches)

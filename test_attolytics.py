@@ -2502,6 +2502,20 @@ class HandOverTest(WriterCase):
         wait_until(lambda: self.stored() == list(range(sent)), 5)
 
 
+class LostAtOnceTest(WriterCase):
+    # The replayer needs some time for what it does after it has handed the session over.
+    SLOW = "(lambda accept: lambda *given: accept(*given) and (attolytics.time.sleep(1.5) or True))"
+    LIMITS: ClassVar = {**WriterCase.LIMITS, "Writer._accept": f"{SLOW}(attolytics.Writer._accept)"}
+
+    @not_pooled("the pooler keeps the session")
+    def test_it_is_known_how_long_the_database_was_away(self) -> None:
+        self.terminate()
+        wait_until(lambda: "the database is there again" in self.log())
+        self.terminate()
+        wait_until(lambda: self.log().count("the database is there again") == 2)
+        self.assertNotIn("inf", re.findall("after (.*) s", self.log())[-1])
+
+
 class ComplaintsTest(unittest.TestCase):
     def test_what_goes_wrong_again_and_again_is_logged_once_a_minute_with_its_number(self) -> None:
         self.now = 100.0
