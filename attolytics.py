@@ -2913,8 +2913,7 @@ class Replayer:
         while not self._stop.wait(0 if session else self._backoff_s * random.uniform(0.5, 1)):
             try:
                 session = session or self._connect()
-                if self._replay(session, hand_over):
-                    session = self._wanted.get()
+                session = self._replay(session, hand_over)
             except (DatabaseError, OperatorError, SpoolError) as error:
                 self.is_up, self.reason = False, str(error)
                 if session:
@@ -2941,8 +2940,8 @@ class Replayer:
         complain(logging.INFO, f"the database is there again, after {seconds:.1f} s", "database there")
         return session
 
-    def _replay(self, session: Session, hand_over: Callable[[Session], bool]) -> bool:
-        """Store what is in the spool until the session is the writer's; return False after stop()."""
+    def _replay(self, session: Session, hand_over: Callable[[Session], bool]) -> Session | None:
+        """Store what is in the spool until the session is the writer's; return what comes back from there."""
         started = logged = self._clock()
         replayed, slow_until, is_outrun = 0, 0.0, False
         if left := self._spool.events:
@@ -2977,11 +2976,11 @@ class Replayer:
                     if self.retried:
                         self.report_retried("went through")
                     self._spool.shrink()
-                return True
+                return self._wanted.get()
             else:
                 self.turn.set()
                 self._stop.wait(POLL_S)
-        return False
+        return session
 
     def _store(self, session: Session, flushes: Sequence[SpooledFlush]) -> int:
         """Move flushes into the database, or the quarantine; return how many events have left the spool."""
@@ -2997,13 +2996,15 @@ class Replayer:
                 set_apart(self._spool, self._metrics, group)
                 self._stuck = None
                 return self._store(session, self._spool.head(self._events_max))  # what is left of them
+            # Codes of a database that is away, which are an event's own when others have waited for so long.
+            excused = RAISED_TOO if self._clock() - stuck.since > HELD_S_MAX else ()
             try:
-                skipped = self._send(session, group, stuck)
+                skipped = self._send(session, group, stuck, excused)
             except DatabaseError as error:
                 is_loss = len(flushes) == 1 and not error.sqlstate and str(error) != NO_ANSWER
                 losses = stuck.losses * (group.lost_at == stuck.row) + 1 if is_loss else 0
                 self._stuck = Stuck(stuck.since, losses, group.lost_at if is_loss else None)
-                is_excused = error.sqlstate in self._excused(stuck)  # others have to go through then
+                is_excused = error.sqlstate in excused  # others have to go through then
                 self._events_max = REPLAY_EVENTS_MAX // 8 if is_excused else max(self._events_max // 8, 1)
                 raise
             self._metrics.count_all("events_duplicate_total", skipped)
@@ -3014,7 +3015,9 @@ class Replayer:
         self._events_max = min(self._events_max * 2, REPLAY_EVENTS_MAX)
         return sum(flush.events for flush in group.flushes)
 
-    def _send(self, session: Session, group: Group, stuck: Stuck) -> Counter[tuple[str, ...]]:
+    def _send(
+        self, session: Session, group: Group, stuck: Stuck, excused: tuple[str, ...]
+    ) -> Counter[tuple[str, ...]]:
         """Store a group, but for what the database refuses; return how many rows were there already."""
         is_again = stuck is self._stuck
         one_by_one = stuck.losses >= LOSSES_MAX or stuck.row is not None
@@ -3025,11 +3028,10 @@ class Replayer:
                 limit_s = (LONG_STATEMENT_TIMEOUT_S if is_long else STATEMENT_TIMEOUT_S) + ANSWER_GRACE_S
                 return session.store(group.epoch, group.number, [b.rows for b in group.batches], limit_s)
             except DatabaseError as error:
-                is_away = error.fault is Fault.AWAY and error.sqlstate not in self._excused(stuck)
+                is_away = error.fault is Fault.AWAY and error.sqlstate not in excused
                 # At the second try this session has seen that the tables are there and fit.
                 if is_away or (error.fault is Fault.OPERATOR and not is_again):
                     raise
-        excused = self._excused(stuck)
         skipped, refused = sift(session, group, one_by_one, excused)
         # If a database is away, others do not go through either.
         is_away = any(error.fault is Fault.AWAY for error in refused)
@@ -3040,10 +3042,6 @@ class Replayer:
             set_apart(self._spool, self._metrics, group)
         session.run("COMMIT")
         return skipped
-
-    def _excused(self, stuck: Stuck) -> tuple[str, ...]:
-        """Return the codes of a database that is away which are an event's own by now."""
-        return RAISED_TOO if self._clock() - stuck.since > HELD_S_MAX else ()
 
 
 def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> list[Sequence[Batch]]:
@@ -3091,7 +3089,7 @@ class Writer:
         # These belong to the writer's thread. Numbers of flushes only go up, and none is given twice.
         self._numbers = itertools.count(1)
         self._stopping = False
-        self._untold: tuple[Sequence[Batch], float] | None = None  # the last flush, and how long it took
+        self._untold: Callable[[], object] = bool  # what answers the last flush, unless it has been
 
     def retry_quarantine(self) -> None:
         """Try the events in quarantine again. Before start(). Raises SpoolError."""
@@ -3191,8 +3189,8 @@ class Writer:
         """Store batches in the database: in one flush or, if it refuses some, in several."""
         deadline = batches[0].since + PATIENCE_S
         loss: DatabaseError | None = None
-        parts, sent, left = [batches], list[tuple[int, Sequence[Batch]]](), list[Batch]()
-        while parts:
+        parts, left = [batches], list[Batch]()
+        while parts and not loss:
             part = parts.pop()
             number, started = next(self._numbers), self._clock()
             try:
@@ -3200,20 +3198,20 @@ class Writer:
                 rows, seconds = [batch.rows for batch in part], max(deadline - started, PATIENCE_MIN_S)
                 skipped = session.store(self._spool.epoch, number, rows, seconds, self._tell_stored)
             except DatabaseError as error:
-                if error.fault is not Fault.DATA:
-                    sent, loss = [(number, part)], error
-                    break
-                parts += divide(part, error, left)
+                if error.fault is Fault.DATA:
+                    parts += divide(part, error, left)
+                else:
+                    loss = error
             else:
-                self._untold = part, self._clock() - started
+                self._untold = partial(self._tell, part, DATABASE, self._clock() - started)
                 if self._inbox.empty() or sum(batch.accepted for batch in part) < LONG_FLUSH_EVENTS:
                     self._tell_stored()
                 self._metrics.count_all("events_duplicate_total", skipped)
             if self._clock() > deadline:  # so many are refused that others would wait too long
                 break
         left += itertools.chain(*reversed(parts))
-        if sent or left:
-            self._to_spool([*sent, (0, left)], loss)
+        if loss or left:
+            self._to_spool([(number, part if loss else []), (0, left)], loss)
 
     def _to_spool(
         self, flushes: Sequence[tuple[int, Sequence[Batch]]], loss: DatabaseError | None = None
@@ -3256,10 +3254,8 @@ class Writer:
 
     def _tell_stored(self) -> None:
         """Answer the clients of the last flush that is in the database, unless that has been done."""
-        untold, self._untold = self._untold, None
-        if untold:
-            batches, seconds = untold
-            self._tell(batches, DATABASE, seconds)
+        tell, self._untold = self._untold, bool
+        tell()
 
     def _tell(self, batches: Sequence[Batch], place: str, seconds: float) -> None:
         """Answer the clients of a flush; count it, and log it with -vv."""
