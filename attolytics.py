@@ -1953,8 +1953,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             self.run(message, seconds, meanwhile)
         except DatabaseError as error:
             if error.sqlstate and error.fault is not Fault.AWAY:
-                with contextlib.suppress(DatabaseError):  # the next message will say it
-                    self.run("ROLLBACK")
+                self.run("ROLLBACK", seconds / 2)  # if that fails, the session is not well
             if error.sqlstate in MISFITS:
                 try:
                     self.check_tables()

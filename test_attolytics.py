@@ -3972,6 +3972,22 @@ class CommitTest(ProgramCase):
             self.assertEqual(self.stored("marks"), [2])
             self.assertEqual(self.quarantined().keys(), {13})
 
+    def test_a_database_that_is_silent_after_an_error_is_not_waited_for(self) -> None:
+        def delay(data: bytes, is_request: bool) -> bytes:
+            if is_request and data == b"Q\0\0\0\x0dROLLBACK\0":
+                time.sleep(3)
+            return data
+
+        server = self.serve(url=self.proxied)
+        self.query("ALTER TABLE plain ADD CHECK (mark <> 13)")
+        self.proxy.change = delay
+        with within(1.2):
+            answer = self.post(server, mark(13, table="plain"))
+        self.assertEqual(answer.json, {"accepted": 1, "stored": "spool"})
+        self.proxy.change = None
+        self.wait_for_database(server)
+        self.assertEqual((self.stored(), [*self.quarantined()]), ([], [13]))
+
     def test_a_replay_that_was_rolled_back_is_repeated(self) -> None:
         server = self.serve(url="")
         for number in range(20):
