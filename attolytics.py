@@ -3029,7 +3029,7 @@ class Replayer:
             except DatabaseError as error:
                 is_away = error.fault is Fault.AWAY and error.sqlstate not in excused
                 # At the second try this session has seen that the tables are there and fit.
-                if is_away or (error.fault is Fault.OPERATOR and not is_again):
+                if is_away or not group.rows or (error.fault is Fault.OPERATOR and not is_again):
                     raise
         skipped, refused = sift(session, group, one_by_one, excused)
         # If a database is away, others do not go through either.

@@ -3972,6 +3972,25 @@ class CommitTest(ProgramCase):
             self.assertEqual(self.stored("marks"), [2])
             self.assertEqual(self.quarantined().keys(), {13})
 
+    @not_pooled("nothing is prepared there")
+    def test_a_flush_without_events_that_is_refused_is_tried_again(self) -> None:
+        server = self.serve(url="")
+        self.assertEqual(self.post(server).json, {"accepted": 0, "stored": "spool"})
+        server.stop()
+
+        def garble(data: bytes, is_request: bool) -> bytes:
+            """Let PostgreSQL refuse what stores events, or should have."""
+            if is_request:
+                data = self.replace(data, b"EXECUTE attolytics", b"EXECUTX attolytics")
+                data = self.replace(data, b"CONSTRAINTS ALL", b"CONSTRAINTS its")
+            return data
+
+        self.proxy.change = garble
+        server = self.serve(url=self.proxied, limits={"BACKOFF_MAX_S": 0.1})
+        wait_until(lambda: self.changed >= 5)
+        self.proxy.change = None
+        self.wait_for_database(server)
+
     def test_a_database_that_is_silent_after_an_error_is_not_waited_for(self) -> None:
         def delay(data: bytes, is_request: bool) -> bytes:
             if is_request and data == b"Q\0\0\0\x0dROLLBACK\0":
