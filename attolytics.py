@@ -127,7 +127,7 @@ PLACE_PATIENCE_S = 0.2  # For a place, when all have just been taken: threads ma
 TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
 RECEIVE_BYTES = 16 << 10  # Read at once: the head and the body of nearly every request.
 LARGE_BODY_BYTES = 32 << 10  # Larger ones are converted one at a time ...
-LARGE_BATCHES_MAX = 6  # ... and so many are between that and their answer: enough for two flushes.
+LARGE_BATCHES_MAX = 5  # ... and so many more are on their way to their answer: enough for two flushes.
 LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kernel caps it.
 
 FLUSH_EVENTS_MAX = 2_000  # About 25 ms; more at once is no faster, and others wait behind it.
@@ -3640,7 +3640,7 @@ class Service:
     # Held while a large body is converted: their events would fill the memory, and small requests would wait
     # for all of them in turn to let go of the interpreter.
     _converting: threading.Lock = field(default_factory=threading.Lock)
-    # Counts the large batches that may still be converted and stored: they take more memory than bodies.
+    # Counts the large batches that may still be sent on their way: they take more memory than bodies.
     large: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(LARGE_BATCHES_MAX))
     live: Live | None = None  # with a monitor port
 
@@ -3651,13 +3651,10 @@ class Service:
         """
         if len(body) <= LARGE_BODY_BYTES:
             return self._keep(intake.batch(body, delivery))
-        self.large.acquire()
-        try:
-            with self._converting:
-                return self._keep(intake.batch(body, delivery))
-        except BaseException:
-            self.large.release()
-            raise
+        with self._converting:
+            batch = self._keep(intake.batch(body, delivery))
+            self.large.acquire()
+            return batch
 
     def _keep(self, batch: Batch) -> Batch:
         if batch.problems:
