@@ -1474,7 +1474,7 @@ def column_misfits(table: Table, existing: ExistingTable) -> Iterator[tuple[Way,
     for column_name, found in existing.columns.items():
         if found.not_null and column_name not in required:
             reason = f', column "{column_name}": NOT NULL without a default, not required in the schema'
-            drop = f"DROP CONSTRAINT {identifier(found.primary_key)}, " if found.primary_key else ""
+            drop = f"DROP CONSTRAINT IF EXISTS {identifier(found.primary_key)}, " if found.primary_key else ""
             action = f"{drop}ALTER COLUMN {identifier(column_name)} DROP NOT NULL"
             yield Way.HAND if drop else quick, reason, action
 
