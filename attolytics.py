@@ -1408,7 +1408,7 @@ SELECT w.name,
         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0] WHERE i.indrelid = c.oid),
     CASE c.relkind WHEN 'f' THEN 'foreign table' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence'
         WHEN 'i' THEN 'index' WHEN 'I' THEN 'index' WHEN 'c' THEN 'type' WHEN 'v' THEN 'view'
-            || CASE WHEN EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgtype & 64 <> 0)
+            || CASE WHEN EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgtype & 68 = 68)
                 THEN '' ELSE ' without an INSTEAD OF INSERT trigger' END ELSE 'table' END,
     has_table_privilege(c.oid, 'INSERT') AND (w.name <> '{LEDGER}' OR has_table_privilege(c.oid, 'UPDATE')),
     has_table_privilege(c.oid, 'SELECT'), row_security_active(c.oid),

@@ -1443,6 +1443,7 @@ table "marks", column "mark": PostgreSQL generates it"""
             " INSERT INTO base VALUES (NEW.mark + 1, NEW.text); RETURN NEW; END $$"
         )
         pass_on = "CREATE TRIGGER pass INSTEAD OF INSERT ON {} FOR EACH ROW EXECUTE FUNCTION pass()"
+        self.query(pass_on.format("plain").replace("pass INSTEAD OF INSERT", "other INSTEAD OF DELETE"))
         with self.assertRaisesRegex(OperatorError, r"INSTEAD OF INSERT trigger\nChange the schema file\.$"):
             self.open()
         self.query(pass_on.format("plain"))
