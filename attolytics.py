@@ -2172,9 +2172,7 @@ def survey(session: Session, schema: Schema, user: str) -> list[Step]:
     return make_plan(schema, catalog, user)
 
 
-def permitted(
-    session: Session, schema: Schema, user: str, migrates: bool, creates: bool = True
-) -> list[Step]:
+def permitted(session: Session, schema: Schema, user: str, migrates: bool) -> list[Step]:
     """Return what is to be done about tables. Raises OperatorError if it may not be, DatabaseError."""
     plan = survey(session, schema, user)
     by_hand = [step for step in plan if step.way is Way.HAND]
@@ -2187,11 +2185,6 @@ def permitted(
         mending = f", {migrating}or mend the tables with:" if statements_of(misfits) else "."
         text = f"the database does not fit the schema file, {count}{what}:\n{reasons}"
         raise to_run(f"{text}Change the schema file{mending}", statements_of(misfits))
-    # (ON CONFLICT needs its unique index.)
-    needed = [step for step in plan if step.way is Way.CREATE or (step.index and step.index.unique)]
-    if needed and not creates:
-        text = "tables or indexes that events need are gone; bring them back, or create them with:"
-        raise to_run(text, statements_of(needed))
     return plan
 
 
@@ -2301,8 +2294,12 @@ class Opener:
         session = connect(self.target)
         try:
             if schema.tables == self._prepared:
-                # None is created anew: whoever renamed one may be about to rename it back.
-                permitted(session, schema, self.target.user, migrates=False, creates=False)
+                plan = permitted(session, schema, self.target.user, migrates=False)
+                # None is created anew: whoever renamed one may be about to rename it back. (ON CONFLICT
+                # needs its unique index.)
+                if needed := [s for s in plan if s.way is Way.CREATE or (s.index and s.index.unique)]:
+                    why = "tables or indexes that events need are gone; bring them back, or create them with:"
+                    raise to_run(why, statements_of(needed))
             else:
                 prepare(session, schema, self.target.user, self._migrates)
                 self._prepared = schema.tables
