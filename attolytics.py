@@ -1560,7 +1560,9 @@ def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
     if "session" not in existing.columns:  # made by an earlier version
         add = f"ALTER TABLE {LEDGER} ADD COLUMN IF NOT EXISTS session uuid"
         yield Step(Way.CREATE, LEDGER, f'{place} has no column "session"', (add,))
-    if existing.kind == "Citus table":  # which may not be raised by raise_sql()
+    # Citus lists so what it does not leave to PostgreSQL alone. raise_sql() needs a table that it does.
+    listed = f"SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass('{LEDGER}')"
+    if existing.ask("SELECT to_regclass('pg_dist_partition')") != [[None]] and existing.ask(listed):
         local = f"SELECT undistribute_table('{LEDGER}')"
         yield Step(Way.HAND, LEDGER, f"{place} belongs to Citus, but has to be local", (local,))
     if not (existing.can_insert and existing.can_select):
@@ -2163,11 +2165,6 @@ def survey(session: Session, schema: Schema, user: str) -> list[Step]:
         existing_columns = {column: ExistingColumn(*found) for column, found in columns.items()}
         existing_indexes = [ExistingIndex(*found) for found in indexes]
         catalog[name] = ExistingTable(existing_columns, existing_indexes, *rest)._replace(ask=session.run)
-    # Citus has such a table, and it lists what it does not leave to PostgreSQL alone.
-    listed = f"SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass('{LEDGER}')"
-    has_citus = LEDGER in catalog and session.run("SELECT to_regclass('pg_dist_partition')") != [[None]]
-    if has_citus and session.run(listed):
-        catalog[LEDGER] = catalog[LEDGER]._replace(kind="Citus table")
     session.partition_keys = {name: (*table.partition_key,) for name, table in catalog.items()}
     return make_plan(schema, catalog, user)
 

@@ -1361,6 +1361,14 @@ class PrepareTest(TablesCase):
         threading.Timer(0.5, session.run, ["COMMIT"]).start()
         self.open()
 
+    def test_a_ledger_that_citus_lists_is_refused(self) -> None:
+        self.query("CREATE TABLE pg_dist_partition (logicalrelid regclass)")  # as if it were there
+        for _ in range(2):
+            self.open()
+        self.query("INSERT INTO pg_dist_partition VALUES ('attolytics_ledger')")
+        with self.assertRaisesRegex(OperatorError, r"belongs to Citus.*\n.*\n +SELECT undistribute_table"):
+            self.open()
+
     def test_tables_of_the_original_are_taken_and_get_their_indexes(self) -> None:
         self.query(  # what the original sent
             'CREATE TABLE "events" (time timestamptz, referer varchar, platform varchar not null,'
