@@ -2154,7 +2154,7 @@ ALTER_SETTINGS = (
     f" SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s'"
 )
 # A lock that was not to be had in time, a deadlock, or somebody who was a bit quicker: two sessions that
-# create one table at once can fail with 23505, IF NOT EXISTS or not.
+# create one table at once can fail with 23505, IF NOT EXISTS or not. 42710 stays if a type has the name.
 TRY_AGAIN = ("55P03", "57014", "40", "23505", "42P07", "42710")
 
 
@@ -2269,7 +2269,7 @@ def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None
             complain(logging.INFO, f'database: table "{step.table}" is in use, waiting for it: {error}')
             if time.monotonic() > deadline:
                 reason = f'table "{step.table}" is still in use after {patience} s ({error}); not run: '
-                raise DatabaseError(reason + "; ".join(step.statements), Fault.AWAY, error.fields) from None
+                raise DatabaseError(reason + "; ".join(step.statements), error.fault, error.fields) from None
             time.sleep(random.uniform(0.5, 1) * CHANGE_PAUSE_S)  # so that two do not meet again
         if taken[step] > 5:  # PostgreSQL takes it, and it has no effect
             raise to_run(f"run {taken[step]} times without effect:", step.statements)

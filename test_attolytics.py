@@ -1465,6 +1465,12 @@ table "marks", column "mark": PostgreSQL generates it"""
         with self.assertRaisesRegex(OperatorError, 'table "marks": a view cannot have unique columns'):
             self.open()
 
+    def test_a_type_that_has_the_name_of_a_table_is_not_waited_for_for_ever(self) -> None:
+        self.query("CREATE TYPE marks AS ENUM ('a')")
+        with impatient(), self.assertRaisesRegex(DatabaseError, 'type "marks" already exists') as caught:
+            self.open()
+        self.assertIs(caught.exception.fault, Fault.OPERATOR)
+
     @not_pooled("its connections would keep the setting")
     def test_time_outs_do_not_end_the_start_and_locks_do_not_hold_it_up_for_ever(self) -> None:
         self.query("CREATE TABLE marks (mark int8, text text)")
