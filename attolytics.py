@@ -1425,7 +1425,7 @@ def partitions_sql(table: str) -> str:
     return f"""
 SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE quote_ident(n.nspname) || '.' END, c.relname
 FROM pg_partition_tree({quote(identifier(table))}) p JOIN pg_class c ON c.oid = p.relid
-    JOIN pg_namespace n ON n.oid = c.relnamespace WHERE p.isleaf ORDER BY p.level, c.relname"""
+    JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'r' ORDER BY p.level, c.relname"""
 
 
 class Way(Enum):

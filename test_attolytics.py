@@ -6226,6 +6226,19 @@ class PartitionedTest(ProgramCase):
             self.assertEqual(answer.json, {"accepted": 1, "stored": "database"})
         self.assertEqual(self.query("SELECT count(*) FROM other"), [[1]])
 
+    def test_a_partition_that_is_a_foreign_table_needs_no_index(self) -> None:
+        self.schema_file.write_text(textwrap.dedent(self.TABLES).replace("unique: true, ", ""))
+        older = "FOR VALUES FROM ('2025-12-01Z') TO ('2026-01-01Z')"
+        self.query(
+            f"{self.CREATE}; INSERT INTO visits VALUES (gen_random_uuid(), '2026-01-02Z', 1);"
+            " CREATE EXTENSION file_fdw; CREATE SERVER files FOREIGN DATA WRAPPER file_fdw;"
+            f" CREATE FOREIGN TABLE visits_file PARTITION OF visits {older}"
+            " SERVER files OPTIONS (filename '/dev/null')"
+        )
+        for statement in re.findall(r"^  (CREATE .*);$", self.fail_to_start("--migrate"), re.MULTILINE):
+            self.query(statement)
+        self.serve()
+
     def test_the_statements_that_build_an_index_may_be_run_again(self) -> None:
         self.query(self.CREATE)
         self.query("INSERT INTO visits VALUES (gen_random_uuid(), '2026-01-02Z', 1)")
