@@ -2347,10 +2347,10 @@ class Opener:
 
 def sqlite_key(json_sql: str, name: str) -> str:
     """Return SQL for the value of a key in a JSON object."""
-    if name.isascii() and '"' not in name and "\\" not in name:
+    if json.dumps(name) == f'"{name}"':
         path = quote(f'$."{name}"')
         return f"json_extract({json_sql}, {path})"
-    # Keys may be written with escapes, which only json_each reads as what they mean.
+    # Keys are written with escapes, or may be, which only json_each reads as what they mean.
     return f"(SELECT value FROM json_each({json_sql}) WHERE key = {quote(name)})"
 
 

@@ -3374,15 +3374,15 @@ class SpoolTest(BreakableCase):
         self.assertAlmostEqual(at, before, delta=5)
 
     def test_the_catch_all_of_a_view_has_only_keys_without_a_column_however_many_these_are(self) -> None:
-        names = [*(f"c{n}" for n in range(130)), "ä", 'with "quotes"']
+        names = [*(f"c{n}" for n in range(130)), "ä", 'with "quotes"', "a\ttab"]
         columns: list[object] = [{"name": name, "type": "i64"} for name in names]
         columns.append({"name": "rest", "type": "json", "extra": True})
         apps = {"app": {"secret_key": "key", "tables": ["t"]}}
         self.schema_file.write_text(json.dumps({"tables": {"t": {"columns": columns}}, "apps": apps}))
         server = self.serve(url="")
         self.post(server, {"_t": "t", **dict.fromkeys(names, 1), "more": [None]}, {"_t": "t", "c1": 2})
-        rows = [(1, 1, 1, '{"more":[null]}'), (2, None, None, None)]
-        self.assertEqual(self.read('SELECT c1, ä, "with ""quotes""", rest FROM t'), rows)
+        rows = [(1, 1, 1, 1, '{"more":[null]}'), (2, None, None, None, None)]
+        self.assertEqual(self.read('SELECT c1, ä, "with ""quotes""", "a\ttab", rest FROM t'), rows)
 
     def test_spooled_events_are_converted_by_the_schema_of_the_day_of_their_replay(self) -> None:
         name = "Quarantine"  # which a view of the spool has as well
