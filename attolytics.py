@@ -2046,6 +2046,7 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
     except OSError as error:  # ssl.SSLError is one
         files = ", ".join(filter(None, (root if verify else None, target.sslcert, target.sslkey)))
         raise OperatorError(f"cannot read the certificates {files}: {reason_of(error)}") from None
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # PostgreSQL's manual makes certificates that fail it
     context.check_hostname = target.sslmode == "verify-full"
     context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
     return {"allow": [None, context], "prefer": [context, None]}.get(target.sslmode, [context])
@@ -2292,8 +2293,7 @@ class Opener:
         try:
             if schema.tables == self._prepared:
                 plan = permitted(session, schema, self.target.user, migrates=False)
-                # None is created anew: whoever renamed one may be about to rename it back. (ON CONFLICT
-                # needs its unique index.)
+                # None is created: who renamed one may rename it back. (ON CONFLICT needs its unique index.)
                 if needed := [s for s in plan if s.way is Way.CREATE or (s.index and s.index.unique)]:
                     why = "tables or indexes that events need are gone; bring them back, or create them with:"
                     raise to_run(why, statements_of(needed))

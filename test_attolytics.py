@@ -1809,6 +1809,14 @@ class ConnectTest(DatabaseCase):
                     self.refused(fault, reason, host="127.0.0.1", **changes)
                 thread.join()
 
+    def test_certificates_are_taken_that_the_manual_of_postgresql_makes(self) -> None:
+        target = self.postgres.target(self.database, host="localhost", sslmode="verify-full")
+        target = dataclasses.replace(target, sslrootcert=str(self.postgres.directory / "ca.pem"))
+        [context] = attolytics.ssl_contexts(target)
+        assert context
+        # Python 3.13 turns that on; the manual's root certificate does not say what its key is used for.
+        self.assertFalse(context.verify_flags & ssl.VERIFY_X509_STRICT)
+
     @not_pooled("it does TLS itself")
     def test_tls_by_sslmode(self) -> None:
         if not self.postgres.has_tls:
