@@ -1486,7 +1486,7 @@ def table_steps(table: Table, existing: ExistingTable, user: str) -> Iterator[St
         yield by_hand(f"{place} is a {kind}", ())
         return
     if kind not in ("table", "view", "foreign table"):
-        other_name = identifier(f"{table.name[: NAME_BYTES_MAX - 4]}_old")
+        other_name = identifier(table.name.encode()[: NAME_BYTES_MAX - 4].decode(errors="ignore") + "_old")
         rename = f"ALTER {kind.upper()} {name} RENAME TO {other_name}"
         yield by_hand(f"{place}: the name belongs to a {kind}", (rename,))
         return

@@ -1429,6 +1429,13 @@ table "marks", column "mark": PostgreSQL generates it"""
                 self.mend(self.open, *reasons)
                 self.open()
 
+    def test_what_has_the_name_of_a_table_is_renamed_also_where_that_is_long(self) -> None:
+        name = "x" + "é" * 31  # 63 bytes, the longest
+        self.schema = schema_of(ORIGINAL_SCHEMA.replace("events", name))
+        self.query(f'CREATE SEQUENCE "{name}"')
+        self.mend(self.open)
+        self.open()
+
     def test_a_lacking_permission_is_reported_with_what_to_run(self) -> None:
         self.role("special")
         attempt = functools.partial(self.open, user="special")
