@@ -1380,7 +1380,7 @@ class ExistingTable(NamedTuple):
     can_insert: bool = True
     can_select: bool = True
     row_security: bool = False  # applies to our user
-    partition_key: Sequence[str] = ()  # "" for an expression; empty if it is not partitioned
+    partition_key: Sequence[str] = ()  # and its partitions'; "" for an expression; empty without partitions
     names: Collection[str] = ()  # of wanted indexes, that something in its schema has
     ask: Callable[[str], Sequence[Sequence[Any]]] = lambda _sql: ()  # the database, where it matters
 
@@ -1412,9 +1412,10 @@ SELECT w.name,
                 THEN '' ELSE ' without an INSTEAD OF INSERT trigger' END ELSE 'table' END,
     has_table_privilege(c.oid, 'INSERT') AND (w.name <> '{LEDGER}' OR has_table_privilege(c.oid, 'UPDATE')),
     has_table_privilege(c.oid, 'SELECT'), row_security_active(c.oid),
-    (SELECT coalesce(json_agg(coalesce(a.attname, '') ORDER BY k.n), '[]') FROM pg_partitioned_table p,
-        unnest(p.partattrs::int2[]) WITH ORDINALITY k(number, n) LEFT JOIN pg_attribute a
-        ON a.attrelid = c.oid AND a.attnum = k.number WHERE p.partrelid = c.oid),
+    (WITH RECURSIVE t(id) AS (SELECT c.oid UNION SELECT inhrelid FROM pg_inherits JOIN t ON inhparent = t.id)
+        SELECT coalesce(json_agg(DISTINCT coalesce(a.attname, '')), '[]') FROM t JOIN pg_partitioned_table p
+        ON p.partrelid = t.id CROSS JOIN unnest(p.partattrs::int2[]) k(number) LEFT JOIN pg_attribute a
+        ON a.attrelid = p.partrelid AND a.attnum = k.number),
     (SELECT coalesce(json_agg(o.relname), '[]') FROM pg_class o WHERE o.relnamespace = c.relnamespace
         AND o.relname = ANY (ARRAY[{",".join(quote(index.names()[0]) for index in indexes)}]::name[]))
 FROM unnest(ARRAY[{tables}]::text[]) w(name) JOIN pg_class c ON c.oid = to_regclass(quote_ident(w.name))"""
@@ -2067,8 +2068,7 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
         return DatabaseError(f"{refusal}{hint}", fault, refusal.fields)
     reason, place = reason_of(error.__cause__ or error), target.socket or f"{target.host}:{target.port}"
     stays = isinstance(error, PermissionError | ssl.SSLError) or "Authentication method" in reason
-    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):  # in the middle of the handshake
-        stays = False
+    stays = stays and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)  # in the handshake
     if isinstance(error, pg8000.core.scramp.ScramException):
         stays, reason = True, f"the password cannot be used with SCRAM: {reason}"
     return DatabaseError(f"cannot connect to {place}: {reason}", Fault.OPERATOR if stays else Fault.AWAY)

@@ -6241,6 +6241,21 @@ class PartitionedTest(ProgramCase):
             self.assertEqual(answer.json, {"accepted": 1, "stored": "database"})
         self.assertEqual(self.query("SELECT count(*) FROM other"), [[1]])
 
+    def test_the_key_of_a_partition_that_is_partitioned_itself_belongs_to_what_is_unique(self) -> None:
+        self.query(
+            "CREATE TABLE visits (time timestamptz NOT NULL, id uuid NOT NULL, app text, level int)"
+            " PARTITION BY RANGE (time);"
+            "CREATE TABLE visits_new (level int, id uuid NOT NULL, time timestamptz NOT NULL, app text)"
+            " PARTITION BY HASH (level); ALTER TABLE visits ATTACH PARTITION visits_new"
+            " FOR VALUES FROM ('2026-02-01Z') TO ('2026-03-01Z');"
+            "CREATE TABLE visits_0 PARTITION OF visits_new FOR VALUES WITH (MODULUS 1, REMAINDER 0)"
+        )
+        server = self.serve()
+        for _ in range(2):
+            answer = self.post(server, self.visit(1, level=1), self.visit(2, level=2))
+            self.assertEqual(answer.json, {"accepted": 2, "stored": "database"})
+        self.assertEqual(self.query("SELECT count(*) FROM visits"), [[2]])
+
     def test_a_partition_that_is_a_foreign_table_needs_no_index(self) -> None:
         self.schema_file.write_text(textwrap.dedent(self.TABLES).replace("unique: true, ", ""))
         older = "FOR VALUES FROM ('2025-12-01Z') TO ('2026-01-01Z')"
