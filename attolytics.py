@@ -2317,7 +2317,7 @@ class Opener:
     def _check(self, session: Session) -> None:
         """Raise OperatorError if somebody has changed a table so that it does not fit, DatabaseError."""
         session.timeout_s = PATIENCE_MIN_S  # clients wait
-        permitted(session, self._schema, self.target.user, migrates=False, creates=False)
+        permitted(session, self._schema, self.target.user, migrates=False)
         session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
         session.partition_keys = self._partition_keys
 
