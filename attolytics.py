@@ -1284,18 +1284,26 @@ def insert_message(
     return Message("".join(sql) + end, copies, inserts)
 
 
-def refused_line(context: str, tables: Collection[TableIntake]) -> tuple[TableIntake, int] | None:
-    """Return the table and the row (from 0) that an error in a COPY is about, if its context names them.
+def refused_row(error: DatabaseError, part: Sequence[Batch]) -> tuple[Batch, int] | None:
+    """Return the batch and the place of the event that an error is about: the only one, or what COPY says.
 
-    The context (PostgreSQL manual, 55.8: W) is in the server's language; in ours `COPY t, line 3, column x`.
-    It quotes values, in which a client may have written such a line: of two none is believed.
+    Its context (PostgreSQL manual, 55.8: W) is in the server's language; in ours `COPY t, line 3, column x`.
+    Of two none is believed: it quotes values of clients, and a reload may bring two statements for a table.
     """
-    names, lines = [table.name for table in tables], list[tuple[TableIntake, int]]()
-    for table in tables:
-        pattern = rf"^COPY {re.escape(table.name)}, [^\d\n]*(\d+)"
-        lines += [(table, int(line) - 1) for line in re.findall(pattern, context, re.MULTILINE)]
-    # While a schema is replaced there may be two statements for one table.
-    return lines[0] if len(lines) == 1 and names.count(lines[0][0].name) == 1 else None
+    rows = [(table, batch, place) for batch in part for table, found in batch.rows.items() for place in found]
+    if len(rows) > 1:
+        context = error.fields.get("W", "")
+        lines = [
+            (table, int(line) - 1)
+            for table in {table for table, _, _ in rows}
+            for line in re.findall(rf"^COPY {re.escape(table.name)}, [^\d\n]*(\d+)", context, re.MULTILINE)
+        ]
+        # That a row is too big for a page (54000) is found when later ones have been read.
+        if len(lines) != 1 or error.sqlstate == "54000":
+            return None
+        [(its, line)] = lines
+        rows = [row for row in rows if row[0] is its][line : line + 1]
+    return rows[0][1:] if rows else None
 
 
 # The rest is about tables. A Schema says what a database should have, its catalog what it has, and a plan is
@@ -3042,14 +3050,8 @@ def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> li
 
     The batch at fault, if it is known, is refused, or `left` to the replay if its app quarantines.
     """
-    culprit, index = part[0], None
-    named = refused_line(error.fields.get("W", ""), {table for batch in part for table in batch.rows})
-    rows = [(batch, place) for batch in part for place in batch.rows.get(named[0], ())] if named else []
-    # Rows that are too big for a page are found many lines later, where they are stored together.
-    is_late = error.sqlstate == "54000" and "n" not in error.fields  # of no index
-    if named and named[1] < len(rows) and not is_late:
-        culprit, index = rows[named[1]]
-    elif len(part) > 1:
+    culprit, index = refused_row(error, part) or (part[0], None)
+    if index is None and len(part) > 1:
         middle = len(part) // 2
         return [part[middle:], part[:middle]]
     if culprit.quarantines:

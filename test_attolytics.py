@@ -650,10 +650,17 @@ class SqlTest(unittest.TestCase):
         plain, odd, again = (
             attolytics.TableIntake(attolytics.Table(name, (Column("a"),))) for name in ("t", "t, line 9", "t")
         )
+        rows = dict.fromkeys(range(10, 19), "x")
+        delivery = attolytics.Delivery("app", "", "", {}, 0)
+        first, second, more = (
+            attolytics.Batch(delivery, [], dict.fromkeys(tables, rows))
+            for tables in [(plain, odd), (plain,), (again,)]
+        )
         for context, found in [
-            ('COPY t, line 3, column a: "x"', (plain, 2)),
-            ('COPY t, Zeile 3, Spalte a: "COPY t, line 1"', (plain, 2)),
-            ("PL/pgSQL function f() line 1 at RAISE\nCOPY t, line 12", (plain, 11)),
+            ('COPY t, line 3, column a: "x"', (first, 12)),
+            ('COPY t, Zeile 3, Spalte a: "COPY t, line 1"', (first, 12)),
+            ("PL/pgSQL function f() line 1 at RAISE\nCOPY t, line 12", (second, 12)),
+            ("COPY t, line 19", None),  # has none
             ("COPY t, line 9, line 2", None),  # or the ninth of t
             ('COPY t, line 3, column a: "\nCOPY t, line 9, line 2"', None),  # by a client, perhaps
             ("COPY other, line 3", None),
@@ -661,9 +668,10 @@ class SqlTest(unittest.TestCase):
             ("", None),
         ]:
             with self.subTest(context):
-                self.assertEqual(attolytics.refused_line(context, [odd, plain]), found)
-                if found and found[0] is plain:  # two statements for one table: which of them is not told
-                    self.assertIsNone(attolytics.refused_line(context, [plain, again]))
+                error = attolytics.DatabaseError("no", fields={"W": context})
+                self.assertEqual(attolytics.refused_row(error, [first, second]), found)
+                # Two statements for one table: which of them is not told.
+                self.assertIsNone(attolytics.refused_row(error, [first, second, more]))
 
 
 # --- Database URL -------------------------------------------------------------
@@ -2263,7 +2271,7 @@ class WriterTest(WriterCase):
                 batches = [[mark(number * 10 + i, code if i == 5 else None, "plain")] for i in range(10)]
                 for i, sent in enumerate(self.together("plain", *batches)):
                     if i == 5 and number < 3:
-                        self.assertIsNone(self.problem(sent)[0])
+                        self.assertEqual(self.problem(sent)[0], 0)
                     else:
                         self.place_of(sent)
                 self.wait_for_database()
