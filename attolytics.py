@@ -1777,6 +1777,7 @@ BOUNDS: Mapping[str, Sequence[float]] = {
     "flush_duration_seconds": SECONDS_BOUNDS,
     "flush_events": (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000),
 }
+Counts = Counter[tuple[str, ...]]  # of one family, by the values of its labels
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
@@ -1886,17 +1887,16 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
     return DatabaseError(text, fault, fields)
 
 
-# What no event of ours causes that fits its column, unless somebody has changed that, or a trigger says so:
-# not in range, no time, no text of the type, NULL.
+# No event causes these that fits its column: one that was changed does, or a trigger (see check_tables).
 MISFITS = ("22003", "22007", "22P02", "23502")
 # What pg8000 raises when the connection ends, or when the peer does not speak PostgreSQL's protocol.
 BROKEN = (pg8000.exceptions.InterfaceError, OSError, struct.error, LookupError, ValueError, AttributeError)
 NO_ANSWER = "no answer in time"
 
 
-def skipped_rows(message: Message, tags: Iterable[str]) -> Counter[tuple[str, ...]]:
+def skipped_rows(message: Message, tags: Iterable[str]) -> Counts:
     inserted = [int(tag.rpartition(" ")[2]) for tag in tags if tag.startswith("INSERT ")]
-    skipped: Counter[tuple[str, ...]] = Counter()
+    skipped = Counts()
     for (table, rows), stored in zip(message.inserts, inserted, strict=True):
         skipped[table,] += rows - stored
     return skipped
@@ -1950,7 +1950,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         parts: Iterable[Rows],
         seconds: float = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S,
         meanwhile: Callable[[], object] = bool,
-    ) -> Counter[tuple[str, ...]]:
+    ) -> Counts:
         """Store rows as a flush of an epoch, in one round trip; return how many were there already, by table.
 
         Waits for `seconds`; PostgreSQL does so, too, if they are more than usual. Raises DatabaseError. Its
@@ -2799,15 +2799,15 @@ class Group:
 
 
 def sift(
-    session: Session, group: Group, one_by_one: bool, excused: tuple[str, ...]
-) -> tuple[Counter[tuple[str, ...]], list[DatabaseError]]:
+    session: Session, group: Group, one_by_one: bool, excused: Collection[str]
+) -> tuple[Counts, list[DatabaseError]]:
     """Insert what the database takes of a group that it refused as a whole, by bisection; not committed yet.
 
     The group refuses the others. Returns how many rows were there already, by table, and what was said about
     those that are refused for a reason that is not the data's. Raises DatabaseError.
     """
     session.run(f"{SIFT_START}{raise_sql(group.epoch, session.token, group.number)}")
-    skipped: Counter[tuple[str, ...]] = Counter()
+    skipped = Counts()
     refused: list[DatabaseError] = []
     # Each is tried after those before it, so that of two that are refused together the second one is found.
     every = range(len(group.rows))
@@ -3016,9 +3016,7 @@ class Replayer:
         self._events_max = min(self._events_max * 2, REPLAY_EVENTS_MAX)
         return sum(flush.events for flush in group.flushes)
 
-    def _send(
-        self, session: Session, group: Group, stuck: Stuck, excused: tuple[str, ...]
-    ) -> Counter[tuple[str, ...]]:
+    def _send(self, session: Session, group: Group, stuck: Stuck, excused: Collection[str]) -> Counts:
         """Store a group, but for what the database refuses; return how many rows were there already."""
         is_again = stuck is self._stuck
         one_by_one = stuck.losses >= LOSSES_MAX or stuck.row is not None
@@ -3254,7 +3252,7 @@ class Writer:
 
     def _tell(self, batches: Sequence[Batch], place: str, seconds: float) -> None:
         """Answer the clients of a flush; count it, and log it with -vv."""
-        accepted: Counter[tuple[str, ...]] = Counter()
+        accepted = Counts()
         for batch in batches:
             batch.tell(batch, place)
             for table, rows in batch.rows.items():
@@ -4627,9 +4625,9 @@ class JournalFormatter(logging.Formatter):
     """Log lines for systemd: a priority prefix per line and no time (sd-daemon(3))."""
 
     def format(self, record: logging.LogRecord) -> str:
-        priority = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6}
-        prefix = f"<{priority.get(record.levelno, 7)}>"
-        return "\n".join(prefix + line for line in super().format(record).splitlines())
+        priorities = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6}
+        priority = priorities.get(record.levelno, 7)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
 
 
 def under_systemd(journal_stream: str | None) -> bool:
