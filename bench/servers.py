@@ -171,7 +171,10 @@ def attolytics_command(program: Path, port: int, url: str, schema: Path, home: P
     """Return the command of a copy of attolytics.py, with a spool that no other one had before."""
     where = ["--host", "127.0.0.1", "--port", str(port), "--db_url", url]
     spool = Path(tempfile.mkdtemp(prefix="spool-", dir=home)) / "spool.sqlite3"
-    return [sys.executable, program, "-q", "--schema", schema, *where, "--spool", spool]
+    python: Sequence[str | Path] = [sys.executable, program]  # the only way that old versions know
+    if program == PROGRAM:  # as attolytics.service starts it, from a directory that it may not write to
+        python = ["env", f"PYTHONPATH={program.parent}", sys.executable, "-B", "-P", "-m", program.stem]
+    return [*python, "-q", "--schema", schema, *where, "--spool", spool]
 
 
 def fastapi_command(port: int, _url: str, _schema: Path, _home: Path) -> Sequence[str | Path]:
