@@ -415,7 +415,7 @@ class Trial:
         restarts = int(self.machine.show("NRestarts"))
         self.machine.run("systemctl restart --no-block attolytics")
         self.machine.wait_until(lambda: int(self.machine.show("NRestarts")) >= restarts + 6, "bad starts", 60)
-        reason = "the schema file has a mistake"
+        reason = "the schema file has 1 mistake"
         self.machine.wait_until(lambda: reason in self.machine.show("StatusText"), "the reason", 5)
         self.machine.write(SCHEMA_FILE, MORE, 0o640)
 
