@@ -3847,7 +3847,7 @@ class PoisonTest(ProgramCase):
         # It is busy for all: that is waited for.
         for number, text in enumerate(["bad", "bad as well"], 4):
             self.post(server, mark(number, text, "plain"))
-        time.sleep(4)
+        time.sleep(3)
         self.assertEqual(list(self.quarantined()), [0])
         self.query("ALTER TABLE plain DISABLE TRIGGER ALL")
         wait_until(lambda: self.stored() == [1, 2, 3, 4, 5])
