@@ -235,7 +235,7 @@ class Fault(Enum):
 
 
 class DatabaseError(Exception):
-    """PostgreSQL, or the way to it, said no. `fields` are PostgreSQL's (see server_error), if it was that."""
+    """PostgreSQL, or the way to it, said no. `fields` are PostgreSQL's own, of which D may quote rows."""
 
     def __init__(self, reason: str, fault: Fault = Fault.AWAY, fields: Mapping[str, str] = {}) -> None:
         super().__init__(reason)
@@ -1914,7 +1914,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
     token = ""  # by which the ledger knows it
     stored: Mapping[str, int] = {}  # how far each epoch was stored when it took the ledger over
     partition_keys: Mapping[str, tuple[str, ...]] = {}  # of the tables, by name
-    check_tables: Callable[[], object] = staticmethod(bool)  # raises OperatorError if they fit no more
+    check_tables: Callable[[Session], object] = staticmethod(bool)  # raises OperatorError if they fit no more
 
     def run(
         self, message: str | Message, seconds: float | None = None, meanwhile: Callable[[], object] = bool
@@ -1967,7 +1967,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
                 self.run("ROLLBACK", seconds / 2)  # if that fails, the session is not well
             if error.sqlstate in MISFITS:
                 try:
-                    self.check_tables()
+                    self.check_tables(self)
                 except OperatorError as misfit:
                     raise DatabaseError(str(misfit), Fault.OPERATOR, error.fields) from None
             raise
@@ -2311,7 +2311,7 @@ class Opener:
             session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
             self._partition_keys.update(session.partition_keys)
             session.partition_keys = self._partition_keys
-            session.check_tables = partial(self._check, session)
+            session.check_tables = self._check
             # An INSERT of no rows gets the locks that one with rows needs, and EXPLAIN does not even run it.
             touches = [f"EXPLAIN INSERT INTO {identifier(name)} SELECT WHERE false" for name in schema.tables]
             session.run(f"{FLUSH_START}{';'.join(touches)};\nCOMMIT")
@@ -3321,9 +3321,9 @@ def parse_request_line(line: str) -> tuple[str, str, str]:
     return method, target, minor
 
 
-def check_partial_head(head: bytes, checked: int = 0) -> None:
-    """Raise Refusal for the beginning of a head that cannot become a good one; so much of it may."""
-    if FORBIDDEN.search(head, max(checked - 1, 0)):  # all of it for each byte that comes would take long
+def check_partial_head(head: bytes, start: int) -> None:
+    """Raise Refusal for the beginning of a head that cannot become a good one; what is before `start` can."""
+    if FORBIDDEN.search(head, start):
         raise Refusal("malformed_request", "a control character, or a line that does not end in CR LF")
     line, is_whole, _ = head.removeprefix(b"\r\n").partition(b"\r\n")
     if is_whole or len(head) > REQUEST_LINE_BYTES_MAX:  # HTTP/0.9, for example, sends no more than a line
@@ -3532,18 +3532,18 @@ class Incoming:
     def _line(self, limit: int, deadline: float) -> bytes:
         """Return a line of a chunked body without its CRLF, unless its beginning is a bad one."""
 
-        def check(line: bytes, checked: int) -> None:
-            if len(line) > limit or FORBIDDEN.search(line, max(checked - 1, 0)):
+        def check(line: bytes, start: int) -> None:
+            if len(line) > limit or FORBIDDEN.search(line, start):
                 raise Refusal("malformed_request", "a line of a chunked body is too long, or is not one")
 
         return self._until(b"\r\n", check, deadline)
 
     def _until(self, mark: bytes, check: Callable[[bytes, int], None], deadline: float) -> bytes:
-        """Take what comes before a mark, and the mark; `check` may refuse the beginning of it."""
-        checked = 0
+        """Take what comes before a mark, and the mark; `check` may refuse the beginning, from a place on."""
+        start = 0
         while (end := self._buffer.find(mark)) < 0:
-            check(self._buffer, checked)
-            checked = len(self._buffer)
+            check(self._buffer, start)
+            start = max(len(self._buffer) - 1, 0)  # all of it for each byte that comes would take long
             data = self._receive(deadline)
             if not data:
                 raise Refusal("malformed_request", "the connection ended in the middle of the request")
