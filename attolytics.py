@@ -182,10 +182,6 @@ class OperatorError(Exception):
     """Something only the operator can mend. str() is the whole message, no traceback needed."""
 
 
-class SchemaError(OperatorError):
-    """The schema file has mistakes. str() has all of them, a line each."""
-
-
 @dataclass(frozen=True)
 class Problem:
     """Why one event is refused: its place in the request's `events`, and the column if it is one's."""
@@ -257,7 +253,7 @@ def complain(level: int, text: str, about: str = "") -> None:
 
 
 # --- Schema -------------------------------------------------------------------
-# The schema file as frozen dataclasses. Pure: text in, Schema or SchemaError out. Every mistake is found,
+# The schema file as frozen dataclasses. Pure: text in, Schema or OperatorError out. Every mistake is found,
 # each with its line, its place and, where a name is nearly right, a suggestion.
 
 
@@ -524,12 +520,12 @@ def parse_app(part: Part, app_id: str, tables: Collection[str]) -> App:
 
 
 def parse_schema(text: str, file: str = "schema file") -> Schema:
-    """Return the schema that a file's text describes. Raises SchemaError with every mistake in it."""
+    """Return the schema that a file's text describes. Raises OperatorError with every mistake in it."""
     try:
         node = yaml.compose(text, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # of "\UFFFFFFFF", say
         reason = "nested too deeply" if isinstance(error, RecursionError) else f"not YAML: {reason_of(error)}"
-        raise SchemaError(f"the schema file has 1 mistake:\n{file}: {reason}") from None
+        raise OperatorError(f"the schema file has 1 mistake:\n{file}: {reason}") from None
     root = Part([], node)
     parts = root.section("tables and apps", ("tables", "apps", "database_url"))
     tables = {}
@@ -544,7 +540,8 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
     apps = {app_id: parse_app(part, app_id, tables) for app_id, part in apps.items()}
     url = parts["database_url"].scalar(str, "a string")
     if problems := [f"{file}:{problem}" for problem in root.problems]:
-        raise SchemaError("\n".join([f"the schema file has {counted(len(problems), 'mistake')}:", *problems]))
+        count = counted(len(problems), "mistake")
+        raise OperatorError("\n".join([f"the schema file has {count}:", *problems]))
     return Schema(tables, apps, url)
 
 
@@ -4824,10 +4821,7 @@ def write_report(lines: Iterable[str]) -> None:
 
 def check(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int, list[str]]:
     """Return the exit code, and a report of what is wrong with the schema file and the database."""
-    try:
-        schema = read_schema(options.schema)
-    except SchemaError as error:
-        return 1, [comment(str(error))]
+    schema = read_schema(options.schema)
     size = f"{counted(len(schema.tables), 'table')}, {counted(len(schema.apps), 'app')}"
     report = [comment(f"{options.schema}: {size}: no mistakes")]
     target = find_target(options, environ, schema)

@@ -150,7 +150,7 @@ def batch_of(intake: attolytics.Intake, body: bytes, headers: Headers = None) ->
 
 class SchemaTest(unittest.TestCase):
     def mistakes(self, text: str) -> list[str]:
-        with self.assertRaises(attolytics.SchemaError) as caught:
+        with self.assertRaises(attolytics.OperatorError) as caught:
             attolytics.parse_schema(textwrap.dedent(text), "s.yaml")
         return str(caught.exception).splitlines()[1:]
 
@@ -5365,7 +5365,9 @@ class CheckTest(ProgramCase):
         odd = self.schema_file.rename(self.directory / os.fsdecode(b"\xff.yaml"))
         self.assertIn(r"/\udcff.yaml: 4 tables", self.check("-s", odd)[1])
         self.schema_file.write_text("{tables: {t: {columns: [{name: a, type: int}]}}, apps: {}}")
-        self.assertIn('unknown type "int", did you mean "i32"?', self.misfit())
+        code, out, error = self.check()
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn('unknown type "int", did you mean "i32"?', error)
 
     def test_what_is_missing_is_a_script_that_makes_it_fit(self) -> None:
         self.query("CREATE TABLE marks (mark int8, gone text NOT NULL); INSERT INTO marks VALUES (1, 'x')")
