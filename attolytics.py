@@ -4755,28 +4755,26 @@ class Reloader:
     service: Service
 
     def work(self, told: queue.SimpleQueue[int], notify: partial[None], status: str) -> None:
-        """Reload whenever it is told to, until the server drains; `status` is for systemd in between."""
+        """Reload whenever it is told to; `status` is for systemd in between."""
         while told.get():
             while not told.empty():  # once for all who have asked by now
                 told.get()
             now = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
             notify("RELOADING=1", now, "STATUS=reading the schema file again")
-            problem = ""
+            said = status
             try:
-                schema = read_schema(self.path)
-                if self.opener:
-                    self.opener.prepare(schema)
+                self._reload()
             except (DatabaseError, OperatorError) as error:
-                problem = f"the schema file is not taken over, the schema from before stays: {error}"
-            if self.service.draining:
-                return
-            if problem:
-                log.error("%s", problem)
-            else:
-                self._replace(schema)
-            notify("READY=1", f"STATUS={problem or status}")
+                said = f"the schema file is not taken over, the schema from before stays: {error}"
+                log.error("%s", said)
+            if not self.service.draining:
+                notify("READY=1", f"STATUS={said}")
 
-    def _replace(self, schema: Schema) -> None:
+    def _reload(self) -> None:
+        """Take the file over. Raises DatabaseError or OperatorError before it has changed anything."""
+        schema = read_schema(self.path)
+        if self.opener:
+            self.opener.prepare(schema)
         self.service.metrics.declare(schema)
         try:
             self.service.spool.create_views(schema)
