@@ -4571,7 +4571,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-d", "--db_url", metavar="URL", help=text)
     text = "where to listen; localhost is 127.0.0.1 and ::1, 0.0.0.0 or :: is all (%(default)s)"
     add("-H", "--host", default="localhost", help=text)
-    add("-p", "--port", metavar="PORT", type=port, default=8000, help="port to listen on (%(default)s)")
+    add("-p", "--port", type=port, default=8000, help="port to listen on (%(default)s)")
     text = f"largest request body in bytes, also when decompressed ({BODY_BYTES_MAX >> 20}M)"
     add("--max_body", metavar="SIZE", type=parse_size, default=BODY_BYTES_MAX, help=text)
     text = "client connections served at once; others get 503 (%(default)s)"
@@ -4585,11 +4585,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--monitor_port", metavar="PORT", type=port, help=text)
     for switch, text in SWITCHES.items():
         add(switch, action="store_true", help=text)
-    volume = parser.add_mutually_exclusive_group()
-    text = "log every request; twice: every flush too"
-    volume.add_argument("-v", "--verbose", action="count", default=0, help=text)
-    volume.add_argument("-q", "--quiet", action="store_true", help="log only warnings and errors")
-    add("--version", action="version", version=f"attolytics {__version__}")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("-v", "--verbose", action="count", default=0, help="log every request; twice: every flush too")
+    add("-q", "--quiet", action="store_true", help="log only warnings and errors")
+    parser.add_argument("--version", action="version", version=f"attolytics {__version__}")
     return parser
 
 
@@ -4900,7 +4899,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     journal = under_systemd(os.environ.get("JOURNAL_STREAM"))
     handler = logging.StreamHandler()
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JournalFormatter("%(message)s") if journal else plain)
+    handler.setFormatter(JournalFormatter() if journal else plain)
     logging.addLevelName(TRACE, "TRACE")
     log.addHandler(handler)
     log.addFilter(Repeats(time.monotonic))
