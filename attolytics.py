@@ -576,12 +576,10 @@ def to_integer(low: int, high: int, value: object) -> str:
     if type(value) is int and low <= value <= high:
         return str(value)
     if isinstance(value, float | Decimal) and -1e300 < value < 1e300 and value == int(value):
-        value = int(Decimal(str(value)))  # 5.0 and 1e3 have no fraction; Lua and GDScript write integers so
-    if type(value) is not int:  # bool is an int in Python, but not a number in JSON
-        raise ValueError(f"expected an integer, got {show(value)}")
-    if not low <= value <= high:
-        raise ValueError(f"expected an integer from {low} to {high}, got {show(value)}")
-    return str(value)
+        # 5.0 and 1e3 have no fraction; Lua and GDScript write integers so.
+        return to_integer(low, high, int(Decimal(str(value))))
+    limits = f" from {low} to {high}" if type(value) is int else ""  # bool is an int in Python, not in JSON
+    raise ValueError(f"expected an integer{limits}, got {show(value)}")
 
 
 def to_float(limit: float, smallest: float, value: object) -> str:
