@@ -777,10 +777,6 @@ class Delivery(NamedTuple):
     headers: Mapping[str, str]  # names in lower case
     received_at: float  # seconds since the epoch
 
-    def about(self) -> str:
-        """Return it as JSON."""
-        return JSON_ENCODER.encode(self._asdict())
-
 
 class Quarantined(NamedTuple):
     """An event that cannot be stored as it is, with all that is needed to try again."""
@@ -789,7 +785,7 @@ class Quarantined(NamedTuple):
     table: str | None
     column: str | None
     reason: str
-    about: str | None  # its request as in Delivery.about(); None for a whole flush that could not be read
+    about: str | None  # its Delivery as JSON; None for a whole flush that could not be read
     event: str  # its JSON
 
 
@@ -1057,11 +1053,11 @@ class Batch:
         events: Any = self.events or decode_body(self.body)["events"]
         if bad := {problem.index for problem in self.problems}:
             events = [event for index, event in enumerate(events) if index not in bad]
-        return storable(f'{self.delivery.about()[:-1]},"events":{exact_json(events)}}}')
+        return storable(exact_json(self.delivery._asdict() | {"events": events}))
 
     def quarantined(self, problems: Sequence[Problem]) -> list[Quarantined]:
         """Return for the quarantine the events that problems are about."""
-        app, about, items = self.delivery.app, self.delivery.about(), []
+        app, about, items = self.delivery.app, exact_json(self.delivery._asdict()), []
         for index, found in itertools.groupby(problems, lambda problem: problem.index or 0):
             event, reasons = self.events[index], list(found)
             name = event.get(TABLE_KEY) if isinstance(event, dict) else None
