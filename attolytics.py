@@ -837,12 +837,6 @@ def refused_events(problems: Sequence[Problem], count: int, label: str = "invali
     return Refusal(label, reason, problems[:PROBLEMS_MAX], count)
 
 
-def shorten(problems: list[Problem], count: int) -> None:
-    """Leave of the last ones, so many columns of one event, some and the number of the others."""
-    if (more := count - COLUMN_PROBLEMS_MAX) > 0:
-        problems[-more:] = [Problem(problems[-1].index, None, f"and {counted(more, 'column')} more")]
-
-
 def flaws(document: object) -> Refusal:
     """Return the refusal of a document that has flaws, which names the events they are in."""
     found = document.get("events") if isinstance(document, dict) else None
@@ -964,8 +958,8 @@ class TableIntake:
                 problems.append((column.name, str(error)))
         return fields, problems
 
-    def convert(self, batch: Batch, places: Iterable[int], limit: float) -> None:
-        """Add to a batch the rows of its events at some places; gives up after `limit` problems."""
+    def rows(self, batch: Batch, places: Iterable[int], limit: float) -> dict[int, str]:
+        """Return the rows of a batch's events at some places, by these. Gives up after `limit` problems."""
         events, problems, rows = batch.events, batch.problems, {}
         filled, lacking = self.filled(batch.delivery)
         own, extra, null, join = self._own, self.extra, self._null, self._separator.join
@@ -993,12 +987,11 @@ class TableIntake:
                 rows[index] = join(fields)
                 continue
             problems += [Problem(index, column, reason) for column, reason in lacking]
-            shorten(problems, width - len(fields))
+            if (more := width - len(fields) - COLUMN_PROBLEMS_MAX) > 0:
+                problems[-more:] = [Problem(index, None, f"and {counted(more, 'column')} more")]
             if len(problems) > limit:
                 break
-        if rows:
-            batch.rows[self] = rows
-            batch.accepted += len(rows)
+        return rows
 
     def describe(self, key: str) -> str:
         for c, _ in self._filled:
@@ -1133,15 +1126,9 @@ class Intake:
     def convert(self, events: list[Any], delivery: Delivery, limit: float = math.inf) -> Batch:
         """Return a batch of events; with a `limit`, gives up after so many problems."""
         batch = Batch(delivery, events, quarantines=self.app.quarantines)
-        for table, places in self._by_table(batch).items():
-            table.convert(batch, places, limit)
-        batch.problems.sort(key=lambda problem: problem.index or 0)
-        return batch
-
-    def _by_table(self, batch: Batch) -> dict[TableIntake, list[int]]:
         places: dict[TableIntake, list[int]] = {}
         problems = batch.problems
-        for index, event in enumerate(batch.events):
+        for index, event in enumerate(events):
             name = event.get(TABLE_KEY) if type(event) is dict else None
             if type(name) is str and name in self.tables:
                 table = self.tables[name]
@@ -1156,7 +1143,12 @@ class Intake:
             else:
                 near = suggestion(name, self.tables) if len(problems) < UNKNOWN_KEYS_MAX else ""
                 problems.append(Problem(index, TABLE_KEY, f"the app has no table {show(name)}{near}"))
-        return places
+        for table, indexes in places.items():
+            if rows := table.rows(batch, indexes, limit):
+                batch.rows[table] = rows
+                batch.accepted += len(rows)
+        problems.sort(key=lambda problem: problem.index or 0)
+        return batch
 
 
 def intakes(schema: Schema) -> dict[str, Intake]:
