@@ -3979,7 +3979,7 @@ var(--good) } .spool, .quarantined, .warn { color: var(--soft) } .refused, .away
 solid var(--line) } code, pre, time { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap }
 """
 SCRIPT = r"""
-const $ = id => document.getElementById(id), own = Object.hasOwn, rows = new Map(), held = [], KEPT = 300;
+const $ = id => document.getElementById(id), own = Object.hasOwn, held = [], KEPT = 300;
 const VERDICTS = {database: "stored", spool: "in the spool", quarantined: "partly quarantined"};
 const EXAMPLES = {bool: true, i32: 7, i64: 7e9, f32: 0.5, f64: 0.25, string: "text", json: {any: ["json", 1]},
   uuid: "123e4567-e89b-42d3-a456-426614174000", timestamp: new Date().toISOString()};
@@ -4016,17 +4016,16 @@ const rowItem = row => {
     el("p", "dim", more > 0 ? `and ${number(more)} more events` : ""), el("pre", "", row.sent),
     copy("Copy link", `${location.origin}/#${row.id}`), " ", copy("Copy JSON", json(row, null, 1))));
   return el("li", "", box, el("p", "dim", row.skipped ? `and ${number(row.skipped)} more` : "")); };
-const sift = ({row, item, text}) => item.hidden = !text.includes($("text").value.toLowerCase()) ||
-  $("table").value && !own(row.tables, $("table").value) ||
-  ["app", "verdict"].some(name => $(name).value && row[name] !== $(name).value);
-const go = () => rows.get(+location.hash.slice(1))?.item.scrollIntoView(
-  rows.get(+location.hash.slice(1)).item.firstChild.open = true);
+const sift = item => item.hidden = !item.text.includes($("text").value.toLowerCase()) ||
+  $("table").value && !own(item.row.tables, $("table").value) ||
+  ["app", "verdict"].some(name => $(name).value && item.row[name] !== $(name).value);
+const go = () => $(location.hash.slice(1))?.scrollIntoView(
+  $(location.hash.slice(1)).firstChild.open = true);
 const add = row => {
-  const kept = {row, item: rowItem(row), text: json(row).toLowerCase()}, items = $("rows").children;
-  if (rows.has(row.id)) return;
-  $("rows").insertBefore(kept.item, [...items].find(item => +item.id < row.id) ?? null).id = row.id;
-  sift(rows.set(row.id, kept).get(row.id));
-  [...items].slice(KEPT).forEach(item => rows.delete(+item.id) && item.remove());
+  if ($(row.id)) return;
+  const item = Object.assign(rowItem(row), {id: row.id, row, text: json(row).toLowerCase()});
+  sift($("rows").insertBefore(item, [...$("rows").children].find(other => +other.id < row.id) ?? null));
+  $("rows").children[KEPT]?.remove();
   if (location.hash === `#${row.id}`) go(); };
 const listen = () => {
   const stream = new EventSource("/live"), says = text => $("said").textContent = text;
@@ -4078,7 +4077,7 @@ const choose = tab => document.querySelectorAll("nav button").forEach(other => {
   other.ariaSelected = !($(other.value).hidden = other !== tab); });
 $("pause").onclick = () => {
   $("pause").textContent = (paused = !paused) ? "Resume" : held.splice(0).forEach(add) ?? "Pause"; };
-[onhashchange, $("filters").oninput] = [go, () => rows.forEach(sift)];
+[onhashchange, $("filters").oninput] = [go, () => [...$("rows").children].forEach(sift)];
 look(choose(document.querySelector("nav button"))).then(listen);
 """
 CARD = """<div class="card" id="{}"><h2>{}</h2><b></b><p class="dim"></p>
