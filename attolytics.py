@@ -4186,7 +4186,7 @@ class Live:
         self._room, self._watched_until = 0, 0.0  # stored requests that are noted, others only counted
         self._stored = deque[Note](maxlen=LIVE_STORED_MAX)  # without the lock: the writer waits for nobody
         self._lock = threading.Lock()  # Guards what is below, for moments
-        self._refused, self._refused_bytes = deque[Note](), 0
+        self._refused = deque[Note](maxlen=LIVE_REFUSED_MAX)
         self._keys: Set[str] = frozenset()  # of all apps there have been
         self._was_up, self._since = self._replayer.is_up, time.time()  # the database; since when it is that
         self._samples = deque[tuple[float, float, float, list[float]]](maxlen=LIVE_SAMPLES_MAX)
@@ -4217,9 +4217,8 @@ class Live:
             return
         with self._lock:
             self._refused.append(note)
-            self._refused_bytes += note[-1]
-            while len(self._refused) > LIVE_REFUSED_MAX or self._refused_bytes > LIVE_REFUSED_BYTES_MAX:
-                self._refused_bytes -= self._refused.popleft()[-1]
+            while sum(size for _, _, _, size in self._refused) > LIVE_REFUSED_BYTES_MAX:
+                self._refused.popleft()
 
     def tick(self) -> None:
         """Take a sample each second, and forget what nobody watches. Called by the acceptors all the time."""
