@@ -2841,11 +2841,11 @@ class Replayer:
         self,
         apps: Mapping[str, Intake],
         spool: Spool,
-        open_session: Callable[[Iterable[str]], Session] | None,
+        opener: Opener | None,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.has_database = open_session is not None  # or else everything stays in the spool
+        self.has_database = opener is not None  # or else everything stays in the spool
         self.is_up = self.has_database  # by what is known of the session
         self.reason = ""  # why there is no session; stays until the next one has stored something
         self.had_session = False  # ever
@@ -2853,7 +2853,7 @@ class Replayer:
         self.turn = threading.Event()  # when new events may go to the spool; before it they wait a little
         self.turn.set()
         self.intakes = apps  # replaced as a whole by a reload
-        self._spool, self._open, self._metrics, self._clock = spool, open_session, metrics, clock
+        self._spool, self._opener, self._metrics, self._clock = spool, opener, metrics, clock
         self._wanted: queue.SimpleQueue[Session | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         # These belong to the replayer's thread; others only look.
@@ -2915,9 +2915,9 @@ class Replayer:
 
     def _connect(self) -> Session:
         """Return a new session. Raises DatabaseError, OperatorError, SpoolError."""
-        assert self._open is not None
+        assert self._opener
         self._backoff_s = min(max(self._backoff_s * 2, 0.1), BACKOFF_MAX_S)
-        session = self._open(self._spool.epochs)
+        session = self._opener.open(self._spool.epochs)
         self._metrics.count("database_reconnects_total", int(self.had_session))
         self.had_session = self.is_up = True
         seconds = self._clock() - self._got_on_at
@@ -4833,7 +4833,7 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     spool = Spool(options.spool, options.spool_limit, schema, str(uuid.uuid4()))
     metrics = Metrics(schema)
     apps = intakes(schema)
-    writer = Writer(spool, Replayer(apps, spool, opener.open if opener else None, metrics), metrics)
+    writer = Writer(spool, Replayer(apps, spool, opener, metrics), metrics)
     service = Service(apps, writer, spool, metrics, options.max_body, time.monotonic)
     pool, turning_away = Pool(options.max_connections, "http"), Pool(TURN_AWAY_THREADS, "turning-away")
     _claim = stay_on_one_cpu()  # until we end
