@@ -2577,7 +2577,8 @@ class Spool(SpoolFile):
         """Open or create the spool of a process. Raises OperatorError and SpoolError."""
         super().__init__(path, bytes_max)
         self.epoch = epoch
-        self._last_number = 0  # of the flushes of this epoch
+        # Of this epoch's flushes: they only go up, none is given twice, and here they are in their order.
+        self.numbers, self._last_number = itertools.count(1), 0
         gone = "(SELECT total - events FROM attolytics_spool ORDER BY id LIMIT 1)"
         self.events = self.one(f"SELECT {LAST_TOTAL} - {gone}") or 0
         self.quarantined = self.one("SELECT count(*) FROM attolytics_quarantine")
@@ -2593,17 +2594,22 @@ class Spool(SpoolFile):
         query = "SELECT json_extract(batches, '$[0].received_at') FROM attolytics_spool ORDER BY id LIMIT 1"
         return next((oldest for (oldest,) in self.rows(query)), None)
 
-    def append(self, number: int, events: int, texts: Iterable[str], given_up: bool = False) -> None:
-        """Keep a flush of this process, by the JSON of its batches.
+    def append(self, number: int, events: int, texts: Iterable[str], kept: Sequence[int] = ()) -> None:
+        """Keep a flush, by the JSON of its batches, or of the events `kept` in quarantine until now.
 
-        One that was given up may exceed the limit: a late message may store it all the same, and then its
-        client must not have been asked to send it again.
+        One that was sent, which has a number already (others: 0), may exceed the limit: a late message may
+        store it all the same, and then its client must not have been asked to send it again.
         """
         text = f"[{','.join(texts)}]"
-        with self.transaction(events):
-            if not given_up:
+        insert = f"INSERT INTO attolytics_spool VALUES (NULL, ?, ?, ?, ? + ifnull({LAST_TOTAL}, 0), ?)"
+        with self.transaction(events, -len(kept)):
+            if not (number or kept):
                 self.check_room(len(text))
-            self._insert_flush(number, events, text)
+            number = number or next(self.numbers)
+            assert number > self._last_number  # the replay relies on their order
+            self._last_number = number
+            self._db.execute(insert, (self.epoch, number, events, events, text))
+            self._db.executemany(DELETE_QUARANTINED, zip(kept))
 
     def quarantine(self, items: Sequence[Quarantined], left: Mapping[int, str] = {}) -> list[int]:
         """Keep events with what is against them; return their ids in the quarantine.
@@ -2654,26 +2660,24 @@ class Spool(SpoolFile):
         query = f"SELECT {columns} FROM attolytics_quarantine ORDER BY id DESC LIMIT ?"
         return self.rows(query, chars, count)
 
-    def retry(self, numbers: Iterator[int], why: Callable[[str], str]) -> None:
+    def retry(self, why: Callable[[str], str]) -> None:
         """Move the events in quarantine that fit into flushes of ours; `why` says what is against a batch."""
         last = 0
         select = "SELECT id, batch, event FROM attolytics_quarantine WHERE id > ? ORDER BY id LIMIT 100"
+        update = "UPDATE attolytics_quarantine SET reason = ? WHERE id = ?"
         while found := self.rows(select, last):
-            # An event without a batch is a whole flush that could not be read.
-            texts = {
-                id_: f'{batch[:-1]},"events":[{event}]}}' if batch else event[1:-1]
-                for id_, batch, event in found
-            }
-            reasons = {id_: why(text) for id_, text in texts.items()}
-            going = [id_ for id_ in texts if not reasons[id_]]
-            with self.transaction(len(going), -len(going)):
-                if going:
-                    text = f"[{','.join(texts[id_] for id_ in going)}]"
-                    self._insert_flush(next(numbers), len(going), text)
-                update = "UPDATE attolytics_quarantine SET reason = ? WHERE id = ?"
-                self._db.executemany(update, [(storable(reason), id_) for id_, reason in reasons.items()])
-                self._db.executemany(DELETE_QUARANTINED, zip(going))
-            last = found[-1][0]
+            fit, unfit = dict[int, str](), list[tuple[str, int]]()
+            for last, batch, event in found:
+                # An event without a batch is a whole flush that could not be read.
+                text = f'{batch[:-1]},"events":[{event}]}}' if batch else event[1:-1]
+                if reason := why(text):
+                    unfit.append((storable(reason), last))
+                else:
+                    fit[last] = text
+            with self.transaction():
+                self._db.executemany(update, unfit)
+            if fit:
+                self.append(0, len(fit), fit.values(), kept=[*fit])
 
     def create_views(self, schema: Schema) -> None:
         """Replace the views of tables that another schema has changed."""
@@ -2691,13 +2695,6 @@ class Spool(SpoolFile):
                     self._db.execute(sql)
                 except sqlite3.OperationalError as error:  # a name that SQLite keeps for itself, say
                     log.warning('the spool cannot have a view for the table "%s": %s', name, reason_of(error))
-
-    def _insert_flush(self, number: int, events: int, text: str) -> None:
-        assert number > self._last_number  # the replay relies on their order
-        self._last_number = number
-        row = self.epoch, number, events, events, text
-        insert = f"INSERT INTO attolytics_spool VALUES (NULL, ?, ?, ?, ? + ifnull({LAST_TOTAL}, 0), ?)"
-        self._db.execute(insert, row)
 
 
 # --- Writer -------------------------------------------------------------------
@@ -3062,8 +3059,7 @@ class Writer:
         self.is_watched = False  # Somebody wants to know whether an idle database is there
         self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self.replayer, self._spool, self._metrics, self._clock = replayer, spool, metrics, clock
-        # These belong to the writer's thread. Numbers of flushes only go up, and none is given twice.
-        self._numbers = itertools.count(1)
+        # These belong to the writer's thread.
         self._stopping = False
         self._untold: Callable[[], object] = bool  # what answers the last flush, unless it has been
 
@@ -3075,7 +3071,7 @@ class Writer:
             return group.unfit[0].reason if group.unfit else ""
 
         retried = self.replayer.retried = self._spool.quarantined
-        self._spool.retry(self._numbers, why)
+        self._spool.retry(why)
         self._metrics.count("events_spooled_total", retried - self._spool.quarantined)
         if not (self._spool.events and self.replayer.has_database):  # or else when they have been replayed
             self.replayer.report_retried("fit by now")
@@ -3168,7 +3164,7 @@ class Writer:
         parts, left = [batches], list[Batch]()
         while parts and not loss:
             part = parts.pop()
-            number, started = next(self._numbers), self._clock()
+            number, started = next(self._spool.numbers), self._clock()
             try:
                 session.check_idle()
                 rows, seconds = [batch.rows for batch in part], max(deadline - started, PATIENCE_MIN_S)
@@ -3221,9 +3217,8 @@ class Writer:
             session.close()
 
     def _append(self, number: int, batches: Sequence[Batch], texts: Sequence[str]) -> SpoolError | None:
-        events = sum(batch.accepted for batch in batches)
         try:
-            self._spool.append(number or next(self._numbers), events, texts, given_up=number > 0)
+            self._spool.append(number, sum(batch.accepted for batch in batches), texts)
         except SpoolError as error:
             return error
         return None
