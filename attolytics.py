@@ -2725,21 +2725,20 @@ class Group:
         self.flushes = flushes
         self.epoch, self.number = flushes[0].epoch, flushes[-1].number
         self.unfit: list[Quarantined] = []  # what has to go to the quarantine
+        self.refused: list[DatabaseError] = []  # why its rows were, if the data is not at fault
         self.lost_at: int | None = None  # the one of its rows at which a sift has lost the session
         self._by_flush: dict[int, list[Batch]] = {}
         for flush in flushes:
+            batches: list[Batch] = []
             try:
-                raw = SPOOL_DECODER.decode(flush.text)
-                self._by_flush[flush.id] = [self._convert(batch, intakes) for batch in raw]
+                batches = [self._convert(raw, intakes) for raw in SPOOL_DECODER.decode(flush.text)]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 # Cannot be taken apart, so all of it is kept as one.
-                self._by_flush[flush.id] = []
                 reason = f"cannot be read back: {type(error).__name__}: {reason_of(error)}"
                 self.unfit.append(Quarantined("", None, None, reason, None, flush.text))
+            self.unfit += [item for b in batches if b.problems for item in b.quarantined(b.problems)]
+            self._by_flush[flush.id] = batches
         self.batches = list(itertools.chain.from_iterable(self._by_flush.values()))
-        for batch in self.batches:
-            if batch.problems:
-                self.unfit += batch.quarantined(batch.problems)
 
     @cached_property
     def rows(self) -> list[tuple[TableIntake, str, Batch, int]]:
@@ -2758,6 +2757,7 @@ class Group:
         batch.problems.append(problem)
         batch.accepted -= 1
         self.unfit += batch.quarantined([problem])
+        self.refused += [error] if error.fault is not Fault.DATA else []
 
     def left(self) -> dict[int, str]:
         """Return the JSON of what is left of the flushes that have had unfit events, by their ids."""
@@ -2778,17 +2778,13 @@ class Group:
         return Batch(delivery, events, problems=problems)
 
 
-def sift(
-    session: Session, group: Group, one_by_one: bool, excused: Collection[str]
-) -> tuple[Counts, list[DatabaseError]]:
+def sift(session: Session, group: Group, one_by_one: bool, excused: Collection[str]) -> Counts:
     """Insert what the database takes of a group that it refused as a whole, by bisection; not committed yet.
 
-    The group refuses the others. Returns how many rows were there already, by table, and what was said about
-    those that are refused for a reason that is not the data's. Raises DatabaseError.
+    The group refuses the others. Returns how many rows were there already, by table. Raises DatabaseError.
     """
     session.run(f"{SIFT_START}{raise_sql(group.epoch, session.token, group.number)}")
     skipped = Counts()
-    refused: list[DatabaseError] = []
     # Each is tried after those before it, so that of two that are refused together the second one is found.
     every = range(len(group.rows))
     parts = [range(row, row + 1) for row in reversed(every)] if one_by_one else [every]
@@ -2809,8 +2805,7 @@ def sift(
                 parts += [part[middle:], part[:middle]]
             else:
                 group.refuse(part.start, error)
-                refused += [error] if error.fault is not Fault.DATA else []
-    return skipped, refused
+    return skipped
 
 
 def set_apart(spool: Spool, metrics: Metrics, group: Group) -> None:
@@ -3011,12 +3006,12 @@ class Replayer:
                 # At the second try this session has seen that the tables are there and fit.
                 if is_away or not group.rows or (error.fault is Fault.OPERATOR and not is_again):
                     raise
-        skipped, refused = sift(session, group, one_by_one, excused)
+        skipped = sift(session, group, one_by_one, excused)
         # If a database is away, others do not go through either.
-        is_away = any(error.fault is Fault.AWAY for error in refused)
-        is_culprit = len(refused) * 2 < len(group.rows) or (excused and not is_away)
-        if refused and not (is_again and is_culprit):
-            raise refused[0]
+        is_away = any(error.fault is Fault.AWAY for error in group.refused)
+        is_culprit = len(group.refused) * 2 < len(group.rows) or (excused and not is_away)
+        if group.refused and not (is_again and is_culprit):
+            raise group.refused[0]
         if group.unfit:  # durable before COMMIT: afterwards nobody would look at these flushes again
             set_apart(self._spool, self._metrics, group)
         session.run("COMMIT")
