@@ -2854,10 +2854,6 @@ class Replayer:
         self._stuck: Stuck | None = None
         self._events_max = REPLAY_EVENTS_MAX  # in a group; fewer after a failure
 
-    def start(self, hand_over: Callable[[Session], bool]) -> None:
-        """Start the thread; `hand_over` gives a session to the writer, if the spool is empty."""
-        threading.Thread(target=self._work, args=[hand_over], name="replayer", daemon=True).start()
-
     def stop(self) -> None:
         """Begin nothing new; does not wait."""
         self._stop.set()
@@ -2884,7 +2880,8 @@ class Replayer:
         why = self.reason or "the database has not answered yet"
         return f"the replay has been held up for {seconds:.0f} s: {why}"
 
-    def _work(self, hand_over: Callable[[Session], bool]) -> None:
+    def work(self, hand_over: Callable[[Session], bool]) -> None:
+        """Replay until stop(); `hand_over` gives a session to the writer, if the spool is empty."""
         session = self._wanted.get()
         while not self._stop.wait(0 if session else self._backoff_s * random.uniform(0.5, 1)):
             try:
@@ -3074,7 +3071,7 @@ class Writer:
     def start(self, session: Session | None) -> threading.Thread:
         """Start the threads, with a session or (None) with the database away."""
         self.replayer.had_session = session is not None
-        self.replayer.start(self._accept)
+        threading.Thread(target=self.replayer.work, args=[self._accept], name="replayer", daemon=True).start()
         if self.replayer.has_database and not (session and self._accept(session)):
             self.replayer.take(session, "" if session else "it was away at the start")
         thread = threading.Thread(target=self._work, name="writer", daemon=True)
