@@ -3422,9 +3422,11 @@ def answer_text(verdict: str | Refusal, batch: Batch | None = None) -> str:
     return json.dumps({name: value for name, value in values.items() if value != []}) + "\n"
 
 
-def answer_bytes(status: HTTPStatus, headers: str, text: str) -> bytes:
+def answer_bytes(head: Head | None, status: HTTPStatus, headers: str, text: str) -> bytes:
+    """Return a whole answer, or what of it answers HEAD."""
     kind = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n" if text else ""
     headers = f"Date: {http_date(int(time.time()))}\r\n{kind}{headers}{STATUS_HEADERS.get(status, '')}"
+    text = "" if head and head.method == "HEAD" else text
     return f"HTTP/1.1 {status} {status.phrase}\r\n{headers}\r\n{text}".encode("latin-1")
 
 
@@ -3748,9 +3750,7 @@ class Handler(BaseRequestHandler):
         self._keeps = self._keeps and self.body is not None and not service.draining
         self.body = self.body and b""
         headers = f"{self._cors}Connection: {'keep-alive' if self._keeps else 'close'}\r\n"
-        answer = answer_bytes(status, headers, answer_text(verdict, batch))
-        if head and head.method == "HEAD":
-            answer = answer[: answer.index(b"\r\n\r\n") + 4]
+        answer = answer_bytes(head, status, headers, answer_text(verdict, batch))
         if log.isEnabledFor(logging.DEBUG):
             line = head.line() if head else "-"
             client = network_of(self.client_address[0])  # more of it may not be kept
@@ -3876,7 +3876,7 @@ class Server(Listener):
     def _turn_away(self, sock: socket.socket, flags: int = 0) -> None:
         refusal = Refusal("too_many_connections", "too many connections, try again later")
         status, headers, text = refusal.status, ANY_ORIGIN, answer_text(refusal)
-        incoming = Incoming(sock, self.service.clock)
+        incoming, head = Incoming(sock, self.service.clock), None
         with contextlib.suppress(Refusal, OSError):
             # Without an answer to its preflight a page cannot read the 503 that its request gets.
             if not flags and incoming.wait():
@@ -3889,7 +3889,7 @@ class Server(Listener):
             self.service.metrics.count("events_refused_total", 1, "", refusal.label)
         self.service.metrics.count("http_requests_total", 1, f"{status}")
         with contextlib.suppress(OSError):  # the client is gone
-            sock.send(answer_bytes(status, f"{headers}Connection: close\r\n", text), flags)
+            sock.send(answer_bytes(head, status, f"{headers}Connection: close\r\n", text), flags)
             if not flags:
                 incoming.drain()
         self.shutdown_request(sock)

@@ -3080,6 +3080,9 @@ class CrowdTest(ServerCase):
             answer = self.talk(self.raw(b"", "Origin: https://a.example", path=path, method=method))
             self.assertEqual((answer.status, answer.will_close), (status, True))
             self.assertEqual(answer.headers["Access-Control-Allow-Origin"], "*")
+        sock = self.connect()
+        sock.sendall(self.raw(b"", method="HEAD"))
+        self.assertEqual(b"".join(iter(lambda: sock.recv(1000), b"")).partition(b"\r\n\r\n")[2], b"")
         # However many come, and however long they stay, each is told.
         for sock in [self.connect() for _ in range(30)]:
             self.assertTrue(sock.recv(100).startswith(b"HTTP/1.1 503 "))
