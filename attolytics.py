@@ -1904,7 +1904,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
     ) -> list[list[Any]]:
         """Send one message, or the SQL of one without COPY, and return the rows it brings.
 
-        Calls `meanwhile` when PostgreSQL has begun with it. Raises DatabaseError. If that has no SQLSTATE,
+        Calls `meanwhile` while PostgreSQL works on it. Raises DatabaseError. If that has no SQLSTATE,
         the connection is of no use any more.
         """
         # COPY data behind an error is dropped by the server (PostgreSQL manual, 55.2.6).
@@ -1989,11 +1989,8 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             parts += [b"d", (len(data) + 4).to_bytes(4), data, b"c\0\0\0\4"]
         self.tags = []
         self._usock.settimeout(seconds)
-        whole = memoryview(b"".join(parts))
-        sent = self._usock.send(whole)  # nearly always all of it
+        self._usock.sendall(b"".join(parts))
         meanwhile()
-        if rest := whole[sent:]:  # (an empty one would be a system call, behind which others go first)
-            self._usock.sendall(rest)
         # RowDescription, DataRow: nobody looks at those of a flush. CopyInResponse: its data is on its way.
         unread = (b"T", b"D", b"G") if message.copies or message.inserts else ()
         deadline, kind = time.monotonic() + seconds, b""
