@@ -2271,7 +2271,7 @@ class Opener:
 
     def __init__(self, target: Target, schema: Schema, migrates: bool = False) -> None:
         self.target, self._schema, self._migrates = target, schema, migrates
-        self._prepared: Mapping[str, Table] | None = None  # the tables that were there as they should be
+        self._is_prepared = False  # the tables have been there as they should be
         self._partition_keys: dict[str, tuple[str, ...]] = {}  # for the session that is open, too
 
     def open(self, epochs: Iterable[str]) -> Session:
@@ -2279,7 +2279,7 @@ class Opener:
         schema = self._schema
         session = connect(self.target)
         try:
-            if schema.tables == self._prepared:
+            if self._is_prepared:
                 plan = permitted(session, schema, self.target.user, migrates=False)
                 # None is created: who renamed one may rename it back. (ON CONFLICT needs its unique index.)
                 if needed := [s for s in plan if s.way is Way.CREATE or (s.index and s.index.unique)]:
@@ -2287,7 +2287,7 @@ class Opener:
                     raise to_run(why, statements_of(needed))
             else:
                 prepare(session, schema, self.target.user, self._migrates)
-                self._prepared = schema.tables
+                self._is_prepared = True
             session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
             self._partition_keys.update(session.partition_keys)
             session.partition_keys = self._partition_keys
@@ -2318,13 +2318,10 @@ class Opener:
             with contextlib.closing(connect(self.target)) as session:
                 prepare(session, schema, self.target.user, self._migrates)
                 self._partition_keys.update(session.partition_keys)
-            self._prepared = schema.tables
+            self._is_prepared = True
         except DatabaseError as error:
-            if error.fault is not Fault.AWAY:
+            if error.fault is not Fault.AWAY or schema.tables != self._schema.tables:
                 raise
-            if self._schema.tables != schema.tables:
-                problem = f"the database cannot be compared with it: {error}; try again when it can"
-                raise OperatorError(problem) from None
         self._schema = schema
 
 
