@@ -1319,12 +1319,12 @@ class Index(NamedTuple):
     method: str = "btree"
     more: tuple[str, ...] = ()
 
-    def sql(self, how: str = "", where: str = "") -> str:
+    def sql(self, how: str = "", on: str = "") -> str:
         """Return the statement that creates it. Without a name in `how` PostgreSQL finds a free one."""
         create = "CREATE UNIQUE INDEX" if self.unique else "CREATE INDEX"
         method = "" if self.method == "btree" else f"USING {self.method} "
         columns = ", ".join(map(identifier, (self.column, *self.more)))
-        return f"{create} {how}ON {where}{identifier(self.table)} {method}({columns})"
+        return f"{create} {how}ON {on or identifier(self.table)} {method}({columns})"
 
     def names(self) -> tuple[str, str]:
         """Return the name PostgreSQL gives it, and one for where that is too long or taken."""
@@ -1413,11 +1413,10 @@ FROM unnest(ARRAY[{tables}]::text[]) w(name) JOIN pg_class c ON c.oid = to_regcl
 
 
 def partitions_sql(table: str) -> str:
-    """Return a query for the partitions of a table that hold its rows: their schema, as SQL, and name."""
+    """Return a query for the partitions of a table that hold its rows: their names, bare and as SQL."""
     return f"""
-SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE quote_ident(n.nspname) || '.' END, c.relname
-FROM pg_partition_tree({quote(identifier(table))}) p JOIN pg_class c ON c.oid = p.relid
-    JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'r' ORDER BY p.level, c.relname"""
+SELECT c.relname, c.oid::regclass::text FROM pg_partition_tree({quote(identifier(table))}) p
+    JOIN pg_class c ON c.oid = p.relid WHERE c.relkind = 'r' ORDER BY p.level, c.relname"""
 
 
 class Way(Enum):
@@ -1512,9 +1511,9 @@ def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reaso
     way, statements = Way.ALTER, [index.sql()]
     if not existing.can_select or existing.ask(f"SELECT 1 FROM {identifier(table.name)} LIMIT 1"):
         way, statements = Way.HAND, []
-        for place, partition in existing.ask(partitions_sql(table.name)):
+        for partition, on in existing.ask(partitions_sql(table.name)):
             own = index._replace(table=partition)
-            statements.append(own.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(own.names()[1])} ", place))
+            statements.append(own.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(own.names()[1])} ", on))
         # Has nothing to build: PostgreSQL attaches those. All have names, so they may be run again.
         statements.append(index.sql(f"IF NOT EXISTS {identifier(index.names()[1])} "))
         reason += "; building it on a partitioned table blocks inserts, but not in these steps"
