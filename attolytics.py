@@ -1962,8 +1962,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         """Say once what is a fourth of PostgreSQL's work for a small flush, if no pooler is between us."""
         self.start, self.raising = FLUSH_START, RAISE
         if self.is_direct():
-            self.run(f"{FLUSH_START.replace('SET LOCAL', 'SET')}COMMIT")
-            self.run(PREPARE_RAISE)
+            self.run(f"{FLUSH_START.replace('SET LOCAL', 'SET')}{PREPARE_RAISE};\nCOMMIT")
             self.start, self.raising = "BEGIN;\n", EXECUTE_RAISE
 
     def check_idle(self) -> None:
