@@ -1887,7 +1887,7 @@ def skipped_rows(message: Message, tags: Iterable[str]) -> Counts:
 class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no type hints
     """A connection, which stores rows in one round trip when it has taken the ledger over. For one thread."""
 
-    timeout_s = float(CONNECT_TIMEOUT_S)  # for a message that is not told its own
+    timeout_s: float = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S  # for a message that is not told its own
     tags: list[str]  # of the last message's statements, such as `INSERT 0 5` and `COMMIT`
     start: str  # with which a flush begins, and ...
     raising: str  # ... what raises the ledger then: see say_once()
@@ -2097,7 +2097,6 @@ def start_session(target: Target, context: ssl.SSLContext | None) -> Session:
         )
     except (pg8000.exceptions.Error, pg8000.core.scramp.ScramException, *BROKEN) as error:
         raise session_error(target, error) from None
-    session.timeout_s = target.connect_timeout
     if session.parameter_statuses.get("standard_conforming_strings") != "on":
         session.close()
         raise DatabaseError("standard_conforming_strings must be on", Fault.OPERATOR)
