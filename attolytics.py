@@ -1893,7 +1893,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
     raising: str  # ... what raises the ledger then: see say_once()
     token = ""  # by which the ledger knows it
     stored: Mapping[str, int] = {}  # how far each epoch was stored when it took the ledger over
-    partition_keys: Mapping[str, tuple[str, ...]] = {}  # of the tables, by name
+    partition_keys: dict[str, tuple[str, ...]]  # of the tables, by name; all sessions of an Opener share them
     check_tables: Callable[[Session], object] = staticmethod(bool)  # raises OperatorError if they fit no more
 
     def run(
@@ -2097,6 +2097,7 @@ def start_session(target: Target, context: ssl.SSLContext | None) -> Session:
         )
     except (pg8000.exceptions.Error, pg8000.core.scramp.ScramException, *BROKEN) as error:
         raise session_error(target, error) from None
+    session.partition_keys = {}
     if session.parameter_statuses.get("standard_conforming_strings") != "on":
         session.close()
         raise DatabaseError("standard_conforming_strings must be on", Fault.OPERATOR)
@@ -2149,7 +2150,7 @@ def survey(session: Session, schema: Schema, user: str) -> list[Step]:
         existing_columns = {column: ExistingColumn(*found) for column, found in columns.items()}
         existing_indexes = [ExistingIndex(*found) for found in indexes]
         catalog[name] = ExistingTable(existing_columns, existing_indexes, *rest)._replace(ask=session.run)
-    session.partition_keys = {name: (*table.partition_key,) for name, table in catalog.items()}
+    session.partition_keys.update({name: (*table.partition_key,) for name, table in catalog.items()})
     return make_plan(schema, catalog, user)
 
 
@@ -2267,12 +2268,13 @@ class Opener:
     def __init__(self, target: Target, schema: Schema, migrates: bool = False) -> None:
         self.target, self._schema, self._migrates = target, schema, migrates
         self._is_prepared = False  # the tables have been there as they should be
-        self._partition_keys: dict[str, tuple[str, ...]] = {}  # for the session that is open, too
+        self._partition_keys: dict[str, tuple[str, ...]] = {}
 
     def open(self, epochs: Iterable[str]) -> Session:
         """Return a session that can insert rows into all tables. Blocks and raises as prepare() does."""
         schema = self._schema
         session = connect(self.target)
+        session.partition_keys = self._partition_keys
         try:
             if self._is_prepared:
                 plan = permitted(session, schema, self.target.user, migrates=False)
@@ -2284,8 +2286,6 @@ class Opener:
                 prepare(session, schema, self.target.user, self._migrates)
                 self._is_prepared = True
             session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
-            self._partition_keys.update(session.partition_keys)
-            session.partition_keys = self._partition_keys
             session.check_tables = self._check
             # An INSERT of no rows gets the locks that one with rows needs, and EXPLAIN does not even run it.
             touches = [f"EXPLAIN INSERT INTO {identifier(name)} SELECT WHERE false" for name in schema.tables]
@@ -2302,7 +2302,6 @@ class Opener:
         session.timeout_s = PATIENCE_MIN_S  # clients wait
         permitted(session, self._schema, self.target.user, migrates=False)
         session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
-        session.partition_keys = self._partition_keys
 
     def prepare(self, schema: Schema) -> None:
         """Prepare or migrate the tables for another schema, over a connection of its own, then use it.
@@ -2311,8 +2310,8 @@ class Opener:
         """
         try:
             with contextlib.closing(connect(self.target)) as session:
+                session.partition_keys = self._partition_keys
                 prepare(session, schema, self.target.user, self._migrates)
-                self._partition_keys.update(session.partition_keys)
             self._is_prepared = True
         except DatabaseError as error:
             if error.fault is not Fault.AWAY or schema.tables != self._schema.tables:
