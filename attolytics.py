@@ -1412,13 +1412,6 @@ SELECT w.name,
 FROM unnest(ARRAY[{tables}]::text[]) w(name) JOIN pg_class c ON c.oid = to_regclass(quote_ident(w.name))"""
 
 
-def partitions_sql(table: str) -> str:
-    """Return a query for the partitions of a table that hold its rows: their names, bare and as SQL."""
-    return f"""
-SELECT c.relname, c.oid::regclass::text FROM pg_partition_tree({quote(identifier(table))}) p
-    JOIN pg_class c ON c.oid = p.relid WHERE c.relkind = 'r' ORDER BY p.level, c.relname"""
-
-
 class Way(Enum):
     """Who takes a step, in the order in which they are taken."""
 
@@ -1511,7 +1504,12 @@ def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reaso
     way, statements = Way.ALTER, [index.sql()]
     if not existing.can_select or existing.ask(f"SELECT 1 FROM {identifier(table.name)} LIMIT 1"):
         way, statements = Way.HAND, []
-        for partition, on in existing.ask(partitions_sql(table.name)):
+        holders = (  # of its rows: their names, bare and as SQL
+            "SELECT c.relname, c.oid::regclass::text FROM pg_class c"
+            f" JOIN pg_partition_tree({quote(identifier(table.name))}) p ON c.oid = p.relid"
+            " WHERE c.relkind = 'r' ORDER BY p.level, c.relname"
+        )
+        for partition, on in existing.ask(holders):
             own = index._replace(table=partition)
             statements.append(own.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(own.names()[1])} ", on))
         # Has nothing to build: PostgreSQL attaches those. All have names, so they may be run again.
