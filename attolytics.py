@@ -1965,7 +1965,6 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
 
     def check_idle(self) -> None:
         """Raise DatabaseError if the server closed the idle connection. Does not block."""
-        # Noticing this before a flush is sent keeps its outcome from being unknown.
         poll = select.poll()  # select() knows no descriptors from 1,024 on
         poll.register(self._usock, select.POLLIN)
         if poll.poll(0):
@@ -3144,7 +3143,6 @@ class Writer:
             part = parts.pop()
             number, started = next(self._spool.numbers), self._clock()
             try:
-                session.check_idle()
                 rows, seconds = [batch.rows for batch in part], max(deadline - started, PATIENCE_MIN_S)
                 skipped = session.store(self._spool.epoch, number, rows, seconds, self._tell_stored)
             except DatabaseError as error:
