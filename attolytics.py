@@ -1870,6 +1870,7 @@ MISFITS = ("22003", "22007", "22P02", "23502")
 # What pg8000 raises when the connection ends, or when the peer does not speak PostgreSQL's protocol.
 BROKEN = (pg8000.exceptions.InterfaceError, OSError, struct.error, LookupError, ValueError, AttributeError)
 NO_ANSWER = "no answer in time"
+Meanwhile = Callable[[], object]  # what is done while PostgreSQL works
 
 
 def skipped_rows(message: Message, tags: Iterable[str]) -> Counts:
@@ -1895,7 +1896,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
     check_tables: Callable[[Session], object] = staticmethod(bool)  # raises OperatorError if they fit no more
 
     def run(
-        self, message: str | Message, seconds: float | None = None, meanwhile: Callable[[], object] = bool
+        self, message: str | Message, seconds: float | None = None, meanwhile: Meanwhile = bool
     ) -> list[list[Any]]:
         """Send one message, or the SQL of one without COPY, and return the rows it brings.
 
@@ -1922,12 +1923,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         return context.rows or []
 
     def store(
-        self,
-        epoch: str,
-        number: int,
-        parts: Iterable[Rows],
-        seconds: float = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S,
-        meanwhile: Callable[[], object] = bool,
+        self, epoch: str, number: int, parts: Iterable[Rows], seconds: float, meanwhile: Meanwhile = bool
     ) -> Counts:
         """Store rows as a flush of an epoch, in one round trip; return how many were there already, by table.
 
@@ -1975,7 +1971,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             self._usock.settimeout(POLL_S)  # PostgreSQL would notice anyway
             super().close()
 
-    def _ask(self, message: Message, context: Any, seconds: float, meanwhile: Callable[[], object]) -> None:
+    def _ask(self, message: Message, context: Any, seconds: float, meanwhile: Meanwhile) -> None:
         sql = message.sql.encode() + b"\0"
         parts = [b"Q", (len(sql) + 4).to_bytes(4), sql]
         for data in message.copies:
