@@ -2164,12 +2164,11 @@ def permitted(session: Session, schema: Schema, user: str, migrates: bool) -> li
 
 
 def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> DatabaseError | OperatorError:
-    text = f"cannot create what the schema needs: {error}"
     if error.fault is Fault.AWAY:
-        return DatabaseError(text, error.fault, error.fields)
+        return error
     detail = f" ({error.fields['D']})" if "D" in error.fields else ""
     allow = f"Let the owner of the database run this, or allow user {identifier(user)} to:"
-    return to_run(f"{text}{detail}\n{allow}", statements)
+    return to_run(f"cannot create what the schema needs: {error}{detail}\n{allow}", statements)
 
 
 def take(session: Session, step: Step, plan: Callable[[], list[Step]]) -> None:
