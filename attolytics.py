@@ -3232,9 +3232,10 @@ EXPOSED = "Access-Control-Expose-Headers: Retry-After\r\n"
 ANY_ORIGIN = f"Access-Control-Allow-Origin: *\r\n{EXPOSED}"
 
 CODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate"}
+HEADERS_TOO_LARGE = f"a request may have {HEADER_COUNT_MAX} header fields, of {HEADER_BYTES_MAX} bytes in all"
 ONCE_ONLY = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "origin"}
 
-REQUEST_LINE = re.compile(rf"({HEADER_NAME}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+REQUEST_LINE = re.compile(rf"({HEADER_NAME}) ([!-~]+) HTTP/1\.([0-9])")
 FIELD = re.compile(rf"({HEADER_NAME}):([\t -~\x80-\xff]*)")  # RFC 9112, section 5
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?/apps/([^/?#]+)/events(?:\?[^#]*)?")
@@ -3265,11 +3266,9 @@ def parse_request_line(line: str) -> tuple[str, str, str]:
     if len(line) > REQUEST_LINE_BYTES_MAX:
         raise Refusal("target_too_long", f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
     if not (match := REQUEST_LINE.fullmatch(line)):
-        raise Refusal("malformed_request", f"malformed request line {show(line.partition('?')[0])}")
-    method, target, major, minor = match.groups()
-    if major != "1":
-        raise Refusal("malformed_request", f"HTTP/{major}.{minor} is not supported, use HTTP/1.1")
-    return method, target, minor
+        got = show(line.partition("?")[0])
+        raise Refusal("malformed_request", f"expected a request line of HTTP/1.1, got {got}")
+    return match[1], match[2], match[3]
 
 
 def check_partial_head(head: bytes, start: int) -> None:
@@ -3280,20 +3279,16 @@ def check_partial_head(head: bytes, start: int) -> None:
     if is_whole or len(head) > REQUEST_LINE_BYTES_MAX:  # HTTP/0.9, for example, sends no more than a line
         parse_request_line(line.decode("latin-1"))
     if len(head) - len(line) > HEADER_BYTES_MAX + 2 * HEADER_COUNT_MAX:
-        raise Refusal("headers_too_large", f"the header fields have more than {HEADER_BYTES_MAX} bytes")
+        raise Refusal("headers_too_large", HEADERS_TOO_LARGE)
 
 
 def parse_fields(lines: Sequence[str]) -> dict[str, str]:
-    if len(lines) > HEADER_COUNT_MAX:
-        reason = f"{len(lines)} header fields; a request may have {HEADER_COUNT_MAX}"
-        raise Refusal("headers_too_large", reason)
-    if sum(map(len, lines)) > HEADER_BYTES_MAX:
-        raise Refusal("headers_too_large", f"the header fields have more than {HEADER_BYTES_MAX} bytes")
+    if len(lines) > HEADER_COUNT_MAX or sum(map(len, lines)) > HEADER_BYTES_MAX:
+        raise Refusal("headers_too_large", HEADERS_TOO_LARGE)
     headers: dict[str, str] = {}
     for line in lines:
         if not (match := FIELD.fullmatch(line)):
-            kind = "folded" if line[:1] in (" ", "\t") else "malformed"
-            raise Refusal("malformed_request", f"{kind} header line {show(line)}")
+            raise Refusal("malformed_request", f"malformed header line {show(line)}")
         name, value = match[1].lower(), match[2].strip(" \t")
         if name in headers and name in ONCE_ONLY:
             raise Refusal("malformed_request", f"the header {name} stands twice")
@@ -3314,7 +3309,7 @@ def body_length(headers: Mapping[str, str], minor: str) -> int | None:
         raise Refusal("malformed_request", "Transfer-Encoding in HTTP/1.0")
     codings = [item.strip(" \t").lower() for item in coding.split(",")]
     if set(codings) != {"chunked"}:
-        raise Refusal("not_implemented", f"the transfer coding {show(coding)} is not supported, only chunked")
+        raise Refusal("not_implemented", f"expected chunked as the transfer coding, got {show(coding)}")
     if len(codings) > 1:
         raise Refusal("malformed_request", "chunked twice")
     return None
@@ -3361,11 +3356,9 @@ def check_request(head: Head, intake: Intake, body_bytes_max: int) -> None:
         charsets = {p.partition("=")[2].strip('"') for p in parameters if p.startswith("charset=")}
         # Text is what navigator.sendBeacon() sends.
         if kind not in ("application/json", "text/plain", "") or charsets - {"utf-8", "utf8", "us-ascii"}:
-            reason = f"the content type {show(full)} is not supported, send application/json in UTF-8"
-            raise Refusal("media", reason)
+            raise Refusal("media", f"expected the content type application/json in UTF-8, got {show(full)}")
         if coding.lower() not in CODINGS:
-            reason = f"the content encoding {show(coding)} is not supported, only gzip and deflate"
-            raise Refusal("media", reason)
+            raise Refusal("media", f"expected gzip or deflate as the content encoding, got {show(coding)}")
     if head.length is not None and head.length > body_bytes_max:
         raise Refusal("too_large", f"the body has {head.length} bytes; a request may have {body_bytes_max}")
 
