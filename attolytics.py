@@ -3622,7 +3622,7 @@ class Handler(BaseRequestHandler):
         self._incoming = Incoming(self.request, self._service.clock)
         # What came of the last head that was let in, for which apps, and what of it is before and behind the
         # number in Content-Length: clients that keep their connection repeat it byte for byte.
-        self._known: tuple[Head, Intake, str, Callable[[float], Delivery]] | None = None
+        self._known: tuple[Head, Intake, Callable[[float], Delivery]] | None = None
         self._known_by: tuple[object, bytes, bytes] = None, b"", b""
         # Held while the writer has a batch of ours, from submit() until its answer is sent.
         self._answered = threading.Lock()
@@ -3634,7 +3634,6 @@ class Handler(BaseRequestHandler):
         self.intake: Intake | None = None
         self.body: bytes | None = b""  # None until it has been read, b"" after the answer
         self.started = 0.0
-        self._cors = ANY_ORIGIN
 
     def handle(self) -> None:
         while self._keeps and self._await_request():
@@ -3664,7 +3663,7 @@ class Handler(BaseRequestHandler):
 
     def _exchange(self) -> None:
         self.started = self._service.clock()
-        self.head, self.intake, self.body, self._cors = None, None, None, ANY_ORIGIN
+        self.head = self.intake = self.body = None
         try:
             batch = self._read_request()
         except Refusal as refusal:
@@ -3723,7 +3722,8 @@ class Handler(BaseRequestHandler):
         service.metrics.observe("http_request_duration_seconds", seconds)
         self._keeps = self._keeps and self.body is not None and not service.draining
         self.body = self.body and b""
-        headers = f"{self._cors}Connection: {'keep-alive' if self._keeps else 'close'}\r\n"
+        cors = cors_headers(intake, head) if intake and head else ANY_ORIGIN
+        headers = f"{cors}Connection: {'keep-alive' if self._keeps else 'close'}\r\n"
         answer = answer_bytes(head, status, headers, answer_text(verdict, batch))
         if log.isEnabledFor(logging.DEBUG):
             line = head.line() if head else "-"
@@ -3740,14 +3740,13 @@ class Handler(BaseRequestHandler):
         is_known = apps is known_apps and raw == before + number + behind
         length = int(number) if is_known and number.isdigit() and len(number) <= 18 else None
         if self._known and length is not None and length <= limit:
-            head, intake, self._cors, deliver = self._known
+            head, intake, deliver = self._known
             self.head, self.intake = head, intake
         else:
             head = self.head = parse_head(raw)
             self._keeps, length = head.keep_alive, head.length  # a head that is known keeps it
             try:
                 intake = self.intake = find_app(head, apps)
-                self._cors = cors_headers(intake, head)
                 check_request(head, intake, limit)
             except Refusal:
                 # Read the body all the same, so that the connection can go on. Not if the client waits
@@ -3758,7 +3757,7 @@ class Handler(BaseRequestHandler):
             deliver = intake.delivery(head.headers, self.client_address[0])
             if (field := CONTENT_LENGTH.search(raw)) and "content-length" not in intake.headers:
                 self._known_by = apps, raw[: field.start(1)], raw[field.end(1) :]
-                self._known = head, intake, self._cors, deliver
+                self._known = head, intake, deliver
         if head.expects_continue and length != 0:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.body = self._incoming.body(length, limit)

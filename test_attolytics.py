@@ -1719,8 +1719,8 @@ class MigrateTest(TablesCase):
         self.create()
         self.session().run(  # what PostgreSQL says once in some hundred times when two drop an index
             "CREATE SEQUENCE tries; CREATE FUNCTION race() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN"
-            " IF nextval('tries') = 1 THEN RAISE 'tuple concurrently updated' USING ERRCODE = 'XX000'; END IF;"
-            " END $$; CREATE EVENT TRIGGER race ON ddl_command_start WHEN TAG IN ('CREATE INDEX')"
+            " IF nextval('tries') = 1 THEN RAISE 'tuple concurrently updated' USING ERRCODE = 'XX000';"
+            " END IF; END $$; CREATE EVENT TRIGGER race ON ddl_command_start WHEN TAG IN ('CREATE INDEX')"
             " EXECUTE FUNCTION race()"
         )
         self.migrate()
