@@ -2871,7 +2871,8 @@ class Replayer:
                 session = session or self._connect()
                 session = self._replay(session, hand_over)
             except (DatabaseError, OperatorError, SpoolError) as error:
-                self.is_up, self.reason = False, str(error)
+                # What the spool fails at says nothing about the database.
+                self.is_up, self.reason = self.is_up and isinstance(error, SpoolError), str(error)
                 if session:
                     session.close()
                     session = None

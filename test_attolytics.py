@@ -4296,6 +4296,19 @@ class MonitorTest(BreakableCase):
         self.assertEqual(self.post(server, mark(1)).status, 200)
         self.assertNotIn("database_up", self.metrics(server))
 
+    def test_a_database_is_not_away_while_it_is_the_spool_that_fails(self) -> None:
+        server = self.serve(limits={"SPOOL_BUSY_S": 0.1})
+        self.postgres.stop()
+        self.assertEqual(self.post(server, mark(1)).json["stored"], "spool")
+        with self.locked_spool():
+            self.postgres.start()
+            self.wait_for(server, "the replay is held up: the spool attolytics.sqlite3 fails")
+            for _ in range(20):
+                health = self.health(server)[1]
+                self.assertEqual((health["database"], health["database_reason"]), ("up", None))
+                self.assertIn("the spool is being replayed and takes no events", health["reason"])
+        wait_until(lambda: self.stored("marks") == [1])
+
     @not_pooled("it chooses the backend")
     def test_health_alone_notices_that_an_idle_database_is_silent(self) -> None:
         server = self.serve()
