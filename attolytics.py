@@ -19,22 +19,22 @@ The life of a batch (the events of one request):
 While one flush is being committed the next batches pile up, and the next flush takes them all: no timer, and
 under load the cost of a commit is shared. An answer of 200 is sent only after COMMIT, in PostgreSQL or in the
 spool: an SQLite file that is replayed later. Without a database URL everything stays in the spool. There is
-one session with PostgreSQL: while the writer has it the spool is empty; while it has not, new events go to
-the spool, for they must not overtake what is in it.
+one session with PostgreSQL. While the writer has it the spool is empty; while the writer does not, new events
+go to the spool, because they must not overtake what is in it.
 
 Threads, and what each owns:
 
     main           signals, systemd notifications, the watchdog
     acceptors      one listening socket each
-    HTTP threads   one client connection each, from a bounded pool of reused threads
+    HTTP threads   one client connection each, in a bounded pool that reuses them
     writer         the inbox, the flush numbers, the session while it has it
     replayer       the back-off, the session while it has it
-    reloader       the schema file while it is read again, a connection of its own to prepare the tables
+    reloader       the reading of a changed schema file, a connection of its own to prepare the tables
     monitor        nothing: it looks at what the others publish
 
-The file reads from top to bottom, a section uses only what stands above it:
+The file reads from top to bottom: a section uses only what stands above it.
 
-    Limits, Errors, Schema, Conversion, Batches, SQL, Database URL, Metrics    pure, no I/O
+    Limits, Errors, Schema, Conversion, Batches, SQL, Database URL, Metrics    pure: no I/O but complain()
     Database, Spool, Writer, HTTP, Live view, Monitor, systemd, Command line   the outside world
 """
 
@@ -102,17 +102,17 @@ TRACE = 5  # The level of -vv, below DEBUG (-v)
 # --- Limits -------------------------------------------------------------------
 # Every bound and time-out, with its unit in the name and its reason beside it.
 
-REQUEST_LINE_BYTES_MAX = 8 << 10  # nginx's default for one line ...
-HEADER_BYTES_MAX = 32 << 10  # ... and for all of them.
+REQUEST_LINE_BYTES_MAX = 8 << 10  # As nginx by default: one of its four buffers of 8 KiB ...
+HEADER_BYTES_MAX = 32 << 10  # ... and all four.
 HEADER_COUNT_MAX = 100  # A browser behind two proxies sends about 30.
 BODY_BYTES_MAX = 1 << 20  # nginx's own default, so both refuse the same request.
 EVENTS_MAX = 10_000  # Per request; keeps one transaction well below a second.
-JSON_DEPTH_MAX = 100  # In a json value; PostgreSQL and every client cope with that.
-BODY_DEPTH_MAX = 400  # In the whole body; Python reads and writes that from anywhere, SQLite reads it.
-COLUMN_PROBLEMS_MAX = 10  # Listed of one event: a hundred of each would fill memory and quarantine.
-PROBLEMS_MAX = 1_000  # Refused events listed in one answer, about 150 kB.
+JSON_DEPTH_MAX = 100  # Of a json value; PostgreSQL and every client cope with that.
+BODY_DEPTH_MAX = 400  # Of the whole body; well below the recursion limits of Python and SQLite.
+COLUMN_PROBLEMS_MAX = 10  # Listed for one event: a hundred for each would fill the memory and the quarantine.
+PROBLEMS_MAX = 1_000  # Reasons listed in one answer, about 150 kB.
 UNKNOWN_KEYS_MAX = 20  # Named in one answer; each costs a search for a suggestion.
-SHOWN_CHARS_MAX = 60  # Of a value quoted in a message.
+SHOWN_CHARS_MAX = 60  # Of a value that a message quotes.
 
 HEAD_DEADLINE_S = 10  # A phone on a bad network needs 3 s; a slow attacker gets no more than this.
 BODY_DEADLINE_S = 30  # 1 MiB at 35 kB/s.
@@ -121,57 +121,57 @@ IDLE_CROWDED_S = 2  # The same while connections are scarce.
 IDLE_SLICE_S = 1  # How late a connection that waits for a request notices that it should end.
 SEND_TIMEOUT_S = 10  # Answers are small; only a client that stopped reading needs longer.
 LINGER_S = 2  # Time for a refused client to read its answer before the connection is cut.
-RETRY_AFTER_S = 5  # Sent with 503: clients come back about when the connector has tried again.
+RETRY_AFTER_S = 5  # Sent with 503: by then the replayer has tried again to connect (BACKOFF_MAX_S).
 
 CONNECTIONS_MAX = 512  # Default of --max_connections; a thread each, about 50 kB resident.
-PLACE_PATIENCE_S = 0.2  # For a place, when all have just been taken: threads may be about to notice an end.
+PLACE_PATIENCE_S = 0.2  # A connection waits so long for a thread when the pool has just become full.
 TURN_AWAY_THREADS = 8  # Serve the quick 503 past --max_connections.
-RECEIVE_BYTES = 16 << 10  # Read at once: the head and the body of nearly every request.
-LARGE_BODY_BYTES = 32 << 10  # Larger ones are converted one at a time ...
-LARGE_BATCHES_MAX = 5  # ... and so many more are on their way to their answer: enough for two flushes.
-LISTEN_BACKLOG = 1_024  # Connections the kernel holds while we accept; the kernel caps it.
+RECEIVE_BYTES = 16 << 10  # Read at once; holds the head and the body of nearly every request.
+LARGE_BODY_BYTES = 32 << 10  # Larger bodies are converted one at a time ...
+LARGE_BATCHES_MAX = 5  # ... and at most so many, enough for two flushes, wait for their answers.
+LISTEN_BACKLOG = 1_024  # Connections that the kernel holds until we accept them; it may have a lower limit.
 
 FLUSH_EVENTS_MAX = 2_000  # About 25 ms; more at once is no faster, and others wait behind it.
 FLUSH_CHARS_MAX = 8 << 20  # Bounds memory and the time one flush takes.
-LONG_FLUSH_EVENTS = 100  # PostgreSQL gets the next one before so many are answered, instead of being idle.
-PATIENCE_S = 0.8  # The oldest batch of a flush waits so long for the database, then it goes to the spool ...
-PATIENCE_MIN_S = 0.4  # ... but at least so long for each flush: a backlog alone does not cost the session.
-LOCK_TIMEOUT_MS = 5_000  # Another session holds a lock on a table: the database is busy.
+LONG_FLUSH_EVENTS = 100  # After so many events the next flush is sent first, and then they are answered.
+PATIENCE_S = 0.8  # The oldest batch of a flush waits so long for the database; then it goes to the spool ...
+PATIENCE_MIN_S = 0.4  # ... but each flush gets at least so long: a backlog alone must not cost the session.
+LOCK_TIMEOUT_MS = 5_000  # When another session has held a lock for so long, the database counts as busy.
 STATEMENT_TIMEOUT_S = 9  # Cancels a flush that hangs in the server ...
 ANSWER_GRACE_S = 1  # ... and so much later a server that does not answer at all is given up.
-LONG_STATEMENT_TIMEOUT_S = 60  # For one spooled flush that slow triggers kept from getting through.
+LONG_STATEMENT_TIMEOUT_S = 60  # Of a single spooled flush, which cannot be divided: its triggers may be slow.
 PREPARE_TIMEOUT_S = 3_600  # An index on a table of 100 million rows takes some minutes.
 CHANGE_PAUSE_S = 1  # Between two tries to change a table, so that inserts get through.
-CHANGE_PATIENCE_S = 60  # So long tries go on; a report that reads the table may take that ...
-START_PATIENCE_S = 10  # ... but without --migrate a server rather starts and spools.
+CHANGE_PATIENCE_S = 60  # The tries go on for so long: a report that reads the table may take that ...
+START_PATIENCE_S = 10  # ... but without --migrate it is better to start soon and to spool.
 CONNECT_TIMEOUT_S = 5  # Default of connect_timeout in the URL.
-BACKOFF_MAX_S = 5  # Pauses between tries to connect double up to this; half of it is jitter.
-COMPLAINT_S = 60  # The same complaint is logged once, and how often it came up after so long.
+BACKOFF_MAX_S = 5  # Pauses between tries to connect double up to this; jitter may halve each.
+COMPLAINT_S = 60  # A complaint is logged once in this time, and later with how often it came up.
 
 SPOOL_BYTES_MAX = 1 << 30  # Default of --spool_limit: about five million small events.
 SPOOL_BYTES_MIN = 1 << 20  # A smaller limit would refuse the largest batches for ever.
 DISK_RESERVE_BYTES = 8 << 20  # Kept free, because deleting from the spool needs room as well.
-SPOOL_LOCK_S = 3  # Our predecessor may be writing its last events, or being ended by the kernel.
-SPOOL_BUSY_S = 0.4  # How long somebody with the sqlite3 program may hold the spool's lock.
+SPOOL_LOCK_S = 3  # A predecessor may still be writing its last events, or the kernel be ending it.
+SPOOL_BUSY_S = 0.4  # How long we wait for somebody who holds the spool's lock, say with the sqlite3 program.
 QUICK_CHECK_BYTES_MAX = 256 << 20  # A spool up to this size is checked at start; that takes a second.
 REPLAY_EVENTS_MAX = 4_000  # In one transaction: about 50 ms.
-TURN_PATIENCE_S = 0.4  # So long at most new events wait for their turn, or for the end of a replay.
-REPLAY_TURN_S = 0.3  # A transaction that takes longer has had its turn: the database is slow, or away.
-SLOW_S = 1  # So long after one the writer does not get the session.
+TURN_PATIENCE_S = 0.4  # New events wait at most so long for their turn, or for the end of a replay.
+SLOW_REPLAY_S = 0.3  # A replay's transaction that takes longer shows that the database is slow ...
+SLOW_S = 1  # ... and for so long after it the writer does not get the session.
 HELD_UP_S = 10  # A replay that has not got on for so long is said to be held up.
-HELD_S_MAX = 50  # An event that is refused for a reason that is not the data's holds others up for so long.
-LOSSES_MAX = 3  # Sessions that an event may cost before it is looked for.
-SIFT_IDLE_S = 5  # PostgreSQL ends the transaction of a sift that has heard nothing for so long.
-LISTED_MAX = 20  # Reasons: what one look at the log takes in.
+HELD_S_MAX = 50  # The longest that an event holds others up when it is refused, but not for its data.
+LOSSES_MAX = 3  # Sessions that are lost before we look for an event that costs them.
+SIFT_IDLE_S = 5  # PostgreSQL ends a sift, or a change of a table, when we say nothing for so long.
+LISTED_MAX = 20  # Reasons in the quarantine that are logged: as many as one look takes in.
 
-POLL_S = 0.05  # How often something is looked at that can only be asked.
-STALLED_S = 10  # A writer that is silent for so long is stuck, or shrinks a huge spool.
-IDLE_LOOK_S = 0.5  # An idle writer looks so often whether its session is still there.
+POLL_S = 0.05  # Between two looks at something that cannot wake us.
+STALLED_S = 10  # A writer that has not got on for so long is stuck, or waits while a huge spool is shrunk.
+IDLE_LOOK_S = 0.5  # Between two looks of an idle writer whether its session is still there.
 MONITOR_CONNECTIONS_MAX = 8  # Prometheus, a load balancer and somebody with curl.
-DRAIN_OPEN_S = 5  # So long clients are still served if systemd keeps the port: nobody waits for it.
-DRAIN_IDLE_S = 1  # So long a client may still use a connection that it keeps; then it is idle.
+DRAIN_OPEN_S = 5  # If systemd keeps the port, new clients are still served for so long: they need not wait.
+DRAIN_IDLE_S = 1  # A connection that is kept open may bring a request for so long; then it counts as idle.
 SIGNAL_CHECK_S = 0.5  # How late a signal may be noticed in the worst case.
-DRAIN_S = 9  # Requests in flight are answered; systemd and Docker kill after 90 s and 10 s.
+DRAIN_S = 9  # All of it, until the last answer; Docker kills after 10 s, systemd after 90 s.
 
 NAME_BYTES_MAX = 63  # PostgreSQL manual, 4.1.1: longer identifiers are cut silently.
 # --- Errors -------------------------------------------------------------------
@@ -185,10 +185,10 @@ class OperatorError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """Why one event is refused: its place in the request's `events`, and the column if it is one's."""
+    """Why one event of a request is refused."""
 
-    index: int | None
-    column: str | None
+    index: int | None  # in `events`, from 0; None if PostgreSQL does not say which event it was
+    column: str | None  # None if it is not about one column
     reason: str
 
 
@@ -211,12 +211,12 @@ STATUSES = {label: HTTPStatus(status) for status, labels in REFUSALS.items() for
 
 
 class Refusal(Exception):
-    """A request is refused: a label of REFUSALS, a reason for the client, and `problems` of single events."""
+    """A request is refused: with a label of REFUSALS, a reason for the client, and `problems` of events."""
 
     def __init__(self, label: str, reason: str, problems: Sequence[Problem] = (), events: int = 1) -> None:
         super().__init__(reason)
         self.label, self.status, self.reason = label, STATUSES[label], reason
-        self.problems, self.events = problems, events  # and how many are refused with the request
+        self.problems, self.events = problems, events  # `events`: how many, or 1 if nobody counted them
 
 
 class SpoolError(Exception):
@@ -232,7 +232,7 @@ class Fault(Enum):
 
 
 class DatabaseError(Exception):
-    """PostgreSQL, or the way to it, said no. `fields` are PostgreSQL's own, of which D may quote rows."""
+    """PostgreSQL, or the way to it, said no. `fields` are those of its answer; D (detail) may quote rows."""
 
     def __init__(self, reason: str, fault: Fault = Fault.AWAY, fields: Mapping[str, str] = {}) -> None:
         super().__init__(reason)
@@ -245,11 +245,12 @@ def reason_of(error: BaseException) -> str:
 
 
 def counted(number: int, noun: str) -> str:
+    """Return "1 event" or "2 events"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def complain(level: int, text: str, about: str = "") -> None:
-    """Log something: if it comes up again and again, once, and after COMPLAINT_S how often (see Repeats)."""
+    """Log a text, at most once in COMPLAINT_S for each `about` (by default the text itself), see Repeats."""
     log.log(level, "%s", text, extra={"about": about or text})
 
 
@@ -2910,7 +2911,7 @@ class Replayer:
                 now = self._got_on_at = self._clock()
                 came = self._spool.events - (left - events)
                 replayed, left = replayed + events, self._spool.events
-                slow_until = now + SLOW_S if now - began > REPLAY_TURN_S else 0.0
+                slow_until = now + SLOW_S if now - began > SLOW_REPLAY_S else 0.0
                 # Clients that send all they can would outrun it for ever: what they send has a turn between
                 # two transactions. When little is left, new events wait a little for the end.
                 is_outrun = is_outrun or came > events / 2
