@@ -339,7 +339,7 @@ class Schema:
 
 
 def show(value: object) -> str:
-    """Return a JSON value as it reads well in a message: short, and naming its kind."""
+    """Return a JSON value for a message: a scalar as JSON, cut if it is long; of others only the kind."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "an array"
     if isinstance(value, int) and value.bit_length() >= 4_096:
@@ -352,105 +352,107 @@ def show(value: object) -> str:
 
 def suggestion(wrong: str, right: Iterable[str]) -> str:
     """Return ', did you mean "x"?' for the nearest of `right`, or "" when none is near."""
-    near = difflib.get_close_matches(wrong[:NAME_BYTES_MAX], list(right), n=1)  # takes long for long ones
+    near = difflib.get_close_matches(wrong[:NAME_BYTES_MAX], list(right), n=1)  # slow for long texts
     return f', did you mean "{near[0]}"?' if near else ""
 
 
 def unknown(kind: str, name: str, right: Collection[str], near: str = "") -> str:
-    """Return that a name, perhaps meant as `near`, is none of the `right` ones, and which are likely."""
+    """Return a message: a name is none of `right`; it suggests one like `near` or the name, or lists all."""
     hint = suggestion(near or name, right) or f", expected one of {', '.join(right)}"
     return f"unknown {kind} {show(name)}{hint}"
 
 
-# What plain scalars stand for in YAML 1.2, which the original reads; all others are strings, also `yes`
-# and `12:30`. No setting of ours is a number.
+# What plain scalars mean in YAML 1.2, which the original Attolytics (in Rust) reads; all others are strings,
+# `yes` and `12:30` too. None of our settings is a number.
 PLAIN_VALUES: Mapping[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
-_Text = TypeVar("_Text", bound=str)
+_Choice = TypeVar("_Choice", bound=str)
 _T = TypeVar("_T", str, bool)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A YAML node of the schema file, or None where nothing stands, and its place."""
+    """A node of the schema file with its place. What is wrong is reported, and something valid returned."""
 
-    problems: list[str]  # one run finds all: the methods go on with something of the right type
-    node: yaml.Node | None
+    problems: list[str]  # those of the whole file, so that one run finds all
+    node: yaml.Node | None  # None for a key that is missing
     line: int = 1
     place: str = ""  # such as `.tables.events.columns[2].type`
 
-    def problem(self, reason: str) -> None:
+    def report(self, reason: str) -> None:
         place = f"{self.place[1:]}: " if self.place else ""
         self.problems.append(f"{self.line}: {place}{reason}")
 
-    def at(self, key: str, node: yaml.Node, position: yaml.Node) -> Part:
+    def child(self, key: str, node: yaml.Node, position: yaml.Node) -> Part:
         return Part(self.problems, node, position.start_mark.line + 1, self.place + key)
 
     def value(self) -> Any:
-        """Return a string, a bool, None, or the parts of a list or a mapping, which may be in themselves."""
+        """Return a string, a bool, None, or the parts of a list or a dict, which may contain itself."""
         match self.node:
             case yaml.SequenceNode(value=nodes):
-                return [self.at(f"[{i}]", node, node) for i, node in enumerate(nodes)]
+                return [self.child(f"[{i}]", node, node) for i, node in enumerate(nodes)]
             case yaml.MappingNode(value=pairs):
                 parts: dict[str, Part] = {}
                 for key_node, node in pairs:
-                    own = self.at("", key_node, key_node)
+                    own = self.child("", key_node, key_node)
                     key = own.value() if isinstance(key_node, yaml.ScalarNode) else []
                     if not isinstance(key, str):
-                        own.problem(f"a key must be a string, got {show(key)}; put it in quotes")
+                        own.report(f"a key must be a string, got {show(key)}; put it in quotes")
                         continue
-                    part = self.at(f".{key}", node, key_node)
+                    part = self.child(f".{key}", node, key_node)
                     if parts.setdefault(key, part) is not part:
-                        part.problem("duplicate key")
+                        part.report("duplicate key")
                 return parts
             case yaml.ScalarNode(tag="tag:yaml.org,2002:str", value=text, style=style):
                 if not LONE_SURROGATE.search(text):
-                    return text if style else PLAIN_VALUES.get(text, text)
-                self.problem("contains half of a surrogate pair")
+                    return text if style else PLAIN_VALUES.get(text, text)  # a plain scalar has no style
+                self.report("contains half of a surrogate pair")
             case yaml.ScalarNode(tag=tag):
-                self.problem(f"expected a plain value, got the tag {tag}")
+                self.report(f"expected a plain value, got the tag {tag}")
         return None
 
     def parts(self, kind: type[Collection[Any]], what: str, least: int = 1) -> Any:
-        """Return the parts of a list or a dict that has at least so many."""
+        """Return the parts of this list or dict (`kind`), which must have at least so many."""
         value = self.value()
         if isinstance(value, kind) and len(value) >= least:
             return value
-        self.problem(f"expected {what}, got {show(value) if value else 'nothing'}")
+        self.report(f"expected {what}, got {show(value) if value else 'nothing'}")
         return kind()
 
     def section(self, what: str, keys: Sequence[str]) -> dict[str, Part]:
-        """Return a part for each of the keys that a mapping may have."""
+        """Return a part for each key that this mapping may have: one without a node if it is missing."""
         parts: dict[str, Part] = self.parts(dict, what)
         for key, part in parts.items():
             if key not in keys:
-                part.problem(unknown("key", key, keys))
-        problems = self.problems if parts else []  # of what is no mapping, nobody asks what is missing
+                part.report(unknown("key", key, keys))
+        problems = self.problems if parts else []  # only of a mapping it is reported what is missing
         return {key: parts.get(key, Part(problems, None, self.line, f"{self.place}.{key}")) for key in keys}
 
     def scalar(self, kind: type[_T], what: str, form: str = "(?s:.*)", required: bool = False) -> _T | None:
-        """Return a string or a bool, None for null and nothing; if `required`, that and "" are mistakes."""
+        """Return this string or bool (`kind`), None if null, missing or wrong; `required` also refuses ""."""
         value = self.value()
         if isinstance(value, kind) and re.fullmatch(form, str(value)) and (value or not required):
             return value
         if value is not None:
             quotes = "; put it in quotes" if isinstance(value, bool) else ""
-            self.problem(f"expected {what}, got {show(value) if value != '' else 'an empty one'}{quotes}")
+            self.report(f"expected {what}, got {show(value) if value != '' else 'an empty one'}{quotes}")
         elif required:
-            self.problem(f"missing, expected {what}")
+            self.report(f"missing, expected {what}")
         return None
 
-    def choice(self, kind: str, right: Sequence[_Text], synonyms: Mapping[str, str]) -> _Text | None:
+    def choice(self, kind: str, right: Sequence[_Choice], synonyms: Mapping[str, str]) -> _Choice | None:
+        """Return the one of the `right` names that this string is, or None; a synonym only makes a hint."""
         name = self.scalar(str, "a string")
         if name is not None and name not in right:
-            self.problem(unknown(kind, name, right, synonyms.get(name.lower(), name.lower())))
+            self.report(unknown(kind, name, right, synonyms.get(name.lower(), name.lower())))
         return next((choice for choice in right if choice == name), None)
 
 
-COLUMN_KEYS = ("name", "type", "header", "source", "extra", "indexed", "unique", "required")
+COLUMN_FLAGS = ("extra", "indexed", "unique", "required")
+COLUMN_KEYS = ("name", "type", "header", "source", *COLUMN_FLAGS)
 APP_KEYS = ("secret_key", "access_control_allow_origin", "tables", "invalid_events")
 SYSTEM_COLUMNS = ("tableoid", "xmin", "cmin", "xmax", "cmax", "ctid")  # PostgreSQL manual, 5.6
 RESERVED: Mapping[tuple[str, str], str] = {
@@ -463,13 +465,13 @@ ORIGIN = r"(?i:\*|([a-z][a-z0-9+.-]*://[^/\s?#@]+|null)/?)"
 
 
 def check_name(part: Part, name: str, kind: str) -> None:
-    """Report a name of a table or a column that PostgreSQL would not take as it is, or that is taken."""
+    """Report the name of a table or a column if PostgreSQL would not take it as it is, or it is taken."""
     if (size := len(name.encode())) > NAME_BYTES_MAX:
-        part.problem(f"the {kind}'s name has {size} bytes; PostgreSQL holds {NAME_BYTES_MAX}")
+        part.report(f"the {kind}'s name has {size} bytes; PostgreSQL holds {NAME_BYTES_MAX}")
     if "\0" in name or not name:
-        part.problem(f"the {kind}'s name must not be empty or contain NUL")
+        part.report(f"the {kind}'s name must not be empty or contain NUL")
     if reason := RESERVED.get((kind, name)):
-        part.problem(f'"{name}" {reason}')
+        part.report(f'"{name}" {reason}')
 
 
 def parse_column(part: Part, others: Sequence[Column]) -> Column:
@@ -483,49 +485,52 @@ def parse_column(part: Part, others: Sequence[Column]) -> Column:
         parts["type"].choice("type", tuple(Type), TYPE_SYNONYMS) or Type.STRING,
         (parts["header"].scalar(str, "the name of a request header", HEADER_NAME) or "").lower() or None,
         parts["source"].choice("source", tuple(Source), {}),
-        *(parts[flag].scalar(bool, "true or false") is True for flag in COLUMN_KEYS[4:]),
+        **{flag: parts[flag].scalar(bool, "true or false") is True for flag in COLUMN_FLAGS},
     )
     source_type = Type.TIMESTAMP if column.source is Source.RECEIVED_AT else Type.STRING
     needed = {"header": Type.STRING, "source": source_type, "extra": Type.JSON}
     filled = {key: value for key in needed if (value := getattr(column, key))}
     for key, value in filled.items():
         if column.type is not needed[key]:
-            parts["type"].problem(f"{key} {show(value)} needs type {needed[key]}, not {column.type}")
+            parts["type"].report(f"{key} {show(value)} needs type {needed[key]}, not {column.type}")
     if column.extra and column.required:
-        parts["required"].problem("an extra column is empty when there are no unknown keys")
+        parts["required"].report("an extra column is empty when there are no unknown keys")
     if len(filled) > 1:
-        part.problem(f"a column can have only one of {' and '.join(filled)}")
+        part.report(f"a column can have only one of {' and '.join(filled)}")
     for i, other in enumerate(others):
         if name and other.name == name:
-            parts["name"].problem(f'duplicate column "{name}", also columns[{i}]')
+            parts["name"].report(f'duplicate column "{name}", also columns[{i}]')
         if column.extra and other.extra:
-            parts["extra"].problem(f"only one column can be extra, columns[{i}] is")
+            parts["extra"].report(f"only one column can be extra, columns[{i}] is")
     return column
 
 
 def parse_app(part: Part, app_id: str, tables: Collection[str]) -> App:
+    """Return an app, which may write to some of the `tables`."""
     parts = part.section("an app with a secret_key and tables", APP_KEYS)
     if "/" in app_id or not app_id:
-        part.problem("an app's id must not be empty or contain a slash: it stands in a URL")
+        part.report("an app's id must not be empty or contain a slash: it stands in a URL")
     key = parts["secret_key"].scalar(str, "a string", required=True) or ""
-    what, allowed = 'an origin such as "https://example.com"', parts["access_control_allow_origin"]
+    allowed = parts["access_control_allow_origin"]
     items = allowed.value() if isinstance(allowed.node, yaml.SequenceNode) else [allowed]
+    what = 'an origin such as "https://example.com"'
     texts = [item.scalar(str, what, ORIGIN, required=allowed.node is not None) or "*" for item in items]
     origins = frozenset(text.removesuffix("/").lower() for text in texts)
-    own = []
+    names = []
     for item in parts["tables"].parts(list, "a list of table names", least=0):
-        own.append(item.scalar(str, "the name of a table", required=True) or "")
-        if own[-1] and own[-1] not in tables:
-            item.problem(f"there is no table {show(own[-1])}{suggestion(own[-1], tables)}")
+        name = item.scalar(str, "the name of a table", required=True) or ""
+        if name and name not in tables:
+            item.report(f"there is no table {show(name)}{suggestion(name, tables)}")
+        names.append(name)
     policy = parts["invalid_events"].choice("policy", ("refuse", "quarantine"), {})
-    return App(app_id, key, None if "*" in origins else origins, tuple(own), policy == "quarantine")
+    return App(app_id, key, None if "*" in origins else origins, tuple(names), policy == "quarantine")
 
 
 def parse_schema(text: str, file: str = "schema file") -> Schema:
     """Return the schema that a file's text describes. Raises OperatorError with every mistake in it."""
     try:
         node = yaml.compose(text, yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # of "\UFFFFFFFF", say
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # the last of "\UFFFFFFFF"
         reason = "nested too deeply" if isinstance(error, RecursionError) else f"not YAML: {reason_of(error)}"
         raise OperatorError(f"the schema file has 1 mistake:\n{file}: {reason}") from None
     root = Part([], node)
@@ -538,8 +543,8 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
         for column in section["columns"].parts(list, "a list of columns"):
             columns.append(parse_column(column, columns))
         tables[name] = Table(name, tuple(columns))
-    apps = parts["apps"].parts(dict, "at least one app")
-    apps = {app_id: parse_app(part, app_id, tables) for app_id, part in apps.items()}
+    app_parts = parts["apps"].parts(dict, "at least one app")
+    apps = {app_id: parse_app(part, app_id, tables) for app_id, part in app_parts.items()}
     url = parts["database_url"].scalar(str, "a string")
     if problems := [f"{file}:{problem}" for problem in root.problems]:
         count = counted(len(problems), "mistake")
@@ -548,7 +553,7 @@ def parse_schema(text: str, file: str = "schema file") -> Schema:
 
 
 def changes(before: Schema, after: Schema) -> list[str]:
-    """Return in words, and without keys, what tables, columns and apps another schema adds or changes."""
+    """Return in words, without keys of apps, what another schema adds, changes and removes."""
     kept = [name for name in before.tables if name in after.tables]
 
     def things(schema: Schema) -> dict[tuple[str, str], object]:
@@ -565,7 +570,7 @@ def changes(before: Schema, after: Schema) -> list[str]:
 # --- Conversion ---------------------------------------------------------------
 # JSON values to column values, as the texts that PostgreSQL reads for them. Pure: a function returns the
 # text or raises ValueError with the reason. Nothing is changed silently: what PostgreSQL would not give back
-# equal is refused. These functions run once per value: the usual case of each comes first.
+# equal is refused. These functions run once per value, so they are written to be fast in the usual case.
 
 
 def to_bool(value: object) -> str:
@@ -578,23 +583,24 @@ def to_integer(low: int, high: int, value: object) -> str:
     if type(value) is int and low <= value <= high:
         return str(value)
     if isinstance(value, float | Decimal) and -1e300 < value < 1e300 and value == int(value):
-        # 5.0 and 1e3 have no fraction; Lua and GDScript write integers so.
+        # 5.0 and 1e3 have no fraction; Lua and GDScript write integers so. (int() of 1e99999999 hangs.)
         return to_integer(low, high, int(Decimal(str(value))))
     limits = f" from {low} to {high}" if type(value) is int else ""  # bool is an int in Python, not in JSON
     raise ValueError(f"expected an integer{limits}, got {show(value)}")
 
 
-def to_float(limit: float, smallest: float, value: object) -> str:
+def to_float(largest: float, smallest: float, value: object) -> str:
     if type(value) is not float and type(value) is not int and type(value) is not Decimal:
         raise ValueError(f"expected a number, got {show(value)}")
-    if not -limit <= value <= limit:  # NaN is not either
-        raise ValueError(f"expected a finite number of at most {limit!r}, got {show(value)}")
+    if not -largest <= value <= largest:  # also if it is NaN
+        raise ValueError(f"expected a finite number of at most {largest!r}, got {show(value)}")
     if value and -smallest < value < smallest:
         raise ValueError(f"expected zero or a number of at least {smallest!r}, got {show(value)}")
     number = float(value)
-    # 2**60 is exact; 590295810358705700000 is how JavaScript writes 2**69; 2**53 + 1 is neither.
-    is_whole = type(value) is not float and limit == sys.float_info.max and value == int(value)
-    if is_whole and number != value != Decimal(repr(number)):
+    # A column of f64 takes only integers that it holds: exactly, such as 2**60, or as a double is written,
+    # such as JavaScript's 590295810358705700000 for 2**69. It does not hold 2**53 + 1.
+    is_whole = type(value) is not float and largest == sys.float_info.max and value == int(value)
+    if is_whole and number != value and value != Decimal(repr(number)):
         raise ValueError(f"the integer {show(value)} has more digits than double precision holds")
     return repr(number)
 
@@ -610,8 +616,8 @@ def to_string(value: object) -> str:
 
 
 RFC_3339 = re.compile(r"(?ai)(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")
-SECONDS_END = 253_402_300_800  # 10000-01-01, where Python's calendar ends; in milliseconds that is 1978
-MICROSECONDS_EXACT = 2**33  # Seconds up to which the last digits of a float are below a microsecond
+SECONDS_END = 253_402_300_800  # 10000-01-01, where Python's calendar ends; so many milliseconds are 1978
+MICROSECONDS_EXACT = 2**33  # Below so many seconds (in 2242) a float is exact to a microsecond
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(-?)[0-9a-f]{4}\1[0-9a-f]{4}\1[0-9a-f]{4}\1[0-9a-f]{12}", re.IGNORECASE)
 EPOCH = datetime(1970, 1, 1)  # naive, which is faster; all our times are in UTC
 
@@ -624,8 +630,9 @@ def parse_rfc_3339(text: str) -> datetime:
         raise ValueError(f"{reason}: 2019-04-01T14:49:40Z is one, got {show(text)}")
     *numbers, fraction, sign, hours, minutes = match.groups()
     year, month, day, hour, minute, second = map(int, numbers)
-    leap = int(second == 60)  # The second after it, as in POSIX and in PostgreSQL.
+    leap = int(second == 60)  # it is the second after it, as in POSIX and in PostgreSQL
     try:
+        # A time of day, because a timedelta would take 99 hours.
         offset = EPOCH.replace(hour=int(hours or 0), minute=int(minutes or 0)) - EPOCH
         local = datetime(year, month, day, hour, minute, second - leap)
         moment = local + offset if sign == "-" else local - offset
@@ -639,7 +646,7 @@ def parse_rfc_3339(text: str) -> datetime:
         raise ValueError(f"no such time: {reason_of(error)}, got {show(text)}") from None
 
 
-@lru_cache(maxsize=4096)  # Events come with times close together.
+@lru_cache(maxsize=4096)  # The times of events are close together.
 def minute_text(minutes_since_1970: float) -> str:
     return (EPOCH + timedelta(minutes=minutes_since_1970)).isoformat(timespec="minutes")
 
@@ -647,7 +654,7 @@ def minute_text(minutes_since_1970: float) -> str:
 def to_timestamp(value: object) -> str:
     if (type(value) is float or type(value) is int) and 0 <= value < MICROSECONDS_EXACT:
         minute = value // 60
-        # May give 60 seconds by rounding, which PostgreSQL takes for the next minute.
+        # Rounding may make 60 seconds, which PostgreSQL takes for the next minute.
         return "%s:%09.6fZ" % (minute_text(minute), value - minute * 60)  # noqa: UP031  # f"" takes longer
     if type(value) is str:
         return f"{parse_rfc_3339(value).isoformat()}Z"
@@ -655,7 +662,7 @@ def to_timestamp(value: object) -> str:
         example = "2019-04-01T14:49:40Z"
         raise ValueError(f"expected seconds since 1970 or a string such as {example}, got {show(value)}")
     try:
-        if not -SECONDS_END < value < SECONDS_END:  # NaN is not either
+        if not -SECONDS_END < value < SECONDS_END:  # also if it is NaN
             raise OverflowError
         moment = EPOCH + timedelta(microseconds=round(Decimal(str(value)) * 1_000_000))
     except OverflowError:  # also before the year 1, and less than a microsecond before the end
@@ -670,8 +677,8 @@ def to_uuid(value: object) -> str:
     return value
 
 
-# The encoder writes a Decimal as a string that begins with this mark; then mark and quotes are taken away.
-# No other string begins so: where these two halves of a pair stand together the decoder makes one character.
+# The encoder writes a Decimal as a string that begins with this mark, then mark and quotes are taken away. No
+# other string can begin so: the decoder makes one character of these two halves of a surrogate pair.
 DECIMAL_MARK = "\ud800\udc00"
 MARKED_DECIMAL = re.compile(f'"{DECIMAL_MARK}([^"]*)"')
 JSON_ENCODER = json.JSONEncoder(
@@ -679,27 +686,27 @@ JSON_ENCODER = json.JSONEncoder(
 )
 
 
-def exact_json(value: object, number: str | Callable[[re.Match[str]], str] = r"\1") -> str:
-    """Return a decoded value as JSON with all its digits, at any depth. Raises ValueError for infinities."""
+def exact_json(value: object, decimal: str | Callable[[re.Match[str]], str] = r"\1") -> str:
+    """Return a value as JSON with all digits; `decimal` writes a Decimal. Raises ValueError for infinity."""
     text = JSON_ENCODER.encode(value)
-    return MARKED_DECIMAL.sub(number, text) if DECIMAL_MARK in text else text
+    return MARKED_DECIMAL.sub(decimal, text) if DECIMAL_MARK in text else text
 
 
-def numeric(marked: re.Match[str]) -> str:
-    """Return a number in JSON, unless it has too many digits when it is written without an exponent."""
+def storable_decimal(marked: re.Match[str]) -> str:
+    """Return a marked number. Raises ValueError if it is too long without an exponent, as in PostgreSQL."""
     number = Decimal(marked[1])
-    # jsonb holds 131,072 before the point, of which a value could not be read again, and 16,383 after it.
+    # jsonb holds 131,072 digits before the point, which many programs cannot read, and 16,383 after it.
     if abs(number.adjusted()) > 1_000 or len(marked[1]) > 10_000:
         raise ValueError(f"the number {show(number)} is out of range")
     return marked[1]
 
 
 def levels(value: object) -> Iterator[list[Any]]:
-    """Return what is in a decoded value, level by level: the decoder goes deeper than a recursion could."""
+    """Yield what is in a decoded value, level by level: a recursion could not go as deep as the decoder."""
     items = [value]
     while items:
         yield items
-        boxes = [box for box in items if isinstance(box, dict | list)]
+        boxes = [item for item in items if isinstance(item, dict | list)]
         items = [item for box in boxes for item in (box.values() if isinstance(box, dict) else box)]
 
 
@@ -710,10 +717,10 @@ def is_deeper(value: object, depth: int) -> bool:
 
 
 def to_json(value: object) -> str:
-    text = exact_json(value, numeric)
+    text = exact_json(value, storable_decimal)
     if text.count("{") + text.count("[") > JSON_DEPTH_MAX and is_deeper(value, JSON_DEPTH_MAX):
         raise ValueError(f"nested deeper than {JSON_DEPTH_MAX} levels")
-    # \\u0000 is a backslash and five characters: no NUL.
+    # \\u0000 is an escaped backslash before five other characters, and no NUL.
     if "\\u0000" in text and re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
         raise ValueError("contains a NUL character (\\u0000), which PostgreSQL cannot store in json")
     return to_string(text)
@@ -723,7 +730,7 @@ CONVERTERS: Mapping[Type, Callable[[object], str]] = {
     Type.BOOL: to_bool,
     Type.I32: partial(to_integer, -(2**31), 2**31 - 1),
     Type.I64: partial(to_integer, -(2**63), 2**63 - 1),
-    # What still rounds to the largest real, and the smallest that does not round to zero.
+    # The largest number that still rounds to a finite real, and the smallest real above zero.
     Type.F32: partial(to_float, 3.4028235677973362e38, 1.401298464324817e-45),
     Type.F64: partial(to_float, sys.float_info.max, 5e-324),
     Type.STRING: to_string,
