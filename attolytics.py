@@ -245,7 +245,6 @@ def reason_of(error: BaseException) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return "1 event" or "2 events"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -506,7 +505,6 @@ def parse_column(part: Part, others: Sequence[Column]) -> Column:
 
 
 def parse_app(part: Part, app_id: str, tables: Collection[str]) -> App:
-    """Return an app, which may write to some of the `tables`."""
     parts = part.section("an app with a secret_key and tables", APP_KEYS)
     if "/" in app_id or not app_id:
         part.report("an app's id must not be empty or contain a slash: it stands in a URL")
@@ -692,7 +690,7 @@ def exact_json(value: object, decimal: str | Callable[[re.Match[str]], str] = r"
     return MARKED_DECIMAL.sub(decimal, text) if DECIMAL_MARK in text else text
 
 
-def storable_decimal(marked: re.Match[str]) -> str:
+def checked_decimal(marked: re.Match[str]) -> str:
     """Return a marked number. Raises ValueError if it is too long without an exponent, as in PostgreSQL."""
     number = Decimal(marked[1])
     # jsonb holds 131,072 digits before the point, which many programs cannot read, and 16,383 after it.
@@ -717,7 +715,7 @@ def is_deeper(value: object, depth: int) -> bool:
 
 
 def to_json(value: object) -> str:
-    text = exact_json(value, storable_decimal)
+    text = exact_json(value, checked_decimal)
     if text.count("{") + text.count("[") > JSON_DEPTH_MAX and is_deeper(value, JSON_DEPTH_MAX):
         raise ValueError(f"nested deeper than {JSON_DEPTH_MAX} levels")
     # \\u0000 is an escaped backslash before five other characters, and no NUL.
@@ -739,11 +737,12 @@ CONVERTERS: Mapping[Type, Callable[[object], str]] = {
     Type.UUID: to_uuid,
 }
 # --- Batches ------------------------------------------------------------------
-# A request's body and headers to a Batch, or to a Refusal with the reason. Pure: an
-# Intake is made from each app once. What comes back from the spool goes the same way.
+# How a request's body and headers become a Batch, or a Refusal with the reason. Pure. Each app has an Intake,
+# made when the schema is read, which also converts what comes back from the spool.
 
 
 def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the IP address in a text, without port and zone, an IPv4 one not as IPv6; or else None."""
     text = re.sub(r"^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$", r"\1\2", text.strip())  # some proxies add the port
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -754,16 +753,16 @@ def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 
 @lru_cache(maxsize=4096)
 def believed_address(peer: str, *claims: str) -> str:
-    """Return the client's IP address, given what proxies say of it."""
+    """Return the first address in `claims` if the peer may be a proxy of ours, or else the peer's."""
     address = plain_address(peer)
-    if address and address.is_private:  # anybody else could say anything
+    if address and address.is_private:  # anybody else could claim anything
         return str(next(filter(None, map(plain_address, claims)), address))
     return str(address or peer)
 
 
 def client_ip(headers: Mapping[str, str], peer: str) -> str:
     """Return the client's IP address, from X-Real-IP or last in X-Forwarded-For if they are believed."""
-    # Cut, because they are kept for later; an address has 45 characters, and perhaps a zone.
+    # Cut, because a cache keeps them; an address has 45 characters, and perhaps a zone.
     real_ip = headers.get("x-real-ip", "")[:SHOWN_CHARS_MAX]
     forwarded_for = headers.get("x-forwarded-for", "").rpartition(",")[2][:SHOWN_CHARS_MAX]
     return believed_address(peer, real_ip, forwarded_for)
@@ -771,17 +770,17 @@ def client_ip(headers: Mapping[str, str], peer: str) -> str:
 
 @lru_cache(maxsize=4096)
 def network_of(address: str) -> str:
-    """Return the network, /24 or /48, of an IP address, or of what is a network already."""
+    """Return the network of an IP address: /24, in IPv6 /48. Anything else, such as a network, stays."""
     if ip := plain_address(address):
         return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 48), strict=False))
     return address
 
 
 class Delivery(NamedTuple):
-    """What is kept of a request with its events, under these names: what columns of the tables need."""
+    """What is kept of a request because columns need it; the spool's JSON has the same names."""
 
     app: str
-    client_ip: str  # or only its network, or ""
+    client_ip: str  # or only its network, or "", if no column needs more
     client_network: str
     headers: Mapping[str, str]  # names in lower case
     received_at: float  # seconds since the epoch
@@ -799,7 +798,7 @@ class Quarantined(NamedTuple):
 
 
 class Flaw(ValueError):
-    """A value is no JSON, or JSON leaves it undefined. Raised, or put in its place to find it; says why."""
+    """A body has NaN, which is not JSON, or a key twice in an object; str() says which. See the decoders."""
 
 
 def refuse_flaw(*_: object) -> NoReturn:
@@ -830,7 +829,7 @@ def exact_number(text: str) -> float | Decimal:
 
 decoder = partial(json.JSONDecoder, parse_float=exact_number)
 DECODER = decoder(object_pairs_hook=unique_object, parse_constant=refuse_flaw)
-# For a document that has flaws: they stand in it, so that they can be found.
+# For a body that DECODER, which is faster, has refused: puts each Flaw in the place of its value.
 MARKING_DECODER = decoder(object_pairs_hook=marked_object, parse_constant=lambda s: Flaw(f"{s} is not JSON"))
 
 
@@ -846,19 +845,19 @@ def refused_events(problems: Sequence[Problem], count: int, label: str = "invali
     return Refusal(label, reason, problems[:PROBLEMS_MAX], count)
 
 
-def flaws(document: object) -> Refusal:
-    """Return the refusal of a document that has flaws, which names the events they are in."""
+def flawed_body(document: object) -> Refusal:
+    """Return the refusal of a body, as MARKING_DECODER reads it, with the events that the flaws are in."""
     found = document.get("events") if isinstance(document, dict) else None
     events: list[Any] = found if isinstance(found, list) else []
-    every = (
+    all_problems = (
         Problem(index, key[:NAME_BYTES_MAX], str(flaw))
         for index, event in enumerate(events[:EVENTS_MAX])
         if isinstance(event, dict) and find_flaw(event) is not None
         for key, value in event.items()
         if (flaw := find_flaw(value)) is not None
     )
-    # Nobody has shown a key yet: to find them all may take a hundred times as long as to decode the body.
-    if problems := list(itertools.islice(every, PROBLEMS_MAX + 1)):
+    # No key has been checked yet, and to find all may take a hundred times as long as to decode the body.
+    if problems := list(itertools.islice(all_problems, PROBLEMS_MAX + 1)):
         return refused_events(problems, len(events))
     return Refusal("invalid_body", str(find_flaw(document)))
 
@@ -870,7 +869,7 @@ def decode_body(body: bytes) -> dict[str, object]:
         try:
             document = DECODER.decode(text)
         except Flaw:
-            raise flaws(MARKING_DECODER.decode(text)) from None
+            raise flawed_body(MARKING_DECODER.decode(text)) from None
     except UnicodeDecodeError as error:
         reason = f"the body is not UTF-8: {error.reason} at byte {error.start}"
     except json.JSONDecodeError as error:
@@ -887,10 +886,11 @@ def decode_body(body: bytes) -> dict[str, object]:
 
 
 def inflate(body: bytes, coding: str, limit: int) -> bytes:
-    """Return a body of at most `limit` bytes without its content coding (RFC 9110, 8.4.1). Raises Refusal."""
-    # Some clients send deflate without the zlib header.
-    zlib_header = len(body) >= 2 and body[0] & 15 == 8 and (body[0] << 8 | body[1]) % 31 == 0
-    stream = zlib.decompressobj(31 if coding == "gzip" else 15 if zlib_header else -15)
+    """Return a body of at most `limit` bytes without its coding (RFC 9110, section 8.4.1). Raises Refusal."""
+    # Some clients send deflate without the zlib header (RFC 1950, section 2.2).
+    has_header = len(body) >= 2 and body[0] & 15 == 8 and (body[0] << 8 | body[1]) % 31 == 0
+    deflate = zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
+    stream = zlib.decompressobj(zlib.MAX_WBITS + 16 if coding == "gzip" else deflate)
     try:
         result = stream.decompress(body, limit + 1)
     except zlib.error as error:
@@ -905,13 +905,13 @@ def inflate(body: bytes, coding: str, limit: int) -> bytes:
 
 
 def filled_value(column: Column, delivery: Delivery) -> object:
-    """Return the value of a column that the request fills, None for NULL. Raises ValueError."""
+    """Return the value of a column that is filled from the request, None for NULL. Raises ValueError."""
     if column.header:
         value = delivery.headers.get(column.header)
         if value is None and column.required:
             raise ValueError(f"the request header {column.header} is missing, but required")
-        try:  # UTF-8 where it is that, else Latin-1 (RFC 9110, section 5.5)
-            return value and value.encode("latin-1").decode()
+        try:  # UTF-8 if it can be read as that, else Latin-1 (RFC 9110, section 5.5)
+            return None if value is None else value.encode("latin-1").decode()
         except UnicodeDecodeError:
             return value
     value = delivery.app if column.source is Source.APP_ID else getattr(delivery, str(column.source))
@@ -923,22 +923,22 @@ COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r
 
 
 def quote(text: str) -> str:
-    """Return a string literal of text without NUL (PostgreSQL manual, 4.1.2.1)."""
-    # That is all with standard_conforming_strings = on, which every connection of ours asks for.
+    """Return a text that has no NUL as a string literal (PostgreSQL manual, 4.1.2.1)."""
+    # Nothing else needs it if standard_conforming_strings = on, which every connection of ours asks for.
     return "'" + text.replace("'", "''") + "'"
 
 
 def copy_text(text: str) -> str:
-    # Printable text has no control characters; nearly all text is.
+    # Nearly all text is printable, and has no control characters then.
     return text if text.isprintable() and "\\" not in text else text.translate(COPY_ESCAPES)
 
 
 class TableIntake:
     """How events become rows of one table.
 
-    A row has the columns that come from the event, the catch-all column last, then those that the request
-    fills. It is a line of COPY's text format or, as COPY skips no repeated values, what VALUES has between
-    brackets.
+    A row has the columns that come from the event, the catch-all column last, and then those that the request
+    fills. It is a line of COPY's text format or, as COPY cannot skip repeated values of unique columns, what
+    VALUES has between its parentheses.
     """
 
     def __init__(self, table: Table) -> None:
@@ -950,10 +950,10 @@ class TableIntake:
         self.known = frozenset(c.name for c in own if not c.extra) | {TABLE_KEY}  # keys that have a column
         self.extra = next((c.name for c in own if c.extra), "")
         self._null, self._separator = ("\\N", "\t") if self.is_copied else ("NULL", ",")
-        self._filled = [(column, self._field(column.type)) for column in filled]
-        # Of each column: name, whether it is required, whether texts may be fields as they are, what makes it
+        self._filled = [(column, self._encoder(column.type)) for column in filled]
+        # Of each column: its name, whether it is required, whether a string may be a field as it is, encoder
         self._own = [
-            (c.name, c.required, self.is_copied and c.type is Type.STRING, self._field(c.type)) for c in own
+            (c.name, c.required, self.is_copied and c.type is Type.STRING, self._encoder(c.type)) for c in own
         ]
 
     def filled(self, delivery: Delivery) -> tuple[list[str], list[tuple[str, str]]]:
@@ -968,17 +968,17 @@ class TableIntake:
         return fields, problems
 
     def rows(self, batch: Batch, places: Iterable[int], limit: float) -> dict[int, str]:
-        """Return the rows of a batch's events at some places, by these. Gives up after `limit` problems."""
+        """Return rows of a batch's events, by place; add the problems of the others to it, up to `limit`."""
         events, problems, rows = batch.events, batch.problems, {}
         filled, lacking = self.filled(batch.delivery)
         own, extra, null, join = self._own, self.extra, self._null, self._separator.join
         width = len(self.columns)
         for index in places:
-            event = self._completed(events[index]) if extra else events[index]
+            event = self._with_extra(events[index]) if extra else events[index]
             fields = []
             for name, required, is_text, to_field in own:
                 value = event.get(name)
-                # copy_text() written out: printable text has no surrogates and no NUL either.
+                # copy_text(to_string()) written out: printable text has no surrogates and no NUL either.
                 if is_text and type(value) is str and value.isprintable() and "\\" not in value:
                     fields.append(value)
                 elif value is not None:
@@ -1002,18 +1002,18 @@ class TableIntake:
                 break
         return rows
 
-    def describe(self, key: str) -> str:
+    def why_ignored(self, key: str) -> str:
         for c, _ in self._filled:
             if c.name == key:
                 source = f"the request header {c.header}" if c.header else f"the server ({c.source})"
                 return f'the key "{key}" is ignored: its column is filled from {source}'
         return f"unknown key {show(key)}{suggestion(key, self.known - {TABLE_KEY})}"
 
-    def _completed(self, event: dict[str, object]) -> dict[str, object]:
+    def _with_extra(self, event: dict[str, object]) -> dict[str, object]:
         """Return an event with the value of the catch-all column: the keys that have no column."""
         return event | {self.extra: {key: event[key] for key in event if key not in self.known} or None}
 
-    def _field(self, kind: Type) -> Callable[[object], str]:
+    def _encoder(self, kind: Type) -> Callable[[object], str]:
         convert = CONVERTERS[kind]
         if not self.is_copied:
             return lambda value: quote(convert(value))
@@ -1022,11 +1022,11 @@ class TableIntake:
         return convert  # The texts of all other types have nothing to escape.
 
 
-Rows = Mapping[TableIntake, Mapping[int, str]]  # by their places among the events
+Rows = Mapping[TableIntake, Mapping[int, str]]  # by the places of their events in the batch
 
 
 def storable(text: str) -> str:
-    """Return a text with lone surrogates written as escapes, as JSON may: SQLite holds UTF-8."""
+    """Return a text with JSON's escapes for lone surrogates, which SQLite cannot hold: they have no UTF-8."""
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
@@ -1035,20 +1035,18 @@ class Batch:
     """The events of one request, and the rows of those that fit; the others have problems."""
 
     delivery: Delivery
-    events: list[Any]  # none if only the body, or what it is in the spool, is kept
+    events: list[Any]  # empty later, when it is enough to keep `body` or `spooled`
     rows: dict[TableIntake, dict[int, str]] = field(default_factory=dict)  # by their places in `events`
     accepted: int = 0  # how many events fit
     problems: list[Problem] = field(default_factory=list)
     unknown: list[tuple[TableIntake, int]] = field(default_factory=list)  # events with keys that are ignored
     warnings: Sequence[str] = ()
     body: bytes = b""
-    spooled: str = ""  # text(), if that was foreseen
-    # For the writer: whether bad events are kept in the quarantine, and under which ids they are by now;
-    # when the batch came, and who wants to know what became of it.
-    quarantines: bool = False
-    kept: Sequence[int] = ()
-    since: float = 0.0
-    tell: Callable[[Batch, str | Refusal], object] = lambda *_: None
+    spooled: str = ""  # text(), if it was made in advance
+    quarantines: bool = False  # the app's policy for bad events
+    kept: Sequence[int] = ()  # the ids in the quarantine of those that are there already
+    since: float = 0.0  # when it was submitted, by the writer's clock
+    tell: Callable[[Batch, str | Refusal], object] = lambda *_: None  # see Writer.submit()
 
     def text(self) -> str:
         """Return the batch's JSON for the spool, without the events that have problems."""
@@ -1058,7 +1056,7 @@ class Batch:
         return storable(exact_json(self.delivery._asdict() | {"events": events}))
 
     def quarantined(self, problems: Sequence[Problem]) -> list[Quarantined]:
-        """Return for the quarantine the events that problems are about."""
+        """Return the events that problems, in the order of their places, are about, for the quarantine."""
         app, about, items = self.delivery.app, exact_json(self.delivery._asdict()), []
         for index, found in itertools.groupby(problems, lambda problem: problem.index or 0):
             event, reasons = self.events[index], list(found)
@@ -1070,7 +1068,7 @@ class Batch:
 
 
 def unknown_keys(document: Mapping[str, object], batch: Batch) -> list[str]:
-    """Return what was ignored in a request: each unknown key once, with its first place."""
+    """Return what was ignored in a request: each unknown key once for its table, with its first place."""
     keys = [key for key in document if key not in REQUEST_KEYS][:UNKNOWN_KEYS_MAX]
     texts = {("", key): f"unknown key {show(key)}{suggestion(key, REQUEST_KEYS)}" for key in keys}
     for table, index in batch.unknown:
@@ -1078,7 +1076,7 @@ def unknown_keys(document: Mapping[str, object], batch: Batch) -> list[str]:
         for name, key in sorted(new):
             if len(texts) >= UNKNOWN_KEYS_MAX:
                 return [*texts.values(), "there are more unknown keys"]
-            texts[name, key] = f"events[{index}]: {table.describe(key)}"
+            texts[name, key] = f"events[{index}]: {table.why_ignored(key)}"
     return list(texts.values())
 
 
@@ -1095,7 +1093,7 @@ class Intake:
         self._sources = {column.source for column in columns}
 
     def delivery(self, headers: Mapping[str, str], peer: str) -> Callable[[float], Delivery]:
-        """Return what is kept of requests from an IP address, when it is told the time at which one came."""
+        """Return a function that makes the Delivery of a request with these headers from its time."""
         ip = client_ip(headers, peer)
         if Source.CLIENT_IP not in self._sources:
             ip = network_of(ip) if Source.CLIENT_NETWORK in self._sources else ""
@@ -1107,7 +1105,7 @@ class Intake:
         document = decode_body(body)
         key, events = document.get("secret_key"), document.get("events")
         if type(key) is not str:
-            got = "another type" if "secret_key" in document else "nothing"  # it may be the key
+            got = "another type" if "secret_key" in document else "nothing"  # not shown: it may be the key
             raise Refusal("invalid_body", f'expected a string "secret_key", got {got}')
         if not hmac.compare_digest(key.encode(errors="surrogatepass"), self._key):
             raise Refusal("wrong_key", "the secret key is wrong")
@@ -1116,15 +1114,17 @@ class Intake:
             raise Refusal("invalid_body", f'expected an array "events", got {got}')
         if len(events) > EVENTS_MAX:
             raise Refusal("too_large", f"{len(events)} events; a request may bring {EVENTS_MAX}")
-        if (chars := sum(map(len, delivery.headers.values()))) * len(events) > FLUSH_CHARS_MAX:  # in rows
+        chars = sum(map(len, delivery.headers.values()))
+        if chars * len(events) > FLUSH_CHARS_MAX:  # every row may repeat them
             raise Refusal("too_large", f"{len(events)} events, and {chars} bytes of headers for each")
         # What is nested more deeply might not be read again from the spool. Each level has a bracket, and so
-        # have the other events; most bodies have no more.
+        # have the other events: most bodies have too few brackets to be that deep.
         brackets = body.count(b"{") + body.count(b"[") - len(events)
         if brackets >= BODY_DEPTH_MAX and is_deeper(document, BODY_DEPTH_MAX):
             raise Refusal("invalid_body", f"the body's JSON is nested deeper than {BODY_DEPTH_MAX} levels")
         batch = self.convert(events, delivery, math.inf if self.app.quarantines else PROBLEMS_MAX)
         if batch.problems and not self.app.quarantines:
+            # If only names of tables are wrong, that has a status of its own (404).
             names = [p.column == TABLE_KEY and events[p.index or 0].get(TABLE_KEY) for p in batch.problems]
             label = "unknown_table" if all(type(name) is str for name in names) else "invalid_events"
             raise refused_events(batch.problems, len(events), label)
@@ -1133,7 +1133,7 @@ class Intake:
         return batch
 
     def convert(self, events: list[Any], delivery: Delivery, limit: float = math.inf) -> Batch:
-        """Return a batch of events; with a `limit`, gives up after so many problems."""
+        """Return a batch of events, with their rows and problems; gives up when these exceed `limit`."""
         batch = Batch(delivery, events, quarantines=self.app.quarantines)
         places: dict[TableIntake, list[int]] = {}
         problems = batch.problems
