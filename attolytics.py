@@ -361,8 +361,7 @@ def unknown(kind: str, name: str, right: Collection[str], near: str = "") -> str
     return f"unknown {kind} {show(name)}{hint}"
 
 
-# What plain scalars mean in YAML 1.2, which the original Attolytics (in Rust) reads; all others are strings,
-# `yes` and `12:30` too. None of our settings is a number.
+# What plain scalars mean in YAML 1.2; others are strings, `yes` and `12:30` too. No setting is a number.
 PLAIN_VALUES: Mapping[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -443,7 +442,6 @@ class Part:
         return None
 
     def choice(self, kind: str, right: Sequence[_Choice], synonyms: Mapping[str, str]) -> _Choice | None:
-        """Return the one of the `right` names that this string is, or None; a synonym only makes a hint."""
         name = self.scalar(str, "a string")
         if name is not None and name not in right:
             self.report(unknown(kind, name, right, synonyms.get(name.lower(), name.lower())))
@@ -509,9 +507,8 @@ def parse_app(part: Part, app_id: str, tables: Collection[str]) -> App:
     if "/" in app_id or not app_id:
         part.report("an app's id must not be empty or contain a slash: it stands in a URL")
     key = parts["secret_key"].scalar(str, "a string", required=True) or ""
-    allowed = parts["access_control_allow_origin"]
+    what, allowed = 'an origin such as "https://example.com"', parts["access_control_allow_origin"]
     items = allowed.value() if isinstance(allowed.node, yaml.SequenceNode) else [allowed]
-    what = 'an origin such as "https://example.com"'
     texts = [item.scalar(str, what, ORIGIN, required=allowed.node is not None) or "*" for item in items]
     origins = frozenset(text.removesuffix("/").lower() for text in texts)
     names = []
@@ -595,8 +592,7 @@ def to_float(largest: float, smallest: float, value: object) -> str:
     if value and -smallest < value < smallest:
         raise ValueError(f"expected zero or a number of at least {smallest!r}, got {show(value)}")
     number = float(value)
-    # A column of f64 takes only integers that it holds: exactly, such as 2**60, or as a double is written,
-    # such as JavaScript's 590295810358705700000 for 2**69. It does not hold 2**53 + 1.
+    # f64 takes integers that it holds, as 2**60, also as JavaScript writes 2**69: 590295810358705700000.
     is_whole = type(value) is not float and largest == sys.float_info.max and value == int(value)
     if is_whole and number != value and value != Decimal(repr(number)):
         raise ValueError(f"the integer {show(value)} has more digits than double precision holds")
@@ -630,8 +626,7 @@ def parse_rfc_3339(text: str) -> datetime:
     year, month, day, hour, minute, second = map(int, numbers)
     leap = int(second == 60)  # it is the second after it, as in POSIX and in PostgreSQL
     try:
-        # A time of day, because a timedelta would take 99 hours.
-        offset = EPOCH.replace(hour=int(hours or 0), minute=int(minutes or 0)) - EPOCH
+        offset = EPOCH.replace(hour=int(hours or 0), minute=int(minutes or 0)) - EPOCH  # raises past 23:59
         local = datetime(year, month, day, hour, minute, second - leap)
         moment = local + offset if sign == "-" else local - offset
         if leap and (moment.hour, moment.minute) != (23, 59):
@@ -742,7 +737,7 @@ CONVERTERS: Mapping[Type, Callable[[object], str]] = {
 
 
 def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return the IP address in a text, without port and zone, an IPv4 one not as IPv6; or else None."""
+    """Return the IP address in a text without port or zone, IPv4 taken out of IPv6 (::ffff:...), or None."""
     text = re.sub(r"^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$", r"\1\2", text.strip())  # some proxies add the port
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -889,8 +884,7 @@ def inflate(body: bytes, coding: str, limit: int) -> bytes:
     """Return a body of at most `limit` bytes without its coding (RFC 9110, section 8.4.1). Raises Refusal."""
     # Some clients send deflate without the zlib header (RFC 1950, section 2.2).
     has_header = len(body) >= 2 and body[0] & 15 == 8 and (body[0] << 8 | body[1]) % 31 == 0
-    deflate = zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
-    stream = zlib.decompressobj(zlib.MAX_WBITS + 16 if coding == "gzip" else deflate)
+    stream = zlib.decompressobj({"gzip": 31, "deflate": 15 if has_header else -15}[coding])
     try:
         result = stream.decompress(body, limit + 1)
     except zlib.error as error:
@@ -936,9 +930,8 @@ def copy_text(text: str) -> str:
 class TableIntake:
     """How events become rows of one table.
 
-    A row has the columns that come from the event, the catch-all column last, and then those that the request
-    fills. It is a line of COPY's text format or, as COPY cannot skip repeated values of unique columns, what
-    VALUES has between its parentheses.
+    A row has the columns that come from the event, the catch-all column last, then those that the request
+    fills. It is a line for COPY or, with unique columns, as COPY skips no repeated values, for VALUES (...).
     """
 
     def __init__(self, table: Table) -> None:
@@ -1114,17 +1107,14 @@ class Intake:
             raise Refusal("invalid_body", f'expected an array "events", got {got}')
         if len(events) > EVENTS_MAX:
             raise Refusal("too_large", f"{len(events)} events; a request may bring {EVENTS_MAX}")
-        chars = sum(map(len, delivery.headers.values()))
-        if chars * len(events) > FLUSH_CHARS_MAX:  # every row may repeat them
+        if (chars := sum(map(len, delivery.headers.values()))) * len(events) > FLUSH_CHARS_MAX:  # in all rows
             raise Refusal("too_large", f"{len(events)} events, and {chars} bytes of headers for each")
-        # What is nested more deeply might not be read again from the spool. Each level has a bracket, and so
-        # have the other events: most bodies have too few brackets to be that deep.
+        # What is deeper might not be read back from the spool. Most bodies have few brackets beside events.
         brackets = body.count(b"{") + body.count(b"[") - len(events)
         if brackets >= BODY_DEPTH_MAX and is_deeper(document, BODY_DEPTH_MAX):
             raise Refusal("invalid_body", f"the body's JSON is nested deeper than {BODY_DEPTH_MAX} levels")
         batch = self.convert(events, delivery, math.inf if self.app.quarantines else PROBLEMS_MAX)
         if batch.problems and not self.app.quarantines:
-            # If only names of tables are wrong, that has a status of its own (404).
             names = [p.column == TABLE_KEY and events[p.index or 0].get(TABLE_KEY) for p in batch.problems]
             label = "unknown_table" if all(type(name) is str for name in names) else "invalid_events"
             raise refused_events(batch.problems, len(events), label)
@@ -1166,8 +1156,8 @@ def intakes(schema: Schema) -> dict[str, Intake]:
 
 
 # --- SQL ----------------------------------------------------------------------
-# Statement texts, and what an existing database lacks. Pure. First the statements that
-# store events, and those of the ledger, which make a flush exactly-once.
+# The texts of statements, and what an existing database lacks. Pure. First the statements that store events,
+# and those of the ledger, which make a flush exactly-once.
 
 
 def identifier(name: str) -> str:
@@ -1180,7 +1170,7 @@ class Message(NamedTuple):
 
     sql: str
     copies: Sequence[bytes] = ()
-    inserts: Sequence[tuple[str, int]] = ()  # the table and the rows of each of its INSERT statements
+    inserts: Sequence[tuple[str, int]] = ()  # the table and the number of rows of each INSERT
 
 
 # The settings are the transaction's own: a pooler may share the session. Notices of triggers would fill the
@@ -1196,18 +1186,18 @@ SET LOCAL tcp_keepalives_count = 3;
 """
 PATIENTLY = f"SET LOCAL statement_timeout = '{LONG_STATEMENT_TIMEOUT_S}s';\n"
 
-# now(), and on the way a setting: a server that is set to forget commits when it crashes does not forget
-# ours; a stronger setting stays. That costs less than a statement of its own.
+# now(), and beside that a setting: with synchronous_commit = off a server may forget commits when it crashes,
+# so for ours it becomes `local`; a stronger setting stays. A statement of its own would cost more.
 NOW_DURABLY = (
     "CASE WHEN set_config('synchronous_commit', CASE current_setting('synchronous_commit')"
     " WHEN 'off' THEN 'local' ELSE current_setting('synchronous_commit') END, true) IS NOT NULL"
     " THEN now() END"
 )
-LEDGER_REFUSAL = "21000"  # cardinality_violation: the SQLSTATE of RAISE's subquery with two rows
+LEDGER_REFUSAL = "21000"  # cardinality_violation: what RAISE fails with, by a subquery that has two rows
 
-# Raises an epoch's row in the ledger to a flush, or fails the transaction: unless the row is there, belongs
-# to the session with this token and is below the number. A message that comes late, when its flush was given
-# up and replayed elsewhere, must not just update no row. (1/0 would fail when the statement is planned.)
+# Raises an epoch's row in the ledger to the number of a flush. If it is not there, belongs to a session with
+# another token or is that far already, the transaction fails: a message may come late, when its flush was
+# given up and replayed elsewhere, and must not store it again. (1/0 would fail when it is planned.)
 RAISE = (
     f"WITH raised AS (UPDATE {LEDGER} SET flush = {{2}}, updated_at = {NOW_DURABLY}"
     " WHERE epoch = {0} AND session = {1} AND flush < {2} RETURNING 1)"
@@ -1222,9 +1212,9 @@ def raise_sql(epoch: str, token: str, number: int, form: str = RAISE) -> str:
 
 
 def take_over_sql(epochs: Iterable[str], token: str) -> str:
-    """Return the statement by which a session takes the ledger's rows of epochs over, or makes them."""
-    # It waits for messages that still run, and makes those of older sessions fail from now on.
-    rows = ",".join(f"('{epoch}', 0, '{token}', {NOW_DURABLY})" for epoch in sorted(epochs))
+    """Return the statement by which a session takes over, or makes, the ledger's rows of some epochs."""
+    # It waits for messages of older sessions that still run; those that come later will fail.
+    rows = ",".join(f"({quote(epoch)}, 0, {quote(token)}, {NOW_DURABLY})" for epoch in sorted(epochs))
     return (
         f"INSERT INTO {LEDGER} (epoch, flush, session, updated_at) VALUES {rows} ON CONFLICT (epoch)"
         " DO UPDATE SET session = excluded.session, updated_at = excluded.updated_at"
@@ -1232,23 +1222,23 @@ def take_over_sql(epochs: Iterable[str], token: str) -> str:
     )
 
 
-# Ends the sessions that hold the ledger's rows of some epochs.
+# Ends the sessions whose open transactions hold the ledger's rows of some epochs.
 TERMINATE_HOLDERS = (
     f"SELECT pg_terminate_backend(k.pid) FROM {LEDGER} l JOIN pg_locks k ON k.transactionid = l.xmax"
     " WHERE k.locktype = 'transactionid' AND k.granted AND l.epoch IN ({})"
 )
 
 
-@lru_cache  # for 128 tables
+@lru_cache  # of 128 tables
 def insert_sql(table: TableIntake, partition_key: tuple[str, ...] = ()) -> tuple[str, str]:
-    """Return what stands before and after the rows of an INSERT, or a COPY statement and ""."""
+    """Return what an INSERT has before and after its rows or, for a table that is copied, COPY and ""."""
     columns = ",".join(identifier(column.name) for column in table.columns)
     into = f"{identifier(table.name)} ({columns})"
     if table.is_copied:
         return f"COPY {into} FROM STDIN", ""
     unique = [column.name for column in table.columns if column.unique]
-    # With one unique column only its conflicts are skipped; a conflict with another constraint of the
-    # operator's stays an error. SQL has no way to name two. (A partitioned table's index has its key, too.)
+    # With one unique column only its conflicts are skipped, and one with another constraint (of the operator)
+    # is an error. SQL cannot name two. (In a partitioned table the unique index includes the partition key.)
     names = ",".join(map(identifier, dict.fromkeys([*unique, *partition_key])))
     target = f" ({names})" if len(unique) == 1 else ""
     return f"INSERT INTO {into} VALUES (", f") ON CONFLICT{target} DO NOTHING"
@@ -1257,8 +1247,8 @@ def insert_sql(table: TableIntake, partition_key: tuple[str, ...] = ()) -> tuple
 def insert_message(
     start: str, parts: Iterable[Rows], end: str, partition_keys: Mapping[str, tuple[str, ...]] = {}
 ) -> Message:
-    """Return the message that stores rows between two statements."""
-    # By what makes them, not by names: while a schema is replaced, rows of both may meet.
+    """Return the message that stores rows of several batches between two texts of SQL."""
+    # By TableIntake, not by name: while a schema is replaced, rows of the old one and the new one may meet.
     by_table: dict[TableIntake, list[str]] = {}
     for part in parts:
         for table, found in part.items():
@@ -1279,8 +1269,8 @@ def insert_message(
 def refused_row(error: DatabaseError, part: Sequence[Batch]) -> tuple[Batch, int] | None:
     """Return the batch and the place of the event that an error is about: the only one, or what COPY says.
 
-    Its context (PostgreSQL manual, 55.8: W) is in the server's language; in ours `COPY t, line 3, column x`.
-    Of two none is believed: it quotes values of clients, and a reload may bring two statements for a table.
+    The context (PostgreSQL manual, 55.8: W) is in the server's language, like `COPY t, line 3, column x`. Of
+    two such lines neither is believed: one may quote a client, and a reload may bring two COPYs of a table.
     """
     rows = [(table, batch, place) for batch in part for table, found in batch.rows.items() for place in found]
     if len(rows) > 1:
@@ -1290,18 +1280,18 @@ def refused_row(error: DatabaseError, part: Sequence[Batch]) -> tuple[Batch, int
             for table in {table for table, _, _ in rows}
             for line in re.findall(rf"^COPY {re.escape(table.name)}, [^\d\n]*(\d+)", context, re.MULTILINE)
         ]
-        # That a row is too big for a page (54000) is found when later ones have been read.
+        # With 54000 (a row is too big for a page) the line is wrong: PostgreSQL has read on by then.
         if len(lines) != 1 or error.sqlstate == "54000":
             return None
-        [(its, line)] = lines
-        rows = [row for row in rows if row[0] is its][line : line + 1]
+        [(copied, line)] = lines
+        rows = [row for row in rows if row[0] is copied][line : line + 1]
     return rows[0][1:] if rows else None
 
 
 # The rest is about tables. A Schema says what a database should have, its catalog what it has, and a plan is
 # a list of steps: what is to be done, and by whom. A start, --check and --migrate all go by it.
 
-# How a column type is called in SQL, and which existing types (pg_type.typname) hold it.
+# The name of a column type in SQL, and which types of an existing column (pg_type.typname) will do.
 SQL_TYPES: Mapping[Type, tuple[str, Set[str]]] = {
     Type.BOOL: ("boolean", {"bool"}),
     Type.I32: ("integer", {"int4"}),
@@ -1320,13 +1310,13 @@ CREATE_LEDGER = (
 
 
 class Index(NamedTuple):
-    """An index on one column, and on those of a partition key behind it."""
+    """An index on a column, and in a partitioned table on the columns of its key behind it."""
 
     table: str
     column: str
     unique: bool = False
     method: str = "btree"
-    more: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()  # columns, of the partition key
 
     def sql(self, how: str = "", on: str = "") -> str:
         """Return the statement that creates it. Without a name in `how` PostgreSQL finds a free one."""
@@ -1336,7 +1326,7 @@ class Index(NamedTuple):
         return f"{create} {how}ON {on or identifier(self.table)} {method}({columns})"
 
     def names(self) -> tuple[str, str]:
-        """Return the name PostgreSQL gives it, and one for where that is too long or taken."""
+        """Return the name that PostgreSQL gives it, and one that we give it if that is too long or taken."""
         plain, end = f"{self.table}_{self.column}_idx", f"_{zlib.crc32(self.sql().encode()):08x}"
         return plain, plain.encode()[: NAME_BYTES_MAX - len(end)].decode(errors="ignore") + end
 
@@ -1352,18 +1342,18 @@ def wanted_indexes(table: Table) -> list[Index]:
 
 class ExistingColumn(NamedTuple):
     type: str  # pg_type.typname
-    not_null: bool = False  # and nothing that PostgreSQL would fill in
+    not_null: bool = False  # and PostgreSQL fills nothing in
     has_default: bool = False
-    generated: str = ""  # what would end that it is GENERATED ALWAYS and refuses values
-    primary_key: str = ""  # the name of the constraint if the column is part of it
+    generated: str = ""  # if it is GENERATED ALWAYS, and so refuses values: what ALTER COLUMN ends that with
+    primary_key: str = ""  # the name of the constraint, if the column is part of it
 
 
 class ExistingIndex(NamedTuple):
-    column: str  # that it leads with
-    columns: Collection[str] = ()  # all of them, if it is plain: for all rows, and checks them at once
+    column: str  # the first one
+    columns: Collection[str] = ()  # all; none if it is partial, has expressions or may be checked late
     unique: bool = False
     method: str = "btree"
-    valid: bool = True  # if not, it is being built, or its build was interrupted
+    valid: bool = True  # False while it is built, and when its build was interrupted
     name: str = ""
     sql_name: str = ""  # quoted, and with its schema where it needs that
 
@@ -1380,13 +1370,13 @@ class ExistingTable(NamedTuple):
     can_insert: bool = True
     can_select: bool = True
     row_security: bool = False  # applies to our user
-    partition_key: Sequence[str] = ()  # and its partitions'; "" for an expression; empty without partitions
-    names: Collection[str] = ()  # of wanted indexes, that something in its schema has
-    ask: Callable[[str], Sequence[Sequence[Any]]] = lambda _sql: ()  # the database, where it matters
+    partition_key: Sequence[str] = ()  # with those of its partitions; "" is an expression; () without any
+    names: Collection[str] = ()  # those for wanted indexes that are taken in its PostgreSQL schema
+    ask: Callable[[str], Sequence[Sequence[Any]]] = lambda _sql: ()  # runs a query that only some steps need
 
 
 def catalog_sql(schema: Schema) -> str:
-    """Return a query for the tables of a schema, and the ledger: a name and the fields of ExistingTable."""
+    """Return the query for a schema's tables and the ledger: name, and ExistingTable's fields but `ask`."""
     tables = ",".join(quote(name) for name in [*schema.tables, LEDGER])
     indexes = [index for table in schema.tables.values() for index in wanted_indexes(table)]
     return f"""
@@ -1438,7 +1428,7 @@ class Step:
     table: str
     reason: str
     statements: tuple[str, ...]  # none if only another schema mends it
-    index: Index | None = None  # that it builds; if ALTER is the way then, any start takes it
+    index: Index | None = None  # the one that it builds; then every start takes it, also if it is to ALTER
 
 
 def statements_of(steps: Iterable[Step]) -> list[str]:
@@ -1446,21 +1436,22 @@ def statements_of(steps: Iterable[Step]) -> list[str]:
 
 
 def column_misfits(table: Table, existing: ExistingTable) -> Iterator[tuple[Way, str, str]]:
+    """Yield what is wrong with columns: the way to mend it, the reason, the action for ALTER TABLE."""
     quick = Way.ALTER if existing.kind == "table" else Way.HAND
     for column in table.columns:
         name, (wanted, accepted) = identifier(column.name), SQL_TYPES[column.type]
         found, place = existing.columns.get(column.name), f', column "{column.name}": '
         if not found:
-            # Rows, and events that the schema from before still takes, lack a value. New events need one.
-            null = " /* NOT NULL when all rows have values */" * column.required
+            # The rows, and events that were taken by the old schema, have no value. New events need one.
+            null = " /* NOT NULL when all rows have values */" if column.required else ""
             yield quick, f' has no column "{column.name}"', f"ADD COLUMN {name} {wanted}{null}"
             continue
         if found.generated:
             reason = f"{place}PostgreSQL generates it, so it takes no values"
             yield Way.HAND, reason, f"ALTER COLUMN {name} {found.generated}"
         if found.type not in accepted:
-            # A default may not fit the new type. It is of no use: a missing value is stored as NULL.
-            drop = f"ALTER COLUMN {name} DROP DEFAULT, " * found.has_default
+            # The default may not fit the new type, and is of no use: a missing value is stored as NULL.
+            drop = f"ALTER COLUMN {name} DROP DEFAULT, " if found.has_default else ""
             change = f"{drop}ALTER COLUMN {name} TYPE {wanted} USING {name}::text::{wanted}"
             yield Way.HAND, f"{place}the type is {found.type}, expected {wanted}", change
     required = {column.name for column in table.columns if column.required}
@@ -1478,8 +1469,8 @@ def table_steps(table: Table, existing: ExistingTable, user: str) -> Iterator[St
     if kind not in ("table", "view", "foreign table"):
         other_name = identifier(table.name.encode()[: NAME_BYTES_MAX - 4].decode(errors="ignore") + "_old")
         rename = f"ALTER {kind.upper()} {name} RENAME TO {other_name}"
-        # Into a view without a trigger INSERT may work, but COPY does not.
-        yield by_hand(f"{place}: the name belongs to a {kind}", (rename,) * (not kind.startswith("view")))
+        # INSERT may work with a view without a trigger, but COPY does not.
+        yield by_hand(f"{place}: the name belongs to a {kind}", () if kind.startswith("view") else (rename,))
         return
     unique = any(column.unique for column in table.columns)
     if unique and kind != "table":
@@ -1491,15 +1482,14 @@ def table_steps(table: Table, existing: ExistingTable, user: str) -> Iterator[St
         reason = f'{place}: row-level security applies to user "{user}"'
         yield by_hand(reason, (f"ALTER ROLE {identifier(user)} BYPASSRLS",))
     for way, reason, action in column_misfits(table, existing):
-        # ALTER TABLE cannot mend a view.
-        statements = (f"ALTER TABLE {name} {action}",) * (kind != "view")
-        yield Step(way, table.name, place + reason, statements)
+        alter = f"ALTER TABLE {name} {action}"  # which cannot mend a view
+        yield Step(way, table.name, place + reason, () if kind == "view" else (alter,))
 
 
 def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reason: str) -> Iterator[Step]:
-    """Yield what an index on a partitioned table needs, where PostgreSQL does not build it CONCURRENTLY."""
+    """Yield what an index on a partitioned table needs: PostgreSQL builds none CONCURRENTLY there."""
     if index.unique:
-        # A unique index has to include the key. If events bring that too, a repeated one repeats both.
+        # A unique index has to include the partition key. A repeated event repeats both if it brings both.
         key = existing.partition_key
         index = index._replace(more=tuple(name for name in key if name != index.column))
         reason += f" on ({', '.join((index.column, *index.more))})"
@@ -1521,7 +1511,7 @@ def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reaso
         for partition, on in existing.ask(holders):
             own = index._replace(table=partition)
             statements.append(own.sql(f"CONCURRENTLY IF NOT EXISTS {identifier(own.names()[1])} ", on))
-        # Has nothing to build: PostgreSQL attaches those. All have names, so they may be run again.
+        # This one builds nothing but attaches the others. All have names, so that they may be run again.
         statements.append(index.sql(f"IF NOT EXISTS {identifier(index.names()[1])} "))
         reason += "; building it on a partitioned table blocks inserts, but not in these steps"
     yield Step(way, table.name, reason, tuple(statements), index)
@@ -1529,13 +1519,15 @@ def partitioned_steps(table: Table, existing: ExistingTable, index: Index, reaso
 
 def index_steps(table: Table, existing: ExistingTable) -> Iterator[Step]:
     for index in wanted_indexes(table) if existing.kind == "table" else ():
-        reason = f'table "{table.name}", column "{index.column}": there is no {"unique " * index.unique}index'
+        what = "unique index" if index.unique else "index"
+        reason = f'table "{table.name}", column "{index.column}": there is no {what}'
         if existing.partition_key:
             yield from partitioned_steps(table, existing, index, reason)
             continue
-        kind = ([index.column], index.unique, index.method, False)
         # One of another kind or name is not ours to drop. What is left of ours only slows down inserts.
-        left = [item for item in existing.indexes if item[1:5] == kind and item.name in index.names()]
+        ours, kind = index.names(), (index.column, index.unique, index.method)
+        left = [item for item in existing.indexes if item.name in ours and not item.valid]
+        left = [item for item in left if (*item.columns, item.unique, item.method) == kind]
         for item in left:
             state = f'table "{table.name}", index "{item.name}": its build goes on, or was interrupted'
             drop = f"DROP INDEX CONCURRENTLY IF EXISTS {item.sql_name}"
@@ -1556,7 +1548,7 @@ def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
     if "session" not in existing.columns:  # made by an earlier version
         add = f"ALTER TABLE {LEDGER} ADD COLUMN IF NOT EXISTS session uuid"
         yield Step(Way.CREATE, LEDGER, f'{place} has no column "session"', (add,))
-    # Citus lists so what it does not leave to PostgreSQL alone. raise_sql() needs a table that it does.
+    # Citus lists the tables there that it has made its own. raise_sql() works only with others.
     listed = f"SELECT 1 FROM pg_dist_partition WHERE logicalrelid = to_regclass('{LEDGER}')"
     if existing.ask("SELECT to_regclass('pg_dist_partition')") != [[None]] and existing.ask(listed):
         local = f"SELECT undistribute_table('{LEDGER}')"
@@ -1567,14 +1559,15 @@ def ledger_steps(existing: ExistingTable | None, user: str) -> Iterator[Step]:
 
 
 def make_plan(schema: Schema, catalog: Mapping[str, ExistingTable], user: str) -> list[Step]:
-    """Return what is to be done about a database, quick things first."""
+    """Return what is to be done about a database, in the order of Way."""
     steps = list(ledger_steps(catalog.get(LEDGER), user))
     for table in schema.tables.values():
         if existing := catalog.get(table.name):
             steps += [*table_steps(table, existing, user), *index_steps(table, existing)]
             continue
         columns = [
-            f"{identifier(c.name)} {SQL_TYPES[c.type][0]}{' NOT NULL' * c.required}" for c in table.columns
+            f"{identifier(c.name)} {SQL_TYPES[c.type][0]}{' NOT NULL' if c.required else ''}"
+            for c in table.columns
         ]
         create = f"CREATE TABLE {identifier(table.name)} ({', '.join(columns)})"
         statements = (create, *(index.sql() for index in wanted_indexes(table)))
@@ -1592,7 +1585,7 @@ def comment(text: str) -> str:
 
 
 def script(plan: Collection[Step]) -> str:
-    """Return what a plan says, for people and for psql alike, which runs what --migrate would."""
+    """Return a plan as a script: people can read it, and psql runs of it what --migrate would."""
     lines = [comment(f"  {step.reason}") for step in plan]
     if quick := statements_of(step for step in plan if step.way is not Way.HAND):
         lines += ["-- What --migrate would run (it also waits for others, and lets nobody wait):"]
@@ -1608,7 +1601,7 @@ def script(plan: Collection[Step]) -> str:
 # 34.16). Pure: texts and mappings in, Target out.
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-# Parameters of a URL, and the environment variables that stand in for them.
+# The parameters that a URL may have, and the environment variables that apply where it has none.
 NAMED_ALIKE = "host port user password passfile options sslmode sslrootcert sslcert sslkey connect_timeout"
 PARAMETERS = {key: f"PG{key.upper()}" for key in NAMED_ALIKE.split()}
 PARAMETERS |= {"dbname": "PGDATABASE", "application_name": "PGAPPNAME"}
@@ -1647,7 +1640,7 @@ def bad_url(reason: str) -> OperatorError:
 
 
 def percent_decode(text: str, what: str) -> str:
-    """Return a part of a URL decoded. As in libpq `+` is no space, and %00 is refused."""
+    """Return a part of a URL decoded. As in libpq `+` is no space. Raises OperatorError, also for %00."""
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise bad_url(f"{what} has a percent sign without two hex digits; write it as %25")
     try:
@@ -1684,7 +1677,7 @@ def split_url(url: str) -> dict[str, str]:
 def parse_target(
     url: str, environ: Mapping[str, str], os_user: str, socket_dir: str, home: Path
 ) -> tuple[Target, Path]:
-    """Return the target, and where its password may be; `socket_dir` is "" without a local PostgreSQL."""
+    """Return target, password file; without a local PostgreSQL `socket_dir` is "". Raises OperatorError."""
     given = {"host": socket_dir or "localhost", "port": "5432", "user": os_user, "connect_timeout": "0"}
     given |= {key: environ[name] for key, name in PARAMETERS.items() if environ.get(name)}
     given |= {key: value for key, value in split_url(url).items() if value}
@@ -1699,11 +1692,11 @@ def parse_target(
         raise bad_url("sslrootcert=system needs sslmode=verify-full")
     for key, low, high in (("port", 1, 65535), ("connect_timeout", -1, 3600)):
         if not re.fullmatch(r"-?[0-9]{1,9}", given[key]) or not low <= int(given[key]) <= high:
-            raise bad_url(f"{key} must be a number from {low} to {high}")  # what it is may be a password
+            raise bad_url(f"{key} must be a number from {low} to {high}")  # it may be part of a password
     host, port, timeout = given.pop("host"), int(given.pop("port")), int(given.pop("connect_timeout"))
     passfile = Path(given.pop("passfile", home / ".pgpass"))
     given.setdefault("dbname", given["user"])
-    seconds = timeout if timeout > 0 else CONNECT_TIMEOUT_S  # what libpq reads as "for ever" is our default
+    seconds = timeout if timeout > 0 else CONNECT_TIMEOUT_S  # libpq would wait for ever
     path = f"{host.rstrip('/')}/.s.PGSQL.{port}" if host.startswith("/") else None
     target = Target(host=None if path else host, port=port, socket=path, connect_timeout=seconds, **given)
     return target, passfile
@@ -1715,7 +1708,7 @@ unescape = partial(re.sub, r"\\(.)", r"\1")
 
 def find_password(passfile: str, target: Target, socket_dir: str) -> str | None:
     directory = target.socket.rpartition("/")[0] if target.socket else ""
-    # The file says `localhost` for a socket in the default directory (PostgreSQL manual, 34.16).
+    # In the file `localhost` also means the socket in the default directory (PostgreSQL manual, 34.16).
     host = target.host or ("localhost" if directory in (socket_dir, "") else directory)
     wanted = (host, str(target.port), target.dbname, target.user)
     for match in filter(None, map(PASSFILE_LINE.fullmatch, re.split("\r?\n", passfile))):
@@ -1726,11 +1719,11 @@ def find_password(passfile: str, target: Target, socket_dir: str) -> str | None:
 
 
 # --- Metrics ------------------------------------------------------------------
-# What is counted, and Prometheus' text format. Pure. Labels have only values that
-# the schema file or we ourselves give, so that no client can make more of them.
+# What is counted, and Prometheus' text format. Pure. The values of labels come only from the schema file or
+# from us, so that no client can make more of them.
 
-# A name and its labels, and what it is. Names that end in _total are counters, those with BOUNDS
-# histograms, the others gauges. All but the usual ones of processes get the prefix attolytics_.
+# The name and the labels of each, and its help. Names that end in _total are counters, those with BOUNDS are
+# histograms, the others gauges. All but the usual ones of a process get the prefix attolytics_.
 FAMILIES = {
     "events_accepted_total app table": "Events answered with 200: stored in the database or the spool.",
     "events_refused_total app reason": "Events not answered with 200, or 1 if a request's were not counted.",
@@ -1757,7 +1750,7 @@ FAMILIES = {
     "process_resident_memory_bytes": "Resident memory size in bytes.",
     "process_open_fds": "Number of open file descriptors.",
 }
-# A commit takes about 1 ms, a batch waits at most for PATIENCE_S.
+# A commit takes about 1 ms; a batch waits about PATIENCE_S at most.
 SECONDS_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BOUNDS: Mapping[str, Sequence[float]] = {
     "http_request_duration_seconds": SECONDS_BOUNDS,
@@ -1777,14 +1770,13 @@ class Metrics:
     """What has been counted; for any thread."""
 
     def __init__(self, schema: Schema) -> None:
-        # Guards _numbers.
-        self._lock = threading.Lock()
-        # By name and the values of the labels: a number, or a histogram's buckets and their sum.
+        self._lock = threading.Lock()  # guards _numbers
+        # By name and the values of the labels: a histogram's buckets and the sum of values, or [number, 0].
         self._numbers: dict[str, dict[tuple[str, ...], list[float]]] = {}
         for name, *label_names in map(str.split, FAMILIES):
             zeros: list[float] = [0] * (len(BOUNDS.get(name, ())) + 2)
             self._numbers[name] = defaultdict(zeros.copy)
-            # Prometheus sees no increase from nothing to 1.
+            # To Prometheus, what appears as 1 has not increased.
             if not label_names and (name in BOUNDS or name.endswith("_total")):
                 self.count(name, 0)
         for status in ("200", "400", "403", "404", "503"):
@@ -1795,7 +1787,7 @@ class Metrics:
         self.declare(schema)
 
     def declare(self, schema: Schema) -> None:
-        """Let the counters of a schema's apps and tables start with 0."""
+        """Let the counters of a schema's apps and tables start at 0."""
         for app in schema.apps.values():
             for name in app.tables:
                 self.count("events_accepted_total", 0, app.id, name)
@@ -1804,7 +1796,7 @@ class Metrics:
                 self.count("events_duplicate_total", 0, table.name)
 
     def count(self, name: str, n: int = 1, *labels: str) -> None:
-        """Add to a counter (0 shows it), by the values of its labels."""
+        """Add to the counter that has these values of its labels; adding 0 makes it appear."""
         with self._lock:
             self._numbers[name][labels][0] += n
 
@@ -1819,12 +1811,12 @@ class Metrics:
             numbers[-1] += value
 
     def numbers(self, name: str) -> list[float]:
-        """Return the numbers of a family, summed up over its labels; none before the first."""
+        """Return the numbers of a family, summed up over all labels; [] if there are none yet."""
         with self._lock:
             return list(map(sum, zip(*self._numbers[name].values(), strict=True)))
 
     def exposition(self, gauges: Mapping[str, float]) -> str:
-        """Return all that is counted, and what was looked up, in Prometheus' text format, version 0.0.4."""
+        """Return all that is counted, and the gauges, in Prometheus' text format, version 0.0.4."""
         lines: list[str] = []
         with self._lock:
             known = self._numbers | {name: {(): [value]} for name, value in gauges.items()}
