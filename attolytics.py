@@ -361,7 +361,7 @@ def unknown(kind: str, name: str, right: Collection[str], near: str = "") -> str
     return f"unknown {kind} {show(name)}{hint}"
 
 
-# What plain scalars mean in YAML 1.2; others are strings, `yes` and `12:30` too. No setting is a number.
+# Plain scalars of YAML 1.2, as in the original (Rust) Attolytics. Others, such as `yes`, are strings.
 PLAIN_VALUES: Mapping[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -592,7 +592,7 @@ def to_float(largest: float, smallest: float, value: object) -> str:
     if value and -smallest < value < smallest:
         raise ValueError(f"expected zero or a number of at least {smallest!r}, got {show(value)}")
     number = float(value)
-    # f64 takes integers that it holds, as 2**60, also as JavaScript writes 2**69: 590295810358705700000.
+    # f64 takes 2**60 (exact), and 590295810358705700000 (JavaScript's text of 2**69), but not 2**53 + 1.
     is_whole = type(value) is not float and largest == sys.float_info.max and value == int(value)
     if is_whole and number != value and value != Decimal(repr(number)):
         raise ValueError(f"the integer {show(value)} has more digits than double precision holds")
@@ -918,7 +918,7 @@ COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r
 
 def quote(text: str) -> str:
     """Return a text that has no NUL as a string literal (PostgreSQL manual, 4.1.2.1)."""
-    # Nothing else needs it if standard_conforming_strings = on, which every connection of ours asks for.
+    # No other character is special: every connection of ours asks for standard_conforming_strings = on.
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -940,7 +940,7 @@ class TableIntake:
         filled = [c for c in table.columns if c.header or c.source]
         own = sorted((c for c in table.columns if c not in filled), key=lambda c: c.extra)
         self.columns = (*own, *filled)
-        self.known = frozenset(c.name for c in own if not c.extra) | {TABLE_KEY}  # keys that have a column
+        self.known = frozenset(c.name for c in own if not c.extra) | {TABLE_KEY}  # keys that are not ignored
         self.extra = next((c.name for c in own if c.extra), "")
         self._null, self._separator = ("\\N", "\t") if self.is_copied else ("NULL", ",")
         self._filled = [(column, self._encoder(column.type)) for column in filled]
@@ -1109,7 +1109,7 @@ class Intake:
             raise Refusal("too_large", f"{len(events)} events; a request may bring {EVENTS_MAX}")
         if (chars := sum(map(len, delivery.headers.values()))) * len(events) > FLUSH_CHARS_MAX:  # in all rows
             raise Refusal("too_large", f"{len(events)} events, and {chars} bytes of headers for each")
-        # What is deeper might not be read back from the spool. Most bodies have few brackets beside events.
+        # What is deeper might not be read back from the spool. Each level has a bracket, like each event.
         brackets = body.count(b"{") + body.count(b"[") - len(events)
         if brackets >= BODY_DEPTH_MAX and is_deeper(document, BODY_DEPTH_MAX):
             raise Refusal("invalid_body", f"the body's JSON is nested deeper than {BODY_DEPTH_MAX} levels")
@@ -1677,7 +1677,7 @@ def split_url(url: str) -> dict[str, str]:
 def parse_target(
     url: str, environ: Mapping[str, str], os_user: str, socket_dir: str, home: Path
 ) -> tuple[Target, Path]:
-    """Return target, password file; without a local PostgreSQL `socket_dir` is "". Raises OperatorError."""
+    """Return the target and its password file; `socket_dir` may be "", for none. Raises OperatorError."""
     given = {"host": socket_dir or "localhost", "port": "5432", "user": os_user, "connect_timeout": "0"}
     given |= {key: environ[name] for key, name in PARAMETERS.items() if environ.get(name)}
     given |= {key: value for key, value in split_url(url).items() if value}
@@ -1692,7 +1692,7 @@ def parse_target(
         raise bad_url("sslrootcert=system needs sslmode=verify-full")
     for key, low, high in (("port", 1, 65535), ("connect_timeout", -1, 3600)):
         if not re.fullmatch(r"-?[0-9]{1,9}", given[key]) or not low <= int(given[key]) <= high:
-            raise bad_url(f"{key} must be a number from {low} to {high}")  # it may be part of a password
+            raise bad_url(f"{key} must be a number from {low} to {high}")  # what came may be a password
     host, port, timeout = given.pop("host"), int(given.pop("port")), int(given.pop("connect_timeout"))
     passfile = Path(given.pop("passfile", home / ".pgpass"))
     given.setdefault("dbname", given["user"])
