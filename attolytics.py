@@ -1842,8 +1842,8 @@ class Metrics:
 
 
 # --- Database -----------------------------------------------------------------
-# One pg8000 connection, owned by one thread at a time, and what SQLSTATEs mean for us.
-# Everything here blocks, at most for the time-outs above.
+# Sessions with PostgreSQL, each owned by one thread at a time, what its errors mean for us, and the tables:
+# checked, created and migrated. Everything here blocks, at most for the time-outs above.
 
 # Whose fault an error is, by the beginning of its SQLSTATE (PostgreSQL manual, appendix A). Everything
 # else is the data's: values, constraints, and what triggers raise, codes of their own included.
@@ -1857,24 +1857,27 @@ def server_error(fields: Mapping[str, str]) -> DatabaseError:
     """Return our error for the fields of an ErrorResponse (PostgreSQL manual, 55.8)."""
     sqlstate = fields.get("C", "")
     fault = next((fault for fault, states in FAULTS.items() if states.match(sqlstate)), Fault.DATA)
-    # A check_violation of a table, but of no constraint: it has no partition for the event, which is good.
+    # A check_violation that names a table but no constraint: the table lacks a partition for a good event.
     if sqlstate == "23514" and "t" in fields and "n" not in fields:
         fault = Fault.OPERATOR
-        fields = {**fields, "M": f"{fields.get('M')} ({fields.get('D', 'no detail')})"}  # for which time
+        fields = {**fields, "M": f"{fields.get('M')} ({fields.get('D', 'no detail')})"}  # says for which time
     text = " ".join(fields.get("M", "unknown error").split())
-    text = f"the ledger says that this session is over ({text})" if sqlstate == LEDGER_REFUSAL else text
+    if sqlstate == LEDGER_REFUSAL:
+        text = f"the ledger says that this session is over ({text})"
     return DatabaseError(text, fault, fields)
 
 
-# No event causes these that fits its column: one that was changed does, or a trigger (see check_tables).
+# Converted values cannot cause these. An altered column can, or a trigger: Session.check_tables finds out.
 MISFITS = ("22003", "22007", "22P02", "23502")
 # What pg8000 raises when the connection ends, or when the peer does not speak PostgreSQL's protocol.
 BROKEN = (pg8000.exceptions.InterfaceError, OSError, struct.error, LookupError, ValueError, AttributeError)
 NO_ANSWER = "no answer in time"
-Meanwhile = Callable[[], object]  # what is done while PostgreSQL works
+Meanwhile = Callable[[], object]  # what is done while PostgreSQL works, and ...
+NOTHING: Meanwhile = bool  # ... if there is nothing to do: a call without effect
 
 
 def skipped_rows(message: Message, tags: Iterable[str]) -> Counts:
+    """Return how many rows ON CONFLICT skipped, by table, from the tags that answered a message's INSERTs."""
     inserted = [int(tag.rpartition(" ")[2]) for tag in tags if tag.startswith("INSERT ")]
     skipped = Counts()
     for (table, rows), stored in zip(message.inserts, inserted, strict=True):
@@ -1882,29 +1885,28 @@ def skipped_rows(message: Message, tags: Iterable[str]) -> Counts:
     return skipped
 
 
-# pg8000 by itself needs three round trips for a COPY, has no statements beside it in one message, knows no
-# deadline, and loses the text of a FATAL error, because the connection ends right after it.
+# pg8000 by itself needs three round trips for a COPY, cannot send other statements in the same message, knows
+# no deadline, and loses the text of a FATAL error, because the connection ends right after it.
 class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no type hints
-    """A connection, which stores rows in one round trip when it has taken the ledger over. For one thread."""
+    """A connection that stores rows in one round trip, once take_over() is done. For one thread at a time."""
 
-    timeout_s: float = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S  # for a message that is not told its own
+    timeout_s: float = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S  # for messages that are given none of their own
     tags: list[str]  # of the last message's statements, such as `INSERT 0 5` and `COMMIT`
-    start: str  # with which a flush begins, and ...
-    raising: str  # ... what raises the ledger then: see say_once()
-    token = ""  # by which the ledger knows it
-    stored: Mapping[str, int] = {}  # how far each epoch was stored when it took the ledger over
+    start: str  # the statements that begin a flush, and ...
+    raising: str  # ... the form of the one that raises the ledger; prepare_flushes() sets both
+    token = ""  # by which the ledger knows this session
+    stored: Mapping[str, int] = {}  # the last flush of each epoch that was stored before take_over()
     partition_keys: dict[str, tuple[str, ...]]  # of the tables, by name; all sessions of an Opener share them
-    check_tables: Callable[[Session], object] = staticmethod(bool)  # raises OperatorError if they fit no more
+    check_tables: Callable[[Session], object] = staticmethod(bool)  # raises OperatorError if they misfit now
 
     def run(
-        self, message: str | Message, seconds: float | None = None, meanwhile: Meanwhile = bool
+        self, message: str | Message, seconds: float | None = None, meanwhile: Meanwhile = NOTHING
     ) -> list[list[Any]]:
-        """Send one message, or the SQL of one without COPY, and return the rows it brings.
+        """Send one message, or SQL that needs no COPY data, and return the rows that PostgreSQL answers.
 
-        Calls `meanwhile` while PostgreSQL works on it. Raises DatabaseError. If that has no SQLSTATE,
-        the connection is of no use any more.
+        Blocks for `seconds` at most, by default timeout_s; calls `meanwhile` once the message is sent.
+        Raises DatabaseError. If that has no SQLSTATE, the connection is of no use any more.
         """
-        # COPY data behind an error is dropped by the server (PostgreSQL manual, 55.2.6).
         message = Message(message) if isinstance(message, str) else message
         context = pg8000.core.Context(message.sql)
         try:
@@ -1924,13 +1926,13 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         return context.rows or []
 
     def store(
-        self, epoch: str, number: int, parts: Iterable[Rows], seconds: float, meanwhile: Meanwhile = bool
+        self, epoch: str, number: int, parts: Iterable[Rows], seconds: float, meanwhile: Meanwhile = NOTHING
     ) -> Counts:
-        """Store rows as a flush of an epoch, in one round trip; return how many were there already, by table.
+        """Store rows as one flush of an epoch; return how many were there already, by table.
 
-        Waits for `seconds`; PostgreSQL does so, too, if they are more than usual. Raises DatabaseError. Its
-        fault is DATA only if nothing was stored, for sure; the session is well then. After any other the
-        outcome is unknown: the ledger tells it to the next session.
+        Blocks for one round trip, `seconds` at most, and after a refusal for the ROLLBACK. Raises
+        DatabaseError. If its fault is DATA, nothing was stored, and the session goes on. After any other
+        fault it is unknown whether the flush was stored: the ledger tells the next session.
         """
         patiently = PATIENTLY if seconds > LONG_STATEMENT_TIMEOUT_S else ""
         start = f"{self.start}{patiently}{raise_sql(epoch, self.token, number, self.raising)}"
@@ -1949,12 +1951,12 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
         return skipped_rows(message, self.tags)
 
     def is_direct(self) -> bool:
-        """Return whether no pooler, which greets with a number of its own, is between us and PostgreSQL."""
+        """Return whether no pooler is between us and PostgreSQL: it would greet with a made-up process id."""
         key = self._backend_key_data
         return key is not None and self.run("SELECT pg_backend_pid()") == [[int.from_bytes(key[:4])]]
 
-    def say_once(self) -> None:
-        """Say once what is a fourth of PostgreSQL's work for a small flush, if no pooler is between us."""
+    def prepare_flushes(self) -> None:
+        """Without a pooler, do once what begins each flush: a fourth of PostgreSQL's work for a small one."""
         self.start, self.raising = FLUSH_START, RAISE
         if self.is_direct():
             self.run(f"{FLUSH_START.replace('SET LOCAL', 'SET')}{PREPARE_RAISE};\nCOMMIT")
@@ -1962,7 +1964,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
 
     def check_idle(self) -> None:
         """Raise DatabaseError if the server closed the idle connection. Does not block."""
-        poll = select.poll()  # select() knows no descriptors from 1,024 on
+        poll = select.poll()  # select() cannot take descriptors from 1,024 on
         poll.register(self._usock, select.POLLIN)
         if poll.poll(0):
             raise DatabaseError("the server closed the connection")
@@ -1973,20 +1975,22 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
             super().close()
 
     def _ask(self, message: Message, context: Any, seconds: float, meanwhile: Meanwhile) -> None:
+        """Send a message, and read its answer into `context` and `tags`. Raises the exceptions in BROKEN."""
         sql = message.sql.encode() + b"\0"
         parts = [b"Q", (len(sql) + 4).to_bytes(4), sql]
+        # Sent without being asked for: after an error the server drops it (PostgreSQL manual, 55.2.6).
         for data in message.copies:
             parts += [b"d", (len(data) + 4).to_bytes(4), data, b"c\0\0\0\4"]
         self.tags = []
         self._usock.settimeout(seconds)
         self._usock.sendall(b"".join(parts))
         meanwhile()
-        # RowDescription, DataRow: nobody looks at those of a flush. CopyInResponse: its data is on its way.
+        # RowDescription, DataRow: a flush has no use for them. CopyInResponse: its data is on its way.
         unread = (b"T", b"D", b"G") if message.copies or message.inserts else ()
         deadline, kind = time.monotonic() + seconds, b""
         while kind != pg8000.core.READY_FOR_QUERY:
             left = deadline - time.monotonic()
-            if left < seconds - POLL_S:  # a system call, which lets other threads run
+            if left < seconds - POLL_S:  # not each time: settimeout() lets other threads run first
                 seconds = max(left, 0.001)
                 self._usock.settimeout(seconds)
             head = self._sock.read(5)
@@ -2002,7 +2006,7 @@ class Session(pg8000.native.Connection):  # type: ignore[misc]  # pg8000 has no 
 
 
 def os_user() -> str:
-    """Return the name of the user we run as; a container may have none for its number."""
+    """Return the name of the user we run as, "postgres" where there is none for its id, as in a container."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
@@ -2010,7 +2014,7 @@ def os_user() -> str:
 
 
 def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
-    """Return the ways to connect (PostgreSQL manual, 34.19), None without TLS. Raises OperatorError."""
+    """Return the ways to try in turn (PostgreSQL manual, 34.19), None without TLS. Raises OperatorError."""
     if target.socket or target.sslmode == "disable":
         return [None]
     root = target.sslrootcert or os.path.expanduser("~/.postgresql/root.crt")
@@ -2032,7 +2036,7 @@ def ssl_contexts(target: Target) -> list[ssl.SSLContext | None]:
 
 
 def session_error(target: Target, error: Exception) -> DatabaseError:
-    """Return our error for a session that did not come about; only what can pass by itself is AWAY."""
+    """Return our error for a session that could not be opened; it is AWAY only if that can pass by itself."""
     if isinstance(error, pg8000.exceptions.DatabaseError):
         refusal, hint = server_error(error.args[0]), ""
         if refusal.sqlstate == "28P01" and not target.password:
@@ -2046,7 +2050,7 @@ def session_error(target: Target, error: Exception) -> DatabaseError:
         return DatabaseError(f"{refusal}{hint}", fault, refusal.fields)
     reason, place = reason_of(error.__cause__ or error), target.socket or f"{target.host}:{target.port}"
     stays = isinstance(error, PermissionError | ssl.SSLError) or "Authentication method" in reason
-    stays = stays and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)  # in the handshake
+    stays = stays and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)  # the server went away
     if isinstance(error, pg8000.core.scramp.ScramException):
         stays, reason = True, f"the password cannot be used with SCRAM: {reason}"
     return DatabaseError(f"cannot connect to {place}: {reason}", Fault.OPERATOR if stays else Fault.AWAY)
@@ -2076,14 +2080,14 @@ def open_socket(target: Target, context: ssl.SSLContext | None) -> socket.socket
 
 def start_session(target: Target, context: ssl.SSLContext | None) -> Session:
     """Return a session, encrypted if there is a context. Raises DatabaseError."""
-    # Settings that a server or a role may have changed, and that quoting relies on.
+    # Quoting relies on these settings, for which a server or a role may have other defaults.
     settings = {"client_encoding": "UTF8", "standard_conforming_strings": "on"}
     try:
         session = Session(
             target.user,
             sock=open_socket(target, context),
             database=target.dbname,
-            # Without any password pg8000 fails where the server asks for one; an empty one is refused.
+            # If the server asks for a password, pg8000 fails on None; an empty one the server refuses.
             password=target.password or "",
             application_name=target.application_name,
             ssl_context=False,  # done already
@@ -2099,48 +2103,48 @@ def start_session(target: Target, context: ssl.SSLContext | None) -> Session:
 
 
 def connect(target: Target) -> Session:
-    """Return a connection. Each step blocks connect_timeout at most. Raises DatabaseError, OperatorError."""
+    """Return a session. Each step blocks for connect_timeout at most. Raises DatabaseError, OperatorError."""
     first, *others = ssl_contexts(target)
     try:
         return start_session(target, first)
     except DatabaseError as error:
-        # prefer and allow try the other way when the server refuses this one.
+        # With sslmode prefer or allow the other way is tried when the server refuses this one.
         if not others or error.fault is not Fault.OPERATOR or error.sqlstate not in ("", "28000"):
             raise
     return start_session(target, *others)
 
 
 def take_over(session: Session, epochs: Iterable[str], token: str) -> None:
-    """Take the ledger's rows of epochs over; the session knows then its token, and how far each is stored.
+    """Make the ledger's rows of epochs the session's own; set its `token` and `stored`.
 
-    A message of a lost connection that still runs is waited for, or ended. Raises DatabaseError: try again.
+    A lost connection's message that still runs is waited for, then ended. Raises DatabaseError: try again.
     """
     try:
         rows = session.run(f"{FLUSH_START}{take_over_sql(epochs, token)};\nCOMMIT")
     except DatabaseError as error:
         if error.sqlstate == "55P03":  # lock_not_available
             session.run("ROLLBACK")
-            with contextlib.suppress(DatabaseError):  # we may not, if they are a superuser's
+            with contextlib.suppress(DatabaseError):  # we may not end a superuser's
                 ended = len(session.run(TERMINATE_HOLDERS.format(",".join(map(quote, epochs)))))
                 log.warning("sessions that held the ledger for %d ms were ended: %d", LOCK_TIMEOUT_MS, ended)
         raise
     session.token, session.stored = token, {epoch: int(flush) for epoch, flush in rows}
 
 
-# Inserts queue up behind a change that waits for its lock, and while it runs: less than half a second in all.
+# Inserts queue up behind a change while it waits for its lock and while it runs: for less than half a second.
 ALTER_SETTINGS = (
     "SET LOCAL lock_timeout = 200; SET LOCAL statement_timeout = 400;"
     f" SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s'"
 )
-# A lock that was not to be had in time, a deadlock, or somebody who was a bit quicker: two sessions that
-# create one table at once can fail with 23505, IF NOT EXISTS or not. 42710 stays if a type has the name. For
-# two that drop one index PostgreSQL has the code of all inner errors, whose text is never translated.
+# After these a step is tried again: no lock in time, a deadlock, or somebody was quicker. Two sessions that
+# create one table at once can fail with 23505, even with IF NOT EXISTS; 42710 does not pass if a type has the
+# name. If two drop one index, the code is that of all internal errors, whose text is always English.
 TRY_AGAIN = ("55P03", "57014", "40", "23505", "42P07", "42710")
 DROPPED_TWICE = "tuple concurrently updated"
 
 
 def survey(session: Session, schema: Schema, user: str) -> list[Step]:
-    """Return what is to be done about the tables. Changes nothing. Raises DatabaseError."""
+    """Return what is to be done about the tables. It only looks at them. Raises DatabaseError."""
     catalog = {}
     for name, columns, indexes, *rest in session.run(catalog_sql(schema)):
         existing_columns = {column: ExistingColumn(*found) for column, found in columns.items()}
@@ -2151,7 +2155,7 @@ def survey(session: Session, schema: Schema, user: str) -> list[Step]:
 
 
 def permitted(session: Session, schema: Schema, user: str, migrates: bool) -> list[Step]:
-    """Return what is to be done about tables. Raises OperatorError if it may not be, DatabaseError."""
+    """Return survey()'s plan. Raises OperatorError, with the SQL, if some of it is left to the operator."""
     plan = survey(session, schema, user)
     by_hand = [step for step in plan if step.way is Way.HAND]
     altering = [step for step in plan if step.way is Way.ALTER and not step.index and not migrates]
@@ -2167,6 +2171,7 @@ def permitted(session: Session, schema: Schema, user: str, migrates: bool) -> li
 
 
 def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> DatabaseError | OperatorError:
+    """Return what to raise for statements of which one failed: OperatorError, unless the database is away."""
     if error.fault is Fault.AWAY:
         return error
     detail = f" ({error.fields['D']})" if "D" in error.fields else ""
@@ -2175,23 +2180,22 @@ def not_run(error: DatabaseError, statements: Iterable[str], user: str) -> Datab
 
 
 def take(session: Session, step: Step, plan: Callable[[], list[Step]]) -> None:
-    """Take a step, unless others have by the time that a lock keeps them from it. Raises DatabaseError.
+    """Take a step, unless others have taken it before we got the lock. Raises DatabaseError.
 
-    The build of an index cannot be in the lock's transaction: it is started right after it, under a name that
-    another instance would choose as well, so that the second of two does nothing. PostgreSQL takes two builds
-    at once for a deadlock and ends one of them after a second; the next plan clears up behind it.
+    An index cannot be built in the transaction that has the lock. It is built right after it, under a name
+    that another instance would choose as well, so that the second of two does nothing. PostgreSQL takes two
+    builds at once for a deadlock and ends one of them after a second; the next plan clears up behind it.
     """
     session.run("BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '10s'")
     if step.way is not Way.CREATE:
-        # Waits for the builds of others, and blocks no insert. LOCK has no snapshot while it waits, which a
-        # build of an index would wait for in turn.
+        # Waits for builds of others and blocks no insert. It waits without a snapshot, which builds wait for.
         session.run(f"LOCK TABLE {identifier(step.table)} IN SHARE UPDATE EXCLUSIVE MODE")
     statements = step.statements if step in plan() else ()
     if step.way is Way.ALTER:
         session.run(ALTER_SETTINGS)
     if step.way is Way.BUILD:
         session.run("COMMIT")
-    for statement in statements:  # each alone: Citus hands all of an ALTER's message to its workers
+    for statement in statements:  # one a message: Citus hands the whole message of an ALTER to its workers
         log.info("database: %s", statement)
         session.run(statement)
     if step.way is not Way.BUILD:
@@ -2201,25 +2205,23 @@ def take(session: Session, step: Step, plan: Callable[[], list[Step]]) -> None:
 def repeated_values(index: Index, error: DatabaseError) -> OperatorError:
     table, column = identifier(index.table), identifier(index.column)
     find = f"SELECT {column}, count(*) FROM {table} GROUP BY {column} HAVING count(*) > 1"
-    text = (
-        f'table "{index.table}", column "{index.column}" cannot become unique, because values are repeated in'
-        f" it: {error.fields.get('D', error)}\nFind them with the SELECT, remove them, and start again or run"
-        " the rest:"
-    )
-    return to_run(text, [find, index.sql("CONCURRENTLY ")])
+    place = f'table "{index.table}", column "{index.column}"'
+    why = f"{place} cannot become unique, because values are repeated in it: {error.fields.get('D', error)}"
+    what = "Find them with the SELECT, remove them, and start again or run the rest:"
+    return to_run(f"{why}\n{what}", [find, index.sql("CONCURRENTLY ")])
 
 
 def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None:
-    """Create what is missing; if it `migrates` columns too, and drop NOT NULL where nothing requires it.
+    """Create what is missing; with `migrates` also add columns, and drop NOT NULL where nothing requires it.
 
-    Takes the first step of a plan, makes a new plan, and so on: others may do the same. Blocks while
+    Takes the first step of a plan, makes a new plan, and so on: others may take the same steps. Blocks while
     PostgreSQL builds indexes; inserts of others wait for half a second at most. Raises OperatorError with
     everything that does not fit and the SQL for it, before anything is done; DatabaseError when the database
     went away or a table stayed in use for long: trying again goes on from there.
     """
     session.timeout_s = PREPARE_TIMEOUT_S
-    # Keeps time-outs of the role or the database from ending builds, until say_once(); a pooler would give
-    # that to others. Who did not ask for a migration rather starts without the database than wait for long.
+    # Time-outs of the role or the database would end builds. A pooler would pass these settings on to others.
+    # Without --migrate a server rather starts while the database is away than wait for long.
     if session.is_direct():
         session.run(f"SET statement_timeout = 0; SET lock_timeout = {0 if migrates else 2000}")
     plan = partial(permitted, session, schema, user, migrates)
@@ -2228,15 +2230,15 @@ def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None
     repeated: dict[Index, OperatorError] = {}
     while steps := [step for step in plan() if step.index not in repeated]:
         step = steps[0]
-        # Behind a BUILD nobody has to wait, and somebody's build may take long.
-        patience = PREPARE_TIMEOUT_S if step.way is Way.BUILD else CHANGE_PATIENCE_S
-        patience = patience if migrates else START_PATIENCE_S
-        deadline = deadlines.setdefault(step, time.monotonic() + patience)
+        # For a BUILD no insert has to wait, and another instance's build may take long.
+        patience_s = PREPARE_TIMEOUT_S if step.way is Way.BUILD else CHANGE_PATIENCE_S
+        patience_s = patience_s if migrates else START_PATIENCE_S
+        deadline = deadlines.setdefault(step, time.monotonic() + patience_s)
         try:
             take(session, step, plan)
             taken[step] += 1
         except DatabaseError as error:
-            # query_canceled: a time-out of the role. (A DROP, which has no index, is tried again.)
+            # query_canceled: a time-out of the role ended it. (A DROP, which has no index, is tried again.)
             if step.way is Way.BUILD and step.index and error.sqlstate == "57014":
                 text = f"PostgreSQL gave up building an index: {error}; run this without a time-out:"
                 raise to_run(text, step.statements) from None
@@ -2248,10 +2250,10 @@ def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None
                 continue
             complain(logging.INFO, f'database: table "{step.table}" is in use, waiting for it: {error}')
             if time.monotonic() > deadline:
-                reason = f'table "{step.table}" is still in use after {patience} s ({error}); not run: '
+                reason = f'table "{step.table}" is still in use after {patience_s} s ({error}); not run: '
                 raise DatabaseError(reason + "; ".join(step.statements), error.fault, error.fields) from None
             time.sleep(random.uniform(0.5, 1) * CHANGE_PAUSE_S)  # so that two do not meet again
-        if taken[step] > 5:  # PostgreSQL takes it, and it has no effect
+        if taken[step] > 5:  # PostgreSQL accepts it each time, and the next plan has it again
             raise to_run(f"run {taken[step]} times without effect:", step.statements)
     if repeated:
         raise OperatorError("\n".join(map(str, repeated.values())))
@@ -2262,18 +2264,18 @@ class Opener:
 
     def __init__(self, target: Target, schema: Schema, migrates: bool = False) -> None:
         self.target, self._schema, self._migrates = target, schema, migrates
-        self._is_prepared = False  # the tables have been there as they should be
+        self._is_prepared = False  # whether prepare() has been through once
         self._partition_keys: dict[str, tuple[str, ...]] = {}
 
     def open(self, epochs: Iterable[str]) -> Session:
-        """Return a session that can insert rows into all tables. Blocks and raises as prepare() does."""
+        """Return a session that has taken `epochs` over and may insert. Blocks, raises as prepare() does."""
         schema = self._schema
         session = connect(self.target)
         session.partition_keys = self._partition_keys
         try:
             if self._is_prepared:
                 plan = permitted(session, schema, self.target.user, migrates=False)
-                # None is created: who renamed one may rename it back. (ON CONFLICT needs its unique index.)
+                # Nothing is created: who renamed one may rename it back. (ON CONFLICT needs unique indexes.)
                 if needed := [s for s in plan if s.way is Way.CREATE or (s.index and s.index.unique)]:
                     why = "tables or indexes that events need are gone; bring them back, or create them with:"
                     raise to_run(why, statements_of(needed))
@@ -2282,26 +2284,26 @@ class Opener:
                 self._is_prepared = True
             session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
             session.check_tables = self._check
-            # An INSERT of no rows gets the locks that one with rows needs, and EXPLAIN does not even run it.
+            # If a permission or a lock is not to be had, fail now: EXPLAIN needs both, and runs nothing.
             touches = [f"EXPLAIN INSERT INTO {identifier(name)} SELECT WHERE false" for name in schema.tables]
             session.run(f"{FLUSH_START}{';'.join(touches)};\nCOMMIT")
             take_over(session, epochs, str(uuid.uuid4()))
-            session.say_once()
+            session.prepare_flushes()
             return session
         except (DatabaseError, OperatorError):
             session.close()
             raise
 
     def _check(self, session: Session) -> None:
-        """Raise OperatorError if somebody has changed a table so that it does not fit, DatabaseError."""
+        """Raise OperatorError if somebody has changed a table so that it does not fit; DatabaseError."""
         session.timeout_s = PATIENCE_MIN_S  # clients wait
         permitted(session, self._schema, self.target.user, migrates=False)
         session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
 
     def prepare(self, schema: Schema) -> None:
-        """Prepare or migrate the tables for another schema, over a connection of its own, then use it.
+        """Prepare or migrate the tables for another schema, over a new connection, and open sessions by it.
 
-        While the database is away only the apps may be others. Blocks and raises as open() does.
+        While the database is away, only the schema's apps may have changed. Blocks and raises as open() does.
         """
         try:
             with contextlib.closing(connect(self.target)) as session:
