@@ -2318,7 +2318,7 @@ class Opener:
 
 # --- Spool --------------------------------------------------------------------
 # The SQLite file that keeps events while no database can take them, and those in quarantine. A flush is one
-# row, its batches as JSON, which are converted when they are replayed, by the schema of that day.
+# row: its batches as JSON, which are converted when they are replayed, by the schema that is in use then.
 
 
 def sqlite_key(json_sql: str, name: str) -> str:
@@ -2326,23 +2326,23 @@ def sqlite_key(json_sql: str, name: str) -> str:
     if json.dumps(name) == f'"{name}"':
         path = quote(f'$."{name}"')
         return f"json_extract({json_sql}, {path})"
-    # Keys are written with escapes, or may be, which only json_each reads as what they mean.
+    # In the JSON such a key may be written with escapes, which only json_each() undoes.
     return f"(SELECT value FROM json_each({json_sql}) WHERE key = {quote(name)})"
 
 
 def readable_time(value: str) -> str:
     """Return SQL for seconds since 1970, or an RFC 3339 text, as a time in UTC."""
     form = "'%Y-%m-%d %H:%M:%f'"
-    # 'unixepoch' makes NULL of a text.
+    # With 'unixepoch' strftime() returns NULL for a text.
     return f"coalesce(strftime({form}, {value}, 'unixepoch'), strftime({form}, {value}), {value})"
 
 
 def view_column(table: Table, column: Column) -> str:
-    """Return SQL for what a column would have in PostgreSQL, readable."""
+    """Return SQL for a view's column: what PostgreSQL would hold, in a form that people can read."""
     value = sqlite_key("e.value", column.name)
     if column.extra:
         known = [TABLE_KEY, *(c.name for c in table.columns if not (c.header or c.source or c.extra))]
-        # A merge with null takes a key out (RFC 7396); json_remove() has no more than 126 paths.
+        # A merge with null takes a key out (RFC 7396); json_remove() accepts no more than 126 paths.
         value = f"nullif(json_patch(e.value, {quote(exact_json(dict.fromkeys(known)))}), '{{}}')"
     elif column.header:
         value = sqlite_key("json_extract(b.value, '$.headers')", column.header)
@@ -2358,7 +2358,7 @@ def view_column(table: Table, column: Column) -> str:
 
 def view_sql(table: Table) -> str:
     columns = ",\n  ".join(view_column(table, column) for column in table.columns)
-    # Former versions let JSON in that is nested deeper than SQLite reads.
+    # Former versions stored JSON that is nested more deeply than SQLite can read.
     batches = "CASE WHEN json_valid(f.batches) THEN f.batches END"
     return (
         f"CREATE VIEW {identifier(table.name)} AS SELECT\n  {columns}\n"
@@ -2368,9 +2368,9 @@ def view_sql(table: Table) -> str:
 
 
 APPLICATION_ID = 0x41_74_74_6F  # "Atto"; tells the file from other programs' (SQLite, application_id)
-SPOOL_VERSIONS = (1, 2)  # read; new files have the last (the first had another table, which nobody needs)
+SPOOL_VERSIONS = (1, 2)  # We can read both and write the last; 1 had one more table, which nobody needs.
 
-# `total` counts all events up to this flush, so that the number of events is known without a scan.
+# `total` counts the events of this flush and all before it, so that how many wait is known without a scan.
 SPOOL_SQL = f"""
 CREATE TABLE attolytics_spool (
   id INTEGER PRIMARY KEY, epoch TEXT NOT NULL, flush INTEGER NOT NULL,
@@ -2396,7 +2396,7 @@ FROM attolytics_quarantine"""
 
 
 class SpooledFlush(NamedTuple):
-    """A row of the spool; `text` is the JSON of its batches."""
+    """A row of the spool: a flush's id there, its epoch and number, and the JSON of its batches."""
 
     id: int
     epoch: str
@@ -2422,10 +2422,8 @@ def check_spool(path: str, descriptor: int) -> None:
         reason = f"--spool {path} is damaged or cannot be read: {reason_of(error)}; it was left as it is"
         raise OperatorError(reason) from None
     if found != "ok":
-        raise OperatorError(
-            f"--spool {path} is damaged: {' '.join(found.split())}; it was left as it is."
-            f" Try to save its events with: sqlite3 {path} .recover, or .dump"
-        )
+        damage = f"--spool {path} is damaged: {' '.join(found.split())}; it was left as it is."
+        raise OperatorError(f"{damage} Try to save its events with: sqlite3 {path} .recover, or .dump")
     if tables and application != APPLICATION_ID:
         raise OperatorError(f"--spool {path} is another program's SQLite file; it was left as it is")
     if tables and version not in SPOOL_VERSIONS:
@@ -2433,7 +2431,7 @@ def check_spool(path: str, descriptor: int) -> None:
 
 
 def wait_for_lock(descriptor: int, path: str) -> None:
-    """Lock the spool's file against other servers, of which one may be about to end. Raises OperatorError."""
+    """Lock the spool's file against other servers. Raises OperatorError if one has it for SPOOL_LOCK_S."""
     deadline = time.monotonic() + SPOOL_LOCK_S
     while time.monotonic() < deadline:
         with contextlib.suppress(BlockingIOError):
@@ -2444,44 +2442,44 @@ def wait_for_lock(descriptor: int, path: str) -> None:
     raise OperatorError(f"another server uses the spool {path}: give each its own with --spool PATH")
 
 
-def open_database(path: str, bytes_max: int) -> sqlite3.Connection:
+def open_sqlite(path: str, bytes_max: int) -> sqlite3.Connection:
     """Return a connection to the spool's file; a new one gets its tables. Raises sqlite3.Error, OSError."""
     db = sqlite3.connect(path, timeout=SPOOL_BUSY_S, isolation_level=None, check_same_thread=False)
     (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         raise sqlite3.OperationalError(f"its file system cannot do WAL, only {mode}")
-    # NORMAL would lose what was acknowledged when the power fails.
+    # With NORMAL a power failure would lose what was acknowledged.
     db.execute("PRAGMA synchronous = FULL")
-    db.execute(f"PRAGMA wal_autocheckpoint = {min(1000, bytes_max // 8 // 4096)}")  # pages of SQLite's size
+    db.execute(f"PRAGMA wal_autocheckpoint = {min(1000, bytes_max // 8 // 4096)}")  # in pages of 4 KiB
     if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
         db.executescript(f"BEGIN IMMEDIATE;{SPOOL_SQL}COMMIT")
     return db
 
 
 class SpoolFile:
-    """An SQLite file that is ours alone; for any thread. Blocks for the disk, and raises SpoolError."""
+    """An SQLite file that is ours alone; for any thread. Methods block for the disk and raise SpoolError."""
 
     def __init__(self, path: str, bytes_max: int) -> None:
         self.path, self.bytes_max = path, bytes_max
         # Guards the one SQLite connection (two can damage the file) and all that is known of what is in
-        # it. Whoever holds it also decides where the session with the database is (see Writer), so it is
-        # never held over the network or a conversion.
+        # it. Whoever holds it also decides who has the session with the database (see Writer), so it is
+        # never held while something waits for the network, or during a conversion.
         self.switch = threading.RLock()
-        self._failed = False  # SQLite did, the last time
-        self.events = self.quarantined = 0  # that are in it
+        self._failed = False  # whether SQLite did, the last time
+        self.events = self.quarantined = 0  # how many wait for their replay, and how many are in quarantine
         try:
-            # The events in it may be about people. Closing it would drop SQLite's own locks.
+            # 0o600: events may be about people. It stays open, as closing it would drop SQLite's own locks.
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             wait_for_lock(self._descriptor, path)
             check_spool(path, self._descriptor)
-            self._db = open_database(path, bytes_max)
+            self._db = open_sqlite(path, bytes_max)
         except (sqlite3.Error, OSError) as error:  # nothing is closed: it is the end of the process
             hint = f"name a file with --spool PATH in a directory that user {os_user()} may write to"
             reason = f"cannot use the spool {path}: {reason_of(error)}; {hint}: SQLite makes more beside it"
             raise OperatorError(reason) from None
 
     def check(self) -> None:
-        """Raise SpoolError if no events can be stored now. After a failure, find out by writing."""
+        """Raise SpoolError if no events can be stored now. After a failure it finds out by writing."""
         if not self.switch.acquire(timeout=SPOOL_BUSY_S):
             raise SpoolError(f"the spool {self.path} is busy")
         try:
@@ -2493,7 +2491,7 @@ class SpoolFile:
             self.switch.release()
 
     def check_room(self, chars: int) -> None:
-        """Raise SpoolError if so many characters more are too much for the limit or for the disk."""
+        """Raise SpoolError if a text of so many characters is too much for the limit or for the disk."""
         with self.translated():
             pages = self.one("PRAGMA page_count") - self.one("PRAGMA freelist_count")
             used = pages * self.one("PRAGMA page_size") + os.stat(f"{self.path}-wal").st_size
@@ -2513,7 +2511,7 @@ class SpoolFile:
         with self.translated():
             page_bytes, free = self.one("PRAGMA page_size"), self.one("PRAGMA freelist_count")
             stays = self.one("PRAGMA page_count") - free
-            # VACUUM writes what stays, while nobody else can write.
+            # VACUUM copies all that stays, and nobody else can write meanwhile: so that must be little.
             if free * page_bytes > SPOOL_BYTES_MIN and stays * page_bytes < 8 << 20:
                 self._db.execute("VACUUM")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -2545,7 +2543,7 @@ class SpoolFile:
 
     @contextlib.contextmanager
     def transaction(self, events: int = 0, quarantined: int = 0) -> Iterator[None]:
-        """Do all of it, durably, or nothing; then there are so many more events, and in the quarantine."""
+        """Do all that is in the block, durably, or nothing of it; if all, add to the numbers of events."""
         with self.translated():
             self._db.execute("BEGIN IMMEDIATE")
             with self._db:  # which ends in COMMIT or ROLLBACK
@@ -2562,28 +2560,28 @@ class Spool(SpoolFile):
         """Open or create the spool of a process. Raises OperatorError and SpoolError."""
         super().__init__(path, bytes_max)
         self.epoch = epoch
-        # Of this epoch's flushes: they only go up, none is given twice, and here they are in their order.
+        # This epoch's flush numbers only go up, none is given twice, and flushes are appended in their order.
         self.numbers, self._last_number = itertools.count(1), 0
         gone = "(SELECT total - events FROM attolytics_spool ORDER BY id LIMIT 1)"
         self.events = self.one(f"SELECT {LAST_TOTAL} - {gone}") or 0
         self.quarantined = self.one("SELECT count(*) FROM attolytics_quarantine")
         self.create_views(schema)
 
-    @cached_property  # the whole file is read for it, and no others come in while we run
+    @cached_property  # it reads the whole file, and no other epochs come in while we run
     def epochs(self) -> set[str]:
         """The present epoch, and those that had flushes here at the start."""
         return {self.epoch, *(epoch for (epoch,) in self.rows("SELECT DISTINCT epoch FROM attolytics_spool"))}
 
     def oldest(self) -> float | None:
-        """Return when the first event that waits was received, in seconds since the epoch."""
+        """Return when the first event that waits was received, in seconds since 1970; None without any."""
         query = "SELECT json_extract(batches, '$[0].received_at') FROM attolytics_spool ORDER BY id LIMIT 1"
         return next((oldest for (oldest,) in self.rows(query)), None)
 
     def append(self, number: int, events: int, texts: Iterable[str], kept: Sequence[int] = ()) -> None:
-        """Keep a flush, by the JSON of its batches, or of the events `kept` in quarantine until now.
+        """Keep a flush, by the JSON of its batches, which may be made of events `kept` in quarantine so far.
 
-        One that was sent, which has a number already (others: 0), may exceed the limit: a late message may
-        store it all the same, and then its client must not have been asked to send it again.
+        One that was sent to PostgreSQL has its number (others: 0) and may exceed the limit: its message may
+        arrive late and store it all the same, so its client must not be asked to send it again.
         """
         text = f"[{','.join(texts)}]"
         insert = f"INSERT INTO attolytics_spool VALUES (NULL, ?, ?, ?, ? + ifnull({LAST_TOTAL}, 0), ?)"
@@ -2599,7 +2597,7 @@ class Spool(SpoolFile):
     def quarantine(self, items: Sequence[Quarantined], left: Mapping[int, str] = {}) -> list[int]:
         """Keep events with what is against them; return their ids in the quarantine.
 
-        Those of a replay are here already: `left` is the JSON of their flushes without them, by their ids.
+        Those of a replay leave their flushes: `left` is the JSON that remains of these, by their ids.
         """
         insert = "INSERT INTO attolytics_quarantine VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)"
         update = "UPDATE attolytics_spool SET batches = ? WHERE id = ?"
@@ -2632,6 +2630,7 @@ class Spool(SpoolFile):
         return flushes
 
     def delete(self, flushes: Sequence[SpooledFlush]) -> None:
+        """Delete the first flushes, which head() returned."""
         with self.transaction(-sum(flush.events for flush in flushes)):
             self._db.execute("DELETE FROM attolytics_spool WHERE id <= ?", (flushes[-1].id,))
 
@@ -2640,20 +2639,20 @@ class Spool(SpoolFile):
         return self.rows(count, LISTED_MAX)
 
     def newest_quarantined(self, chars: int, count: int) -> list[Any]:
-        """Return when, for which app and table, and why the newest are there, with so much of each."""
+        """Return (time, app, table, reason, `chars` of the event) of the newest `count`, newest first."""
         columns = "quarantined_at, app, table_name, reason, substr(event, 1, ?)"
         query = f"SELECT {columns} FROM attolytics_quarantine ORDER BY id DESC LIMIT ?"
         return self.rows(query, chars, count)
 
     def retry(self, why: Callable[[str], str]) -> None:
-        """Move the events in quarantine that fit into flushes of ours; `why` says what is against a batch."""
+        """Move quarantined events that fit now into new flushes; `why` says what is against a batch or ""."""
         last = 0
         select = "SELECT id, batch, event FROM attolytics_quarantine WHERE id > ? ORDER BY id LIMIT 100"
         update = "UPDATE attolytics_quarantine SET reason = ? WHERE id = ?"
         while found := self.rows(select, last):
             fit, unfit = dict[int, str](), list[tuple[str, int]]()
             for last, batch, event in found:
-                # An event without a batch is a whole flush that could not be read.
+                # An event without a batch is a whole flush that could not be read: an array of batches.
                 text = f'{batch[:-1]},"events":[{event}]}}' if batch else event[1:-1]
                 if reason := why(text):
                     unfit.append((storable(reason), last))
@@ -2665,10 +2664,10 @@ class Spool(SpoolFile):
                 self.append(0, len(fit), fit.values(), kept=[*fit])
 
     def create_views(self, schema: Schema) -> None:
-        """Replace the views of tables that another schema has changed."""
-        views = {"quarantine": QUARANTINE_VIEW}  # names as SQLite compares them
+        """Create the views of a schema's tables; replace those that were made for another schema."""
+        views = {"quarantine": QUARANTINE_VIEW}  # by their names, as SQLite compares them
         for table in schema.tables.values():
-            name = table.name.encode().lower().decode()  # of ASCII only, as in SQLite
+            name = table.name.encode().lower().decode()  # lower() of bytes is for ASCII only, as SQLite's
             if name in views:
                 log.warning('the spool has no view for the table "%s": another has the name', table.name)
             views.setdefault(name, view_sql(table))
