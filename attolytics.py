@@ -2682,42 +2682,45 @@ class Spool(SpoolFile):
 
 
 # --- Writer -------------------------------------------------------------------
-# Group commit. The session with PostgreSQL, and with it where new events go, moves under the spool's lock,
-# the switch, in three steps that nothing divides: "no flush is left, here is the session", "there is no
-# session: take a number and append", "give the session up and append what was sent".
+# Group commit. Who has the session with PostgreSQL decides where new events go. That changes only under the
+# spool's lock, the switch, in one of three indivisible steps: "no flush is left, here is the session", "there
+# is no session: take a number and append", "give the session up and append what was sent".
 #
-# Exactly once: a process is an epoch, and numbers its flushes upwards. A transaction raises the epoch's row
-# in the ledger to its number. What was sent and not heard of is spooled under its number: the next session
-# takes the ledger over, which ends whatever the last one has sent and says up to which number all is there.
+# Exactly once: a process is an epoch and numbers its flushes upwards; each transaction raises the epoch's row
+# in the ledger to its number. A flush that was sent, but not answered, is spooled under its number. The next
+# session takes the ledger over: nothing sent before can be committed then, and it says what has been stored.
 
 DATABASE = "database"
 SPOOL = "spool"
+Apps = Mapping[str, Intake]  # by their ids
+Clock = Callable[[], float]  # in seconds; never goes back
+Flush = tuple[int, Sequence[Batch]]  # the number under which it was sent, or 0; its batches
 
-# For the spool, which former versions have let NaN into, under keys that have no column.
+# Reads what is in the spool. Former versions let NaN into it, under keys that have no column.
 SPOOL_DECODER = json.JSONDecoder(parse_float=exact_number, parse_constant=lambda _name: None)
-# Deferred constraints are checked while it can still be told whose row it is.
+# Checks deferred constraints right away, while it is known which rows can have violated them.
 ATTEMPT_END = "SET CONSTRAINTS ALL IMMEDIATE;\nSET CONSTRAINTS ALL DEFERRED;\nRELEASE attempt"
-# Codes of a database that has no time, which triggers may raise, or cause, for single events as well.
+# Codes of a busy database, which triggers may raise, or cause, for single events as well.
 RAISED_TOO = ("40001", "40P01", "57014")
 SIFT_START = f"ROLLBACK;\n{FLUSH_START}SET LOCAL idle_in_transaction_session_timeout = '{SIFT_IDLE_S}s';\n"
 
 
 class Group:
-    """Spooled flushes of one epoch that are replayed in one transaction, converted by the schema of today."""
+    """Spooled flushes of one epoch that are replayed in one transaction, converted by the schema in use."""
 
-    def __init__(self, flushes: Sequence[SpooledFlush], intakes: Mapping[str, Intake]) -> None:
+    def __init__(self, flushes: Sequence[SpooledFlush], apps: Apps) -> None:
         self.flushes = flushes
         self.epoch, self.number = flushes[0].epoch, flushes[-1].number
-        self.unfit: list[Quarantined] = []  # what has to go to the quarantine
-        self.refused: list[DatabaseError] = []  # why its rows were, if the data is not at fault
-        self.lost_at: int | None = None  # the one of its rows at which a sift has lost the session
+        self.unfit: list[Quarantined] = []  # the events that have to go to the quarantine
+        self.refused: list[DatabaseError] = []  # why refuse() was called, where the data is not at fault
+        self.lost_at: int | None = None  # the place in `rows` at which a sift lost the session
         self._by_flush: dict[int, list[Batch]] = {}
         for flush in flushes:
             batches: list[Batch] = []
             try:
-                batches = [self._convert(raw, intakes) for raw in SPOOL_DECODER.decode(flush.text)]
+                batches = [self._convert(raw, apps) for raw in SPOOL_DECODER.decode(flush.text)]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                # Cannot be taken apart, so all of it is kept as one.
+                # Its events cannot be told apart, so all of it is kept as one.
                 reason = f"cannot be read back: {type(error).__name__}: {reason_of(error)}"
                 self.unfit.append(Quarantined("", None, None, reason, None, flush.text))
             self.unfit += [item for b in batches if b.problems for item in b.quarantined(b.problems)]
@@ -2726,7 +2729,7 @@ class Group:
 
     @cached_property
     def rows(self) -> list[tuple[TableIntake, str, Batch, int]]:
-        """Each row with its table, its batch and its place in that."""
+        """All (table, row, batch, place of the event in the batch), in the order in which they are tried."""
         return [
             (table, row, batch, place)
             for batch in self.batches
@@ -2735,16 +2738,17 @@ class Group:
         ]
 
     def refuse(self, row: int, error: DatabaseError) -> None:
-        """Take an event out that fits its table, and that the database does not store."""
+        """Make the event of a row, by its place in `rows`, an unfit one, as the database refuses it."""
         _, _, batch, place = self.rows[row]
         problem = Problem(place, error.fields.get("c"), str(error))
         batch.problems.append(problem)
         batch.accepted -= 1
         self.unfit += batch.quarantined([problem])
-        self.refused += [error] if error.fault is not Fault.DATA else []
+        if error.fault is not Fault.DATA:
+            self.refused.append(error)
 
     def left(self) -> dict[int, str]:
-        """Return the JSON of what is left of the flushes that have had unfit events, by their ids."""
+        """Return the JSON that remains of the flushes that had unfit events, by their ids in the spool."""
         return {
             id_: f"[{','.join(batch.text() for batch in batches if batch.events)}]"
             for id_, batches in self._by_flush.items()
@@ -2752,10 +2756,10 @@ class Group:
         }
 
     @staticmethod
-    def _convert(raw: Any, intakes: Mapping[str, Intake]) -> Batch:
+    def _convert(raw: Any, apps: Apps) -> Batch:
         ip, events = raw["client_ip"], raw["events"]
         delivery = Delivery(raw["app"], ip, network_of(ip), raw["headers"], float(raw["received_at"]))
-        if intake := intakes.get(delivery.app):
+        if intake := apps.get(delivery.app):
             return intake.convert(events, delivery)
         reason = f"the schema file has no app {show(delivery.app)}"
         problems = [Problem(index, None, reason) for index in range(len(events))]
@@ -2763,13 +2767,13 @@ class Group:
 
 
 def sift(session: Session, group: Group, one_by_one: bool, excused: Collection[str]) -> Counts:
-    """Insert what the database takes of a group that it refused as a whole, by bisection; not committed yet.
+    """Insert the rows of a group that the database takes, by bisection or one by one; the caller commits.
 
-    The group refuses the others. Returns how many rows were there already, by table. Raises DatabaseError.
+    The group refuses the others. Returns how many were there already, by table. Raises DatabaseError.
     """
     session.run(f"{SIFT_START}{raise_sql(group.epoch, session.token, group.number)}")
     skipped = Counts()
-    # Each is tried after those before it, so that of two that are refused together the second one is found.
+    # Rows are tried in their order, so that of two that cannot be stored together the second one is refused.
     every = range(len(group.rows))
     parts = [range(row, row + 1) for row in reversed(every)] if one_by_one else [every]
     while parts:
@@ -2797,7 +2801,7 @@ def set_apart(spool: Spool, metrics: Metrics, group: Group) -> None:
     spool.quarantine(group.unfit, group.left())
     metrics.count("events_quarantined_total", len(group.unfit))
     for item in group.unfit:
-        # The reason may quote the event.
+        # What is complained about is not the reason, which may quote the event: each would be logged.
         about = f"quarantine {item.app_id} {item.table} {item.column}"
         complain(logging.WARNING, f"a spooled event goes to the quarantine: {item.reason}", about)
 
@@ -2805,53 +2809,48 @@ def set_apart(spool: Spool, metrics: Metrics, group: Group) -> None:
 class Stuck(NamedTuple):
     """What is known of the head of the spool, which could not be stored."""
 
-    since: float
-    losses: int = 0  # sessions that were lost when its first flush was tried alone, or row by row with
-    row: int | None = None  # ... this one
+    since: float  # when it was tried first
+    losses: int = 0  # how many sessions were lost while its first flush was tried alone, or while ...
+    row: int | None = None  # ... this row of it was, by its place in Group.rows
 
 
 class Replayer:
     """While the writer has no session: opens one, moves the spool into the database, and hands it over."""
 
     def __init__(
-        self,
-        apps: Mapping[str, Intake],
-        spool: Spool,
-        opener: Opener | None,
-        metrics: Metrics,
-        clock: Callable[[], float] = time.monotonic,
+        self, apps: Apps, spool: Spool, opener: Opener | None, metrics: Metrics, clock: Clock = time.monotonic
     ) -> None:
-        self.has_database = opener is not None  # or else everything stays in the spool
-        self.is_up = self.has_database  # by what is known of the session
+        self.has_database = opener is not None  # without one everything stays in the spool
+        self.is_up = self.has_database  # whether the database could be used the last time
         self.reason = ""  # why there is no session; stays until the next one has stored something
         self.had_session = False  # ever
-        self.retried = 0  # events of --retry_quarantine, of which is to be told
-        self.turn = threading.Event()  # when new events may go to the spool; before it they wait a little
+        self.retried = 0  # how many events --retry_quarantine tried, until the outcome has been logged
+        self.turn = threading.Event()  # set while new events may go to the spool; else they wait a little
         self.turn.set()
-        self.intakes = apps  # replaced as a whole by a reload
+        self.apps = apps  # replaced as a whole by a reload
         self._spool, self._opener, self._metrics, self._clock = spool, opener, metrics, clock
-        self._wanted: queue.SimpleQueue[Session | None] = queue.SimpleQueue()
+        self._taken: queue.SimpleQueue[Session | None] = queue.SimpleQueue()  # by take(): see there
         self._stop = threading.Event()
         # These belong to the replayer's thread; others only look.
         self._backoff_s = 0.0
-        self._got_on_at = math.inf  # until take()
+        self._got_on_at = math.inf  # when the replay last got on; infinity before the first take()
         self._stuck: Stuck | None = None
         self._events_max = REPLAY_EVENTS_MAX  # in a group; fewer after a failure
 
     def stop(self) -> None:
         """Begin nothing new; does not wait."""
         self._stop.set()
-        self._wanted.put(None)
+        self._taken.put(None)
 
     def take(self, session: Session | None, reason: str = "") -> None:
-        """Go on with a session that is well, or connect, because it was lost. Before anything is spooled."""
+        """Go on with a session, or connect if it was lost (None). To be called before events are spooled."""
         self.is_up, self.reason, self._got_on_at = session is not None, reason, self._clock()
-        self._wanted.put(session)
+        self._taken.put(session)
 
-    def report_retried(self, where: str) -> None:
+    def report_retried(self, outcome: str) -> None:
         """Log what has become of the events in quarantine that were retried. Raises SpoolError."""
         retried, stay = self.retried, self._spool.quarantined
-        log.info("quarantine: %d of %d events %s, %d stay", max(retried - stay, 0), retried, where, stay)
+        log.info("quarantine: %d of %d events %s, %d stay", max(retried - stay, 0), retried, outcome, stay)
         for reason, count in self._spool.quarantine_reasons():
             log.warning("quarantine: %d stay: %s", count, reason)
         self.retried = 0
@@ -2865,8 +2864,8 @@ class Replayer:
         return f"the replay has been held up for {seconds:.0f} s: {why}"
 
     def work(self, hand_over: Callable[[Session], bool]) -> None:
-        """Replay until stop(); `hand_over` gives a session to the writer, if the spool is empty."""
-        session = self._wanted.get()
+        """Replay until stop(). `hand_over` gives a session to the writer, or returns False: events came."""
+        session = self._taken.get()
         while not self._stop.wait(0 if session else self._backoff_s * random.uniform(0.5, 1)):
             try:
                 session = session or self._connect()
@@ -2899,7 +2898,7 @@ class Replayer:
         return session
 
     def _replay(self, session: Session, hand_over: Callable[[Session], bool]) -> Session | None:
-        """Store what is in the spool until the session is the writer's; return what comes back from there."""
+        """Move the spool into the database, and hand the session over; return what take() gets after that."""
         started = logged = self._clock()
         replayed, slow_until, is_outrun = 0, 0.0, False
         if left := self._spool.events:
@@ -2912,8 +2911,8 @@ class Replayer:
                 came = self._spool.events - (left - events)
                 replayed, left = replayed + events, self._spool.events
                 slow_until = now + SLOW_S if now - began > SLOW_REPLAY_S else 0.0
-                # Clients that send all they can would outrun it for ever: what they send has a turn between
-                # two transactions. When little is left, new events wait a little for the end.
+                # Clients that send all they can would outrun the replay for ever: set() and clear() let only
+                # what waits in between two transactions. When little is left, new events wait for the end.
                 is_outrun = is_outrun or came > events / 2
                 if left > FLUSH_EVENTS_MAX:
                     self.turn.set()
@@ -2930,11 +2929,11 @@ class Replayer:
                 if replayed:
                     text = f"replayed all {replayed} events in {self._clock() - started:.1f} s"
                     complain(logging.INFO, text, "replayed")
-                with contextlib.suppress(SpoolError):  # somebody reads it; another time
+                with contextlib.suppress(SpoolError):  # somebody is reading it: there will be another time
                     if self.retried:
                         self.report_retried("went through")
                     self._spool.shrink()
-                return self._wanted.get()
+                return self._taken.get()
             else:
                 self.turn.set()
                 self._stop.wait(POLL_S)
@@ -2942,11 +2941,11 @@ class Replayer:
 
     def _store(self, session: Session, flushes: Sequence[SpooledFlush]) -> int:
         """Move flushes into the database, or the quarantine; return how many events have left the spool."""
-        there = [flush for flush in flushes if flush.number <= session.stored.get(flush.epoch, 0)]
-        group = Group(there or flushes, self.intakes)
-        if not there:
+        stored = [flush for flush in flushes if flush.number <= session.stored.get(flush.epoch, 0)]
+        group = Group(stored or flushes, self.apps)
+        if not stored:
             stuck = self._stuck or Stuck(self._clock())
-            # When a reload makes events unfit, the rows behind them move up.
+            # (When a reload makes events unfit, the rows behind them move up: stuck.row is another then.)
             if stuck.row is not None and stuck.losses >= LOSSES_MAX and not group.unfit:
                 reason = "whenever it is stored, the connection to the database is lost"
                 group.refuse(stuck.row, DatabaseError(reason))
@@ -2954,15 +2953,15 @@ class Replayer:
                 set_apart(self._spool, self._metrics, group)
                 self._stuck = None
                 return self._store(session, self._spool.head(self._events_max))  # what is left of them
-            # Codes of a database that is away, which are an event's own when others have waited for so long.
+            # After so long a wait, these codes of a busy database are taken for the fault of an event.
             excused = RAISED_TOO if self._clock() - stuck.since > HELD_S_MAX else ()
             try:
                 skipped = self._send(session, group, stuck, excused)
             except DatabaseError as error:
                 is_loss = len(flushes) == 1 and not error.sqlstate and str(error) != NO_ANSWER
-                losses = stuck.losses * (group.lost_at == stuck.row) + 1 if is_loss else 0
-                self._stuck = Stuck(stuck.since, losses, group.lost_at if is_loss else None)
-                is_excused = error.sqlstate in excused  # others have to go through then
+                before = stuck.losses if group.lost_at == stuck.row else 0
+                self._stuck = Stuck(stuck.since, before + 1, group.lost_at) if is_loss else Stuck(stuck.since)
+                is_excused = error.sqlstate in excused  # then the next group needs other events beside it
                 self._events_max = REPLAY_EVENTS_MAX // 8 if is_excused else max(self._events_max // 8, 1)
                 raise
             self._metrics.count_all("events_duplicate_total", skipped)
@@ -2974,7 +2973,7 @@ class Replayer:
         return sum(flush.events for flush in group.flushes)
 
     def _send(self, session: Session, group: Group, stuck: Stuck, excused: Collection[str]) -> Counts:
-        """Store a group, but for what the database refuses; return how many rows were there already."""
+        """Store a group, but for what goes to the quarantine; return how many rows were there already."""
         is_again = stuck is self._stuck
         one_by_one = stuck.losses >= LOSSES_MAX or stuck.row is not None
         if not one_by_one:
@@ -2985,11 +2984,11 @@ class Replayer:
                 return session.store(group.epoch, group.number, [b.rows for b in group.batches], limit_s)
             except DatabaseError as error:
                 is_away = error.fault is Fault.AWAY and error.sqlstate not in excused
-                # At the second try this session has seen that the tables are there and fit.
+                # At the second try the session is a new one, and has seen that the tables are there and fit.
                 if is_away or not group.rows or (error.fault is Fault.OPERATOR and not is_again):
                     raise
         skipped = sift(session, group, one_by_one, excused)
-        # If a database is away, others do not go through either.
+        # The events are to blame if most others go through: none does while the database is away.
         is_away = any(error.fault is Fault.AWAY for error in group.refused)
         is_culprit = len(group.refused) * 2 < len(group.rows) or (excused and not is_away)
         if group.refused and not (is_again and is_culprit):
@@ -3001,9 +3000,9 @@ class Replayer:
 
 
 def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> list[Sequence[Batch]]:
-    """Return what of a flush that the database refused is to be tried, the last first.
+    """Return the parts in which a refused flush is to be tried again, the last one first.
 
-    The batch at fault, if it is known, is refused, or `left` to the replay if its app quarantines.
+    The batch at fault, if known, is refused or, if its app quarantines, put into `left` for the replay.
     """
     culprit, index = refused_row(error, part) or (part[0], None)
     if index is None and len(part) > 1:
@@ -3028,33 +3027,33 @@ class Writer:
     """Stores the batches of all HTTP threads, and gives each its verdict."""
 
     def __init__(
-        self, spool: Spool, replayer: Replayer, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+        self, spool: Spool, replayer: Replayer, metrics: Metrics, clock: Clock = time.monotonic
     ) -> None:
         # With it new events go to the database, without it to the spool. Guarded by the spool's switch.
         self.session: Session | None = None
         self.beat_at = clock()  # when the thread last got on; at least every IDLE_LOOK_S while it is well
-        self.is_watched = False  # Somebody wants to know whether an idle database is there
+        self.is_watched = False  # set by the monitor: an idle database should be asked whether it is there
         self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self.replayer, self._spool, self._metrics, self._clock = replayer, spool, metrics, clock
         # These belong to the writer's thread.
         self._stopping = False
-        self._untold: Callable[[], object] = bool  # what answers the last flush, unless it has been
+        self._untold: Callable[[], object] = NOTHING  # answers the clients of the last flush, if none has yet
 
     def retry_quarantine(self) -> None:
-        """Try the events in quarantine again. Before start(). Raises SpoolError."""
+        """Move the events in quarantine that fit by now into the spool. Before start(). Raises SpoolError."""
 
         def why(text: str) -> str:
-            group = Group([SpooledFlush(0, "", 0, 1, f"[{text}]")], self.replayer.intakes)
+            group = Group([SpooledFlush(0, "", 0, 1, f"[{text}]")], self.replayer.apps)
             return group.unfit[0].reason if group.unfit else ""
 
         retried = self.replayer.retried = self._spool.quarantined
         self._spool.retry(why)
         self._metrics.count("events_spooled_total", retried - self._spool.quarantined)
-        if not (self._spool.events and self.replayer.has_database):  # or else when they have been replayed
+        if not (self._spool.events and self.replayer.has_database):  # else it follows after their replay
             self.replayer.report_retried("fit by now")
 
     def start(self, session: Session | None) -> threading.Thread:
-        """Start the threads, with a session or (None) with the database away."""
+        """Start both threads, with a session or (None) while the database is away; return the writer's."""
         self.replayer.had_session = session is not None
         threading.Thread(target=self.replayer.work, args=[self._accept], name="replayer", daemon=True).start()
         if self.replayer.has_database and not (session and self._accept(session)):
@@ -3066,14 +3065,14 @@ class Writer:
     def submit(self, batch: Batch, tell: Callable[[Batch, str | Refusal], object]) -> None:
         """Hand over a batch. Does not block.
 
-        The writer's thread tells where it is committed, DATABASE or SPOOL, or a Refusal when it cannot be
-        stored now or the database refuses it. `tell` must not block or raise.
+        The writer's thread calls `tell` with the batch and where it is committed, DATABASE or SPOOL, or a
+        Refusal if it cannot be stored now or the database refuses it. `tell` must not block or raise.
         """
         batch.tell, batch.since = tell, self._clock()
         self._inbox.put(batch)
 
     def stuck_s(self) -> float:
-        """Return how long the thread has been stuck, or 0. It may have the spool's lock: do not ask that."""
+        """Return how many seconds the thread has been stuck, or 0. If it is, the spool may be locked."""
         silent_s = self._clock() - self.beat_at
         return silent_s if silent_s > STALLED_S else 0
 
@@ -3083,7 +3082,7 @@ class Writer:
         self._inbox.put(None)
 
     def _accept(self, session: Session) -> bool:
-        """Take the session over; return False if there are events in the spool, which come first."""
+        """Take a session over; return False if there are events in the spool, which have to come first."""
         with self._spool.switch:
             if self._spool.head(1):
                 return False
@@ -3119,15 +3118,15 @@ class Writer:
                 if events >= FLUSH_EVENTS_MAX or size >= FLUSH_CHARS_MAX:
                     return batches
                 batch = self._inbox.get_nowait()
-            self._stopping = True
+            self._stopping = True  # that was stop()'s None
         return batches
 
     def _look_at_session(self) -> None:
-        """Find out whether an idle session has ended, before an event has to."""
+        """Find out whether an idle session has ended, before a batch needs it."""
         try:
             if self.session:
                 self.session.check_idle()
-                # A pooler keeps our connection, and a stopped PostgreSQL says nothing: somebody should ask.
+                # Behind a pooler, or of a stopped PostgreSQL, the connection looks well: only a query tells.
                 if self.is_watched:
                     self.is_watched = False
                     self.session.run("SELECT 1", PATIENCE_MIN_S)
@@ -3161,30 +3160,32 @@ class Writer:
         if loss or left:
             self._to_spool([(number, part if loss else []), (0, left)], loss)
 
-    def _to_spool(
-        self, flushes: Sequence[tuple[int, Sequence[Batch]]], loss: DatabaseError | None = None
-    ) -> None:
-        """Append flushes, and give the session up if we have one: lost by an error, or well.
-
-        What was sent comes with its number, other batches with 0 for a fresh one.
-        """
+    def _to_spool(self, flushes: Sequence[Flush], loss: DatabaseError | None = None) -> None:
+        """Append flushes, and give the session up, if we have one: after its loss, or for the replay."""
         self._tell_stored()
         started = self._clock()
         ready = [(n, batches, [b.spooled or b.text() for b in batches]) for n, batches in flushes if batches]
+        done: list[tuple[Sequence[Batch], SpoolError | None]] = []  # what failed, for clients told later
         with self._spool.switch:
             session, self.session = self.session, None
-            if session:  # who goes on with it has to wait for the switch
+            if session:  # the replayer goes on with it, but has to wait for the switch
                 self.replayer.take(None if loss else session, str(loss or ""))
-            done = [(batches, self._append(number, batches, texts)) for number, batches, texts in ready]
-        for batches, error in done:
-            if not error:
+            for number, batches, texts in ready:
+                failure: SpoolError | None = None
+                try:
+                    self._spool.append(number, sum(batch.accepted for batch in batches), texts)
+                except SpoolError as error:
+                    failure = error
+                done.append((batches, failure))
+        for batches, failure in done:
+            if not failure:
                 self._tell(batches, SPOOL, self._clock() - started)
                 continue
             for batch in batches:
                 if batch.kept:  # the client will send them again
                     with contextlib.suppress(SpoolError):
                         self._spool.release(batch.kept)
-                batch.tell(batch, cannot_store(error, batch.accepted + len(batch.kept)))
+                batch.tell(batch, cannot_store(failure, batch.accepted + len(batch.kept)))
         if session and loss:
             if not self._stopping:
                 level = logging.ERROR if loss.fault is Fault.OPERATOR else logging.WARNING
@@ -3192,16 +3193,9 @@ class Writer:
                 complain(level, text, f"cannot store {loss.sqlstate or loss}")
             session.close()
 
-    def _append(self, number: int, batches: Sequence[Batch], texts: Sequence[str]) -> SpoolError | None:
-        try:
-            self._spool.append(number, sum(batch.accepted for batch in batches), texts)
-        except SpoolError as error:
-            return error
-        return None
-
     def _tell_stored(self) -> None:
         """Answer the clients of the last flush that is in the database, unless that has been done."""
-        tell, self._untold = self._untold, bool
+        tell, self._untold = self._untold, NOTHING
         tell()
 
     def _tell(self, batches: Sequence[Batch], place: str, seconds: float) -> None:
@@ -4729,7 +4723,7 @@ class Reloader:
             self.service.spool.create_views(schema)
         except SpoolError as error:
             log.warning("the views of the spool stay as they are: %s", error)
-        self.service.apps = self.service.writer.replayer.intakes = intakes(schema)
+        self.service.apps = self.service.writer.replayer.apps = intakes(schema)
         log.info("schema file read again: %s", ", ".join(changes(self.schema, schema)) or "no change")
         if schema.database_url != self.schema.database_url:
             log.warning("database_url in the schema file has changed, which only a restart takes over")
