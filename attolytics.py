@@ -3219,7 +3219,7 @@ class Writer:
 # http.server's is neither fast nor safe behind a proxy: it takes `Content-Length: +5`, lets Content-Length
 # and Transfer-Encoding disagree and drops headers after a malformed line, all of which smuggle requests.
 
-# What a status brings with it (RFC 9110, sections 15.5.6, 15.5.16 and 15.6.4).
+# The header lines that belong to a status (RFC 9110, sections 15.5.6, 15.5.16 and 15.6.4).
 STATUS_HEADERS = {
     405: "Allow: POST, OPTIONS\r\n",
     415: "Accept: application/json, text/plain\r\nAccept-Encoding: gzip, deflate\r\n",
@@ -3227,6 +3227,7 @@ STATUS_HEADERS = {
 }
 EXPOSED = "Access-Control-Expose-Headers: Retry-After\r\n"
 ANY_ORIGIN = f"Access-Control-Allow-Origin: *\r\n{EXPOSED}"
+http_date = lru_cache(1)(partial(formatdate, usegmt=True))  # RFC 9110, section 6.6.1; made once a second
 
 CODINGS = {"": "", "identity": "", "gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate"}
 HEADERS_TOO_LARGE = f"a request may have {HEADER_COUNT_MAX} header fields, of {HEADER_BYTES_MAX} bytes in all"
@@ -3237,9 +3238,9 @@ FIELD = re.compile(rf"({HEADER_NAME}):([\t -~\x80-\xff]*)")  # RFC 9112, section
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 TARGET = re.compile(r"(?:(?i:https?)://[^/?#]*)?/apps/([^/?#]+)/events(?:\?[^#]*)?")
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*(?=\r\n|\Z)", re.IGNORECASE)
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~]{0,247})?")  # 256 bytes
-# Bytes that no head has: bare line feeds and carriage returns, other control characters. Seeing one
-# early answers a client that speaks another protocol (TLS, say) at once.
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~]{0,247})?")  # 256 bytes (RFC 9112, section 7.1)
+# Bytes that no head has: bare line feeds and carriage returns, other control characters. They are looked for
+# before the head is whole, so that a client that speaks another protocol (TLS, say) is answered at once.
 FORBIDDEN = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
 
 
@@ -3254,12 +3255,12 @@ class Head(NamedTuple):
     expects_continue: bool
 
     def line(self) -> str:
-        """Return what was asked, without the query: whoever mistakes the API puts the key there."""
+        """Return what was asked, without the query, into which whoever mistakes the API puts the key."""
         return f"{self.method} {self.target.partition('?')[0]}"
 
 
 def parse_request_line(line: str) -> tuple[str, str, str]:
-    """Return the method, the target and the minor version (RFC 9112, section 3)."""
+    """Return the method, the target and the minor version (RFC 9112, section 3). Raises Refusal."""
     if len(line) > REQUEST_LINE_BYTES_MAX:
         raise Refusal("target_too_long", f"the request line has more than {REQUEST_LINE_BYTES_MAX} bytes")
     if not (match := REQUEST_LINE.fullmatch(line)):
@@ -3269,7 +3270,7 @@ def parse_request_line(line: str) -> tuple[str, str, str]:
 
 
 def check_partial_head(head: bytes, start: int) -> None:
-    """Raise Refusal for the beginning of a head that cannot become a good one; what is before `start` can."""
+    """Raise Refusal for the beginning of a head if it cannot become a good one; up to `start` it can."""
     if FORBIDDEN.search(head, start):
         raise Refusal("malformed_request", "a control character, or a line that does not end in CR LF")
     line, is_whole, _ = head.removeprefix(b"\r\n").partition(b"\r\n")
@@ -3280,6 +3281,7 @@ def check_partial_head(head: bytes, start: int) -> None:
 
 
 def parse_fields(lines: Sequence[str]) -> dict[str, str]:
+    """Return header fields by their names in lower case (RFC 9112, section 5). Raises Refusal."""
     if len(lines) > HEADER_COUNT_MAX or sum(map(len, lines)) > HEADER_BYTES_MAX:
         raise Refusal("headers_too_large", HEADERS_TOO_LARGE)
     headers: dict[str, str] = {}
@@ -3294,7 +3296,7 @@ def parse_fields(lines: Sequence[str]) -> dict[str, str]:
 
 
 def body_length(headers: Mapping[str, str], minor: str) -> int | None:
-    """Return the length of the body, or None if it is chunked (RFC 9112, section 6.3)."""
+    """Return the length of the body, or None if it is chunked (RFC 9112, section 6.3). Raises Refusal."""
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is None:
         if length is not None and not (length.isascii() and length.isdigit() and len(length) <= 18):
@@ -3327,7 +3329,8 @@ def parse_head(head: bytes) -> Head:
     return Head(method, target, headers, body_length(headers, minor), keep_alive, expects_continue)
 
 
-def find_app(head: Head, apps: Mapping[str, Intake]) -> Intake:
+def find_app(head: Head, apps: Apps) -> Intake:
+    """Return the app that the path of a request names. Raises Refusal."""
     if head.method not in HTTPMethod.__members__:
         raise Refusal("not_implemented", f"the method {show(head.method)} is not known")
     if not (match := TARGET.fullmatch(head.target)):
@@ -3339,7 +3342,7 @@ def find_app(head: Head, apps: Mapping[str, Intake]) -> Intake:
 
 
 def check_request(head: Head, intake: Intake, body_bytes_max: int) -> None:
-    """Raise Refusal for a request to an app that may not go on."""
+    """Raise Refusal for a request whose method, origin, media type or length its app does not take."""
     origin = head.headers.get("origin")
     if head.method not in ("POST", "OPTIONS"):
         raise Refusal("method", f"{head.method} is not allowed here, use POST")
@@ -3351,7 +3354,7 @@ def check_request(head: Head, intake: Intake, body_bytes_max: int) -> None:
         full, coding = head.headers.get("content-type", ""), head.headers.get("content-encoding", "")
         kind, *parameters = (part.strip(" \t").lower() for part in full.split(";"))
         charsets = {p.partition("=")[2].strip('"') for p in parameters if p.startswith("charset=")}
-        # Text is what navigator.sendBeacon() sends.
+        # navigator.sendBeacon() sends text/plain.
         if kind not in ("application/json", "text/plain", "") or charsets - {"utf-8", "utf8", "us-ascii"}:
             raise Refusal("media", f"expected the content type application/json in UTF-8, got {show(full)}")
         if coding.lower() not in CODINGS:
@@ -3375,11 +3378,8 @@ def cors_headers(intake: Intake, head: Head) -> str:
     return lines
 
 
-http_date = lru_cache(1)(partial(formatdate, usegmt=True))  # RFC 9110, section 6.6.1; once a second
-
-
 def answer_text(verdict: str | Refusal, batch: Batch | None = None) -> str:
-    """Return the JSON body of an answer, in ASCII: to a refused request, a stored batch or a preflight."""
+    """Return the body of an answer, JSON in ASCII: of a refusal, or to a stored batch; "" to a preflight."""
     values: dict[str, object]
     if isinstance(verdict, Refusal):
         values = {"error": verdict.reason, "events": [vars(problem) for problem in verdict.problems]}
@@ -3394,7 +3394,7 @@ def answer_text(verdict: str | Refusal, batch: Batch | None = None) -> str:
 
 
 def answer_bytes(head: Head | None, status: HTTPStatus, headers: str, text: str) -> bytes:
-    """Return a whole answer, or what of it answers HEAD."""
+    """Return a whole answer; to HEAD without its body (RFC 9110, section 9.3.2)."""
     kind = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n" if text else ""
     headers = f"Date: {http_date(int(time.time()))}\r\n{kind}{headers}{STATUS_HEADERS.get(status, '')}"
     text = "" if head and head.method == "HEAD" else text
@@ -3408,14 +3408,14 @@ def limit_wait(sock: socket.socket, option: int, seconds: int) -> None:
 
 
 class Incoming:
-    """What a client sends, read under deadlines. Raises Refusal past them and when the client stops early."""
+    """What a client sends, read under deadlines. Raises Refusal past them or if the client ends early."""
 
-    def __init__(self, sock: socket.socket, clock: Callable[[], float]) -> None:
+    def __init__(self, sock: socket.socket, clock: Clock) -> None:
         self._sock, self._clock, self._buffer = sock, clock, b""
         self._waits_s = IDLE_SLICE_S  # what limit_wait() was told last, first by the listener
 
     def wait(self) -> bool | None:
-        """Return whether the next request has begun; False at the end of input, None after IDLE_SLICE_S."""
+        """Return True when the next request begins, False at the end of input, None after IDLE_SLICE_S."""
         if self._buffer in (b"", b"\r\n"):  # some clients send an empty line behind a body
             try:
                 self._buffer = self._receive(self._clock() + IDLE_SLICE_S)
@@ -3431,7 +3431,7 @@ class Incoming:
         return head
 
     def body(self, length: int | None, limit: int) -> bytes:
-        """Return a request's body, of a known length or (None) chunked, then of at most `limit` bytes."""
+        """Return a request's body: of `length` bytes or, if it is None, chunked and of at most `limit`."""
         deadline = self._clock() + BODY_DEADLINE_S
         if length is not None:
             return self._exactly(length, deadline)
@@ -3453,8 +3453,8 @@ class Incoming:
         return bytes(body)
 
     def drain(self) -> None:
-        """End our side; read and drop what still comes until the client stops, for LINGER_S at most."""
-        # Closing at once would reset the connection under the answer.
+        """End our side, and drop what still comes until the client ends its own. Blocks LINGER_S at most."""
+        # Closing at once would reset the connection, and with it an answer that is on its way.
         deadline = self._clock() + LINGER_S
         with contextlib.suppress(Refusal, OSError):
             self._sock.shutdown(socket.SHUT_WR)
@@ -3473,7 +3473,7 @@ class Incoming:
         return b"".join(parts)
 
     def _line(self, limit: int, deadline: float) -> bytes:
-        """Return a line of a chunked body without its CRLF, unless its beginning is a bad one."""
+        """Return a line of a chunked body without its CRLF. Raises Refusal for one of more than `limit`."""
 
         def check(line: bytes, start: int) -> None:
             if len(line) > limit or FORBIDDEN.search(line, start):
@@ -3482,11 +3482,11 @@ class Incoming:
         return self._until(b"\r\n", check, deadline)
 
     def _until(self, mark: bytes, check: Callable[[bytes, int], None], deadline: float) -> bytes:
-        """Take what comes before a mark, and the mark; `check` may refuse the beginning, from a place on."""
+        """Return what comes before a mark, and drop the mark. `check` sees it grow, and may refuse it."""
         start = 0
         while (end := self._buffer.find(mark)) < 0:
             check(self._buffer, start)
-            start = max(len(self._buffer) - 1, 0)  # all of it for each byte that comes would take long
+            start = max(len(self._buffer) - 1, 0)  # checking all of it for each byte would take long
             data = self._receive(deadline)
             if not data:
                 raise Refusal("malformed_request", "the connection ended in the middle of the request")
@@ -3495,22 +3495,24 @@ class Incoming:
         return taken
 
     def _receive(self, deadline: float, size: int = 0) -> bytes:
-        """Return what comes, at most RECEIVE_BYTES, b"" at the end; with a `size` wait for all of that."""
-        seconds = math.ceil(deadline - self._clock())  # mostly what was set the last time
+        """Return what comes, at most RECEIVE_BYTES, b"" at the end; with a `size` wait for that much."""
+        seconds = math.ceil(deadline - self._clock())  # mostly the same as the last time
         try:
             if seconds <= 0:
                 raise BlockingIOError
             if seconds != self._waits_s:
                 self._waits_s = seconds
                 limit_wait(self._sock, socket.SO_RCVTIMEO, seconds)
-            # Not each piece of a large body wakes us, nor leaves a hole in the memory.
-            return self._sock.recv(min(size, BODY_BYTES_MAX) or RECEIVE_BYTES, size and socket.MSG_WAITALL)
+            if not size:
+                return self._sock.recv(RECEIVE_BYTES)
+            # So that not each piece of a large body wakes us and leaves a hole in the memory.
+            return self._sock.recv(min(size, BODY_BYTES_MAX), socket.MSG_WAITALL)
         except BlockingIOError:
             raise Refusal("too_slow", "the request did not arrive in time") from None
 
 
 class Pool:
-    """Runs jobs in at most `limit` threads, which are reused. A job that returns true keeps its place."""
+    """Runs jobs in at most `limit` threads, which are reused. Who lets a job return true calls release()."""
 
     def __init__(self, limit: int, name: str) -> None:
         self._limit, self._name = limit, name
@@ -3524,7 +3526,7 @@ class Pool:
     def run(self, job: Callable[[], object]) -> bool:
         """Run a job in a thread soon; return False if none is to be had. Blocks at most PLACE_PATIENCE_S."""
         with self._released:
-            # Counted from when there were too many, so that a flood does not block us again and again.
+            # Counted from when all places had been taken, so that a flood does not block us again and again.
             patience_s = self._full_since + PLACE_PATIENCE_S - time.monotonic()
             if not self._released.wait_for(lambda: not self.is_full(), patience_s):
                 return False
@@ -3557,7 +3559,7 @@ class Pool:
 
     def _work(self) -> NoReturn:
         while True:
-            if not self.jobs.get()():  # not by a name, which would hold the connection until the next job
+            if not self.jobs.get()():  # a variable would keep the job's connection alive until the next job
                 self.release()
 
 
@@ -3565,26 +3567,25 @@ class Pool:
 class Service:
     """What all connections share: the apps, the writer, and the state of the process."""
 
-    apps: Mapping[str, Intake]  # replaced as a whole by a reload
+    apps: Apps  # replaced as a whole by a reload
     writer: Writer
     spool: Spool
     metrics: Metrics
     body_bytes_max: int
-    clock: Callable[[], float]
-    # Set once, by the main thread: answers end their connections; then idle ones end as well.
-    draining: bool = False
-    ended: bool = False
-    # Held while a large body is converted: their events would fill the memory, and small requests would wait
-    # for all of them in turn to let go of the interpreter.
+    clock: Clock
+    draining: bool = False  # set once, by the main thread: answers end their connections, and ...
+    ended: bool = False  # ... then idle ones end as well
+    # Held while a large body is converted: the events of several would fill the memory, and small requests
+    # would wait until each of them in turn lets go of the interpreter.
     _converting: threading.Lock = field(default_factory=threading.Lock)
-    # Counts the large batches that may still be sent on their way: they take more memory than bodies.
+    # How many more large batches may be on their way to an answer: they take more memory than their bodies.
     large: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(LARGE_BATCHES_MAX))
     live: Live | None = None  # with a monitor port
 
     def batch(self, intake: Intake, body: bytes, delivery: Delivery) -> Batch:
-        """Return the batch in a body, a large one counted until it is answered. Blocks while there are many.
+        """Return the batch in a body. Blocks while LARGE_BATCHES_MAX large ones wait for their answers.
 
-        Its bad events are in the quarantine before anything of it is stored. Raises Refusal.
+        Its bad events go to the quarantine before anything of it is stored. Raises Refusal.
         """
         if len(body) <= LARGE_BODY_BYTES:
             return self._keep(intake.batch(body, delivery))
@@ -3600,15 +3601,15 @@ class Service:
             except SpoolError as error:
                 raise cannot_store(error, len(batch.events)) from None
             self.metrics.count("events_quarantined_total", len(batch.kept))
-        batch.spooled = "" if self.writer.session else batch.text()  # for that the writer would hold all up
-        batch.events = []  # the body takes a fifth of the memory, and few batches ever go to the spool
+        batch.spooled = "" if self.writer.session else batch.text()  # the writer would hold everybody up
+        batch.events = []  # the body takes a fifth of the memory, and can be decoded again for the spool
         return batch
 
 
 class Handler(BaseRequestHandler):
     """Serves one client connection: request after request, until one of us closes it.
 
-    The writer's thread sends the answers to batches: this one waits for the next request right away.
+    The writer's thread sends the answers to batches; ours meanwhile waits for the next request.
     """
 
     server: Server
@@ -3617,16 +3618,16 @@ class Handler(BaseRequestHandler):
     def setup(self) -> None:
         self._service = self.server.service
         self._incoming = Incoming(self.request, self._service.clock)
-        # What came of the last head that was let in, for which apps, and what of it is before and behind the
-        # number in Content-Length: clients that keep their connection repeat it byte for byte.
+        # The last head that was let in, parsed; and by what it is known again: the apps there were then, and
+        # its bytes before and behind the number in Content-Length, which clients repeat with each request.
         self._known: tuple[Head, Intake, Callable[[float], Delivery]] | None = None
         self._known_by: tuple[object, bytes, bytes] = None, b"", b""
         # Held while the writer has a batch of ours, from submit() until its answer is sent.
         self._answered = threading.Lock()
-        self._rest = b""  # of its answer, which the kernel did not take
-        self.has_parted = False  # from its thread: the connection ends with that answer
-        self._keeps = True  # the connection, after the answer
-        # About the request that is served, or whose answer the writer has to send.
+        self._rest = b""  # of that answer: what the kernel did not take
+        self.has_parted = False  # from our thread: the writer's sends the last answer and ends the connection
+        self._keeps = True  # whether the connection stays open after the answer
+        # Of the request that is served, or that waits for its answer from the writer's thread.
         self.head: Head | None = None
         self.intake: Intake | None = None
         self.body: bytes | None = b""  # None until it has been read, b"" after the answer
@@ -3642,7 +3643,7 @@ class Handler(BaseRequestHandler):
 
     def finish(self) -> None:
         if not self.has_parted:
-            self._answered.acquire()  # it must not meet a closed socket, nor that of another client
+            self._answered.acquire()  # an answer must not meet a closed socket, nor that of another client
 
     def _await_request(self) -> bool:
         """Return whether there is another request to serve."""
@@ -3652,13 +3653,14 @@ class Handler(BaseRequestHandler):
                 self._finish_answer()
                 since = self._service.clock()
             limit_s = IDLE_CROWDED_S if self.server.pool.is_full(0.75) else IDLE_S
-            limit_s = limit_s if self.head else HEAD_DEADLINE_S  # the first one
+            limit_s = limit_s if self.head else HEAD_DEADLINE_S  # for the first request
             if self._service.ended or self._service.clock() - since > limit_s:
                 return False
         self._finish_answer()
         return has_begun and self._keeps
 
     def _exchange(self) -> None:
+        """Read a request, and answer it or leave that to the writer's thread. Raises OSError."""
         self.started = self._service.clock()
         self.head = self.intake = self.body = None
         try:
@@ -3670,7 +3672,7 @@ class Handler(BaseRequestHandler):
             self.request.sendall(self._answer(""))
             return
         self._answered.acquire()
-        self.has_parted = not self._keeps  # the writer's thread has everything from here on
+        self.has_parted = not self._keeps  # everything is the writer's thread's from submit() on
         self._service.writer.submit(batch, self._tell)
         if not self.has_parted and batch.problems:  # the kernel may not take all of a long answer at once
             self._finish_answer()
@@ -3682,7 +3684,7 @@ class Handler(BaseRequestHandler):
             self._service.large.release()
         try:
             self._rest = answer[self.request.send(answer, socket.MSG_DONTWAIT) :]
-        except OSError:  # a client that is gone is noticed when the rest is sent
+        except OSError:  # if the client is gone, that is noticed when the rest is sent
             self._rest = answer
         self._answered.release()  # unless we have parted, the next request may be served from here on
         if has_parted and self._rest:
@@ -3718,7 +3720,8 @@ class Handler(BaseRequestHandler):
         service.metrics.count("http_requests_total", 1, f"{status}")
         service.metrics.observe("http_request_duration_seconds", seconds)
         self._keeps = self._keeps and self.body is not None and not service.draining
-        self.body = self.body and b""
+        if self.body:
+            self.body = b""  # takes no memory while the connection is idle
         cors = cors_headers(intake, head) if intake and head else ANY_ORIGIN
         headers = f"{cors}Connection: {'keep-alive' if self._keeps else 'close'}\r\n"
         answer = answer_bytes(head, status, headers, answer_text(verdict, batch))
@@ -3741,7 +3744,7 @@ class Handler(BaseRequestHandler):
             self.head, self.intake = head, intake
         else:
             head = self.head = parse_head(raw)
-            self._keeps, length = head.keep_alive, head.length  # a head that is known keeps it
+            self._keeps, length = head.keep_alive, head.length  # a known one has kept the connection open
             try:
                 intake = self.intake = find_app(head, apps)
                 check_request(head, intake, limit)
@@ -3766,14 +3769,14 @@ class Handler(BaseRequestHandler):
 
 
 def describe_bug(error: BaseException | None) -> str:
-    """Return an exception that nobody expected, and where it was raised, in one line."""
+    """Return the name, the place and the message of an unexpected exception in one line."""
     trace = traceback.extract_tb(error.__traceback__) if error else []
     place = f" at {Path(trace[-1].filename).name}:{trace[-1].lineno}" if trace else ""
     return f"{type(error).__name__}{place}: {reason_of(error)}" if error else "for no reason given"
 
 
 class Listener(ThreadingHTTPServer):
-    """A socket that listens; a pool serves its connections. Several may share one."""
+    """A socket that listens; a pool, which several may share, serves its connections."""
 
     def __init__(self, sock: socket.socket, handler: type[BaseRequestHandler], pool: Pool) -> None:
         super().__init__(sock.getsockname()[:2], handler, bind_and_activate=False)
@@ -3785,7 +3788,7 @@ class Listener(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(POLL_S,), name="acceptor", daemon=True).start()
 
     def _handle_request_noblock(self) -> None:
-        """Accept the connections that wait, all of them: one per look at the socket takes longer."""
+        """Accept all connections that wait. (socketserver accepts one for each poll, which takes longer.)"""
         try:
             for _ in range(LISTEN_BACKLOG):
                 self.process_request(*self.get_request())
@@ -3796,7 +3799,7 @@ class Listener(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in the pool; beyond its limit turn the client away."""
-        # Without it an answer can wait 40 ms for the client's delayed acknowledgement.
+        # Without TCP_NODELAY an answer can wait 40 ms for the client's delayed acknowledgement.
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         limit_wait(request, socket.SO_RCVTIMEO, IDLE_SLICE_S)
         limit_wait(request, socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
@@ -3807,7 +3810,7 @@ class Listener(ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def _serve(self, request: Any, client_address: Any) -> bool:
-        """Serve a connection, and close it; return True instead if somebody else will."""
+        """Serve a connection and close it; return True if the writer's thread will close it instead."""
         try:
             make: Any = self.RequestHandlerClass
             if make(request, client_address, self).has_parted:
@@ -3829,7 +3832,7 @@ class Server(Listener):
         self.service, self._turning_away = service, turning_away
 
     def stop_accepting(self, is_inherited: bool) -> None:
-        """Close the listening socket. Accept what has connected, unless that is left to the next process."""
+        """Close the socket. Accept who has connected, unless it is inherited: the next process does that."""
         self.shutdown()
         if not is_inherited:
             # Closing would reset connections that the kernel has accepted for us.
@@ -3840,10 +3843,11 @@ class Server(Listener):
         if self.pool.is_full():
             complain(logging.WARNING, "clients get 503: more connections than --max_connections allows")
         if not self._turning_away.run(partial(self._turn_away, request)):
-            # So many that not even this can be done with patience.
+            # There are so many that not even this can be done with patience: it must not block.
             self._turn_away(request, socket.MSG_DONTWAIT)
 
     def _turn_away(self, sock: socket.socket, flags: int = 0) -> None:
+        """Answer 503, or a preflight. With flags (MSG_DONTWAIT) nothing is read, and nothing blocks."""
         refusal = Refusal("too_many_connections", "too many connections, try again later")
         status, headers, text = refusal.status, ANY_ORIGIN, answer_text(refusal)
         incoming, head = Incoming(sock, self.service.clock), None
@@ -3870,7 +3874,7 @@ def shown_address(host: object, port: object) -> str:
 
 
 def listen(host: str, port: int, option: str = "--port", reuse_port: bool = False) -> list[socket.socket]:
-    """Return sockets that listen on every address of a host; 0 is any port. Raises OperatorError."""
+    """Return sockets that listen on each address of a host; port 0 is any free one. Raises OperatorError."""
     hints = {
         errno.EADDRINUSE: f"the port is in use; stop the other program or choose another port with {option}",
         errno.EACCES: f"permission denied; ports below 1024 need root, choose another with {option}",
@@ -3886,7 +3890,7 @@ def listen(host: str, port: int, option: str = "--port", reuse_port: bool = Fals
     make = partial(socket.create_server, backlog=LISTEN_BACKLOG, reuse_port=reuse_port)
     sockets: list[socket.socket] = []
     for family, address in places:
-        port = sockets[0].getsockname()[1] if sockets else port
+        port = sockets[0].getsockname()[1] if sockets else port  # all on the one that 0 became
         # `::` alone is for IPv4 as well; beside `0.0.0.0` it would collide with it.
         both = family == socket.AF_INET6 and len(places) == 1 and socket.has_dualstack_ipv6()
         try:
