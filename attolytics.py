@@ -3909,9 +3909,9 @@ def addresses_text(servers: Iterable[Listener]) -> str:
 
 
 # --- Live view ----------------------------------------------------------------
-# Every request with its verdict, as it comes: a page and a stream on the monitor port. Who answers notes it
-# if it was refused or somebody watches; what is shown, of the few that are sent, is made in the watcher's
-# thread. Texts of clients go through without_keys() before they leave.
+# Every request with its verdict, as it comes: a page and a stream on the monitor port. Who answers it notes
+# it, if it is refused or somebody watches. What is shown is made in the watcher's thread, and only of the few
+# that are sent. Texts of clients go through without_keys() before they leave.
 
 LIVE_WATCHERS_MAX = 8  # A thread each.
 LIVE_TICK_S, LIVE_ROWS = 0.25, 5  # So many rows are sent in that time, 20 per second; the rest is counted.
@@ -4072,11 +4072,12 @@ HIDDEN = "(secret key)"
 # of blanks would take it half a minute, in which no other thread runs.)
 NAMED_KEY = r"(?is)(secret[ _-]?key\W{,6}[:=])(?!\(secret).*?(?=\W{,16}events\b|\Z)"
 NO_TEXT = re.compile("[\0-\x08\x0b-\x1f\x7f\ufffd]")
-Note = tuple[dict[str, Any], Sequence[Problem], bytes, int]  # Row, problems, body, size in memory
+Note = tuple[dict[str, Any], Sequence[Problem], bytes, int]  # of a request: row, problems, body, memory used
+Page = tuple[HTTPStatus, str, str]  # status, text, content type
 
 
 def without_escapes(text: str) -> str:
-    """Return a text with what JSON and URLs escape written out, and without the other backslashes."""
+    """Return a text with the escapes of JSON and URLs resolved, and without all other backslashes."""
     text = re.sub(r"(?<!\\)\\+u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return unquote_to_bytes(text).decode(errors="replace").replace("\\", "")
@@ -4084,16 +4085,16 @@ def without_escapes(text: str) -> str:
 
 @lru_cache(1)
 def key_patterns(keys: Collection[str]) -> Sequence[re.Pattern[str]]:
-    """Return what finds keys in a text: whole ones, what is in their place, and those that were cut."""
+    """Return patterns for whole keys, for what stands in a key's place, and for keys that were cut off."""
     keys = sorted(keys, key=len, reverse=True)  # one may begin with another
-    # A short one may be part of a word.
-    whole = "|".join(re.escape(k) if k[7:] else rf"(?<!\w){re.escape(k)}(?!\w)" for k in keys)
-    begun = "|".join(rf"{re.escape(k[:8])}.*|{re.escape(k[:4])}.{{,4}}(?=\.\.\.)" for k in keys if k[7:])
+    # A short one must stand alone: it may be a part of words.
+    whole = "|".join(re.escape(k) if len(k) > 7 else rf"(?<!\w){re.escape(k)}(?!\w)" for k in keys)
+    begun = "|".join(rf"{re.escape(k[:8])}.*|{re.escape(k[:4])}.{{,4}}(?=\.\.\.)" for k in keys if len(k) > 7)
     return [re.compile(pattern) for pattern in (whole, NAMED_KEY, begun) if pattern]
 
 
 def without_keys(text: str, keys: Iterable[str]) -> str:
-    """Return a text without secret keys, escaped or cut ones too, and without what is in their place."""
+    """Return a text without secret keys, even escaped or cut ones, and without what stands in their place."""
     text = NO_TEXT.sub("", text)
     ways: Sequence[Callable[[str], str]] = (str, without_escapes) if "\\" in text or "%" in text else (str,)
     for pattern, way in itertools.product(key_patterns(frozenset(keys)), ways):
@@ -4104,22 +4105,22 @@ def without_keys(text: str, keys: Iterable[str]) -> str:
 
 
 def presentable(value: Any, keys: Collection[str], depth: int = LIVE_DEPTH_MAX) -> Any:
-    """Return a JSON value as any reader takes it, cut to the bounds above and without secret keys."""
+    """Return a JSON value that every reader can take, cut to the bounds above and without secret keys."""
     if isinstance(value, str):
         text = without_keys(value, keys)
         return text if len(text) <= LIVE_TEXT_CHARS_MAX else f"{text[:LIVE_TEXT_CHARS_MAX]}..."
     if isinstance(value, list):
         return [presentable(item, keys, depth - 1) for item in value[:LIVE_ITEMS_MAX]] if depth else "..."
     if isinstance(value, dict):
-        items = [*value.items()][: depth and LIVE_ITEMS_MAX]
+        items = [*value.items()][:LIVE_ITEMS_MAX] if depth else []
         secret = {key: HIDDEN for key, _ in items if re.fullmatch("(?i)secret[ _-]?key", key)}
         return {presentable(k, keys): secret.get(k) or presentable(v, keys, depth - 1) for k, v in items}
     # Infinity is no JSON, and JavaScript would round a large number.
     return show(value) if type(value) in (int, float) and not abs(value) < 1 << 53 else value
 
 
-def shown(note: Note, keys: Collection[str]) -> Any:
-    """Return all that is shown. Of a body only what is text: one that could not be inflated is not."""
+def whole_row(note: Note, keys: Collection[str]) -> Any:
+    """Return all that the page shows of a request; of a body that is no text (not inflated, say) its size."""
     row, problems, body, _ = note
     text, found = body.decode(errors="replace").removeprefix("\ufeff"), None
     with contextlib.suppress(ValueError, RecursionError, AttributeError):
@@ -4144,13 +4145,13 @@ class Live:
         self._first_id = self._last_id = time.time_ns() // 1_000  # so that ids go up beyond a restart
         self._ids = itertools.count(self._first_id + 1)
         self._places = threading.Semaphore(LIVE_WATCHERS_MAX)
-        self._room, self._watched_until = 0, 0.0  # stored requests that are noted, others only counted
+        self._room, self._watched_until = 0, 0.0  # how many more stored requests are noted, not just counted
         self._stored = deque[Note](maxlen=LIVE_STORED_MAX)  # without the lock: the writer waits for nobody
-        self._lock = threading.Lock()  # Guards what is below, for moments
+        self._lock = threading.Lock()  # guards what is below; never held for long
         self._refused = deque[Note](maxlen=LIVE_REFUSED_MAX)
         self._keys: Set[str] = frozenset()  # of all apps there have been
-        self._was_up, self._since = self._replayer.is_up, time.time()  # the database; since when it is that
-        self._samples = deque[tuple[float, float, float, list[float]]](maxlen=LIVE_SAMPLES_MAX)
+        self._was_up, self._since = self._replayer.is_up, time.time()  # the database was; since when
+        self._samples = deque[tuple[float, float, float, list[float]]](maxlen=LIVE_SAMPLES_MAX)  # see tick()
         self.tick()
 
     def note(self, handler: Handler, verdict: str | Refusal, batch: Batch | None = None) -> None:
@@ -4159,20 +4160,21 @@ class Live:
             self._last_id = next(self._ids)
             return
         head, intake, body = handler.head, handler.intake, handler.body or b""
-        problems = batch.problems if batch else verdict.problems if isinstance(verdict, Refusal) else []
+        problems: Sequence[Problem] = batch.problems if batch else []
         row: dict[str, Any] = {"time": time.time(), "app": intake and intake.app.id, "bytes": len(body)}
         row["client"] = client_ip(head.headers if head else {}, handler.client_address[0])
         row["ms"] = round((self._service.clock() - handler.started) * 1e3, 2)
         row["request"] = head.line() if head else None
         row |= {"verdict": "quarantined" if problems else verdict, "status": 200, "reason": None}
         if isinstance(verdict, Refusal):
+            problems = verdict.problems
             row |= {"verdict": "refused", "status": verdict.status, "reason": verdict.reason}
         row["tables"] = {table.name: len(rows) for table, rows in batch.rows.items()} if batch else {}
         row["warnings"] = [*batch.warnings] if batch else []
         problems, body = problems[:LIVE_ITEMS_MAX], body[:LIVE_BODY_BYTES_MAX]
         self._last_id = row["id"] = next(self._ids)
         note = row, problems, body, 2_000 + len(body) + 300 * len(problems)
-        if row["verdict"] == verdict:
+        if row["verdict"] == verdict:  # all of it was stored
             self._stored.append(note)
             self._room -= 1
             return
@@ -4182,7 +4184,7 @@ class Live:
                 self._refused.popleft()
 
     def tick(self) -> None:
-        """Take a sample each second, and forget what nobody watches. Called by the acceptors all the time."""
+        """Take a sample each second, and forget what nobody watches. The acceptors call it all the time."""
         now, numbers = self._service.clock(), self._service.metrics.numbers
         if self._samples and now < self._samples[-1][0] + 1:
             return
@@ -4208,11 +4210,11 @@ class Live:
             sock.settimeout(LIVE_SEND_TIMEOUT_S)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LIVE_BUFFER_BYTES)
             has_left = select.poll()
-            has_left.register(sock, select.POLLIN)  # it says nothing else
+            has_left.register(sock, select.POLLIN)  # a watcher sends nothing but its end
             sock.sendall(STREAM)
             known = re.fullmatch("[0-9]{1,18}", asked) and self._first_id <= int(asked) <= self._last_id
-            after = int(asked) if known else 0  # it may be another process', whose clock was ahead of ours
-            # What waits to be sent; and up to which id all were sent, wait or were skipped: all if it is new.
+            after = int(asked) if known else 0  # others may be of a process whose clock was ahead of ours
+            # Notes that wait to be sent; the ids kept the last time; the id up to which all is accounted for.
             bad, good = deque[Note](maxlen=LIVE_REFUSED_MAX), deque[Note](maxlen=LIVE_STORED_MAX // 2)
             seen, counted = set[int](), after or math.inf
             for tick in itertools.count(1):
@@ -4225,7 +4227,7 @@ class Live:
                 seen = {note[0]["id"] for note in itertools.chain(*kept)}
                 skipped = max(last_id - counted - len(bad) - len(good), 0)
                 for _ in range(min(LIVE_ROWS, len(bad) + len(good))):
-                    row = shown((bad or good).popleft(), self._keys) | {"skipped": skipped}
+                    row = whole_row((bad or good).popleft(), self._keys) | {"skipped": skipped}
                     sock.sendall(f"id: {row['id']}\ndata: {json.dumps(row)}\n\n".encode())
                     skipped = 0
                 counted = last_id - len(bad) - len(good)
@@ -4244,9 +4246,10 @@ class Live:
             with contextlib.suppress(SpoolError):
                 rows = service.spool.newest_quarantined(LIVE_TEXT_CHARS_MAX, LIVE_ITEMS_MAX)
         apps: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
-        for app, table in ((i.app.id, table) for i in service.apps.values() for table in i.tables.values()):
-            own = [c for c in table.columns if not (c.header or c.source)]
-            apps[app][table.name] = {c.name: "catch-all" if c.extra else c.type for c in own}
+        for app_id, intake in service.apps.items():
+            for table in intake.tables.values():
+                own = [c for c in table.columns if not (c.header or c.source)]
+                apps[app_id][table.name] = {c.name: "catch-all" if c.extra else c.type for c in own}
         state = presentable(json.loads(health) | {"items": [list(row) for row in rows]}, self._keys)
         state |= {"since": since, "apps": apps, "bounds": SECONDS_BOUNDS, "counts": counts}
         state |= {"address": self.address, "samples": [sample[:3] for sample in samples]}
@@ -4254,13 +4257,11 @@ class Live:
 
 
 # --- Monitor ------------------------------------------------------------------
-# Health and metrics for the operator, on a port of localhost. It only looks: at what
-# is counted, at the spool, the replayer and the writer, and at the process.
+# Health and metrics for the operator, on a port of localhost. It only looks at what the others publish.
 
-# A website whose name points to 127.0.0.1 (DNS rebinding) has a browser ask under its own name.
+# No other is answered: a website whose name points to 127.0.0.1 (DNS rebinding) makes browsers ask for that.
 LOCAL_HOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]*)?", re.IGNORECASE)
 PLAIN = "text/plain; charset=utf-8"
-Page = tuple[HTTPStatus, str, str]  # status, text, content type
 
 
 class MonitorHandler(BaseHTTPRequestHandler):
@@ -4288,7 +4289,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
             self._answer(*page())
 
     def send_error(self, code: int, message: str | None = None, _explain: str | None = None) -> None:
-        """Answer what is no request. Called for requests of other methods, too, so for HEAD."""
+        """Answer what is no request. It is called for all methods but GET, too: do_GET() serves HEAD."""
         if code == HTTPStatus.NOT_IMPLEMENTED:
             self.do_GET()
         else:
@@ -4310,7 +4311,7 @@ class MonitorHandler(BaseHTTPRequestHandler):
 
 
 class Monitor(Listener):
-    """A listening socket of the monitor port; `clients` is the pool of those that it is asked about."""
+    """A listening socket of the monitor port; `clients` is the pool whose connections it counts."""
 
     def __init__(self, sock: socket.socket, service: Service, pool: Pool, clients: Pool) -> None:
         super().__init__(sock, MonitorHandler, pool)
@@ -4318,10 +4319,10 @@ class Monitor(Listener):
         self._replayer, self._clients = service.writer.replayer, clients
         self._started_at, self._started = time.time(), service.clock()
         self.live = service.live = service.live or Live(service)
-        page, head = (HTTPStatus.OK, PAGE, "text/html"), (HTTPStatus.OK, "", "text/event-stream")
-        self.pages: dict[str, Callable[[], Page]] = {"/": lambda: page, "/live": lambda: head}  # not its body
-        self.pages |= {"/live/state": lambda: self.live.state(self.health()[1])}
-        self.pages |= {"/healthz": self.health, "/metrics": self.metrics}
+        self.pages: dict[str, Callable[[], Page]] = {"/healthz": self.health, "/metrics": self.metrics}
+        self.pages["/"] = lambda: (HTTPStatus.OK, PAGE, "text/html")
+        self.pages["/live"] = lambda: (HTTPStatus.OK, "", "text/event-stream")  # for HEAD only
+        self.pages["/live/state"] = lambda: self.live.state(self.health()[1])
 
     def service_actions(self) -> None:
         self.live.tick()
@@ -4337,7 +4338,7 @@ class Monitor(Listener):
             "status": "failing" if failure else "degraded" if held_up else "ok",
             "reason": failure or held_up or None,
             "database": "up" if replayer.is_up else "away" if replayer.has_database else "none",
-            "database_reason": (not replayer.is_up and replayer.reason) or None,
+            "database_reason": None if replayer.is_up else replayer.reason or None,
             "spool": {**files, "limit": spool.bytes_max, "reason": spool_reason or None},
             "replay": held_up or None,
             "quarantine": spool.quarantined,
@@ -4363,11 +4364,11 @@ class Monitor(Listener):
         with contextlib.suppress(OSError):
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             gauges["process_resident_memory_bytes"] = pages * resource.getpagesize()
-            gauges["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # that which lists them
+            gauges["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # without listdir()'s own
         if self._replayer.has_database:
             self._writer.is_watched = True
             gauges["database_up"] = int(self._replayer.is_up)
-        if not self._writer.stuck_s():  # or else the age is left out: 0 would end an alert
+        if not self._writer.stuck_s():  # else the age is left out: 0 would end an alert
             with contextlib.suppress(SpoolError):
                 oldest = self._spool.oldest()
                 gauges["spool_oldest_event_age_seconds"] = max(time.time() - oldest, 0) if oldest else 0
@@ -4375,7 +4376,7 @@ class Monitor(Listener):
         return HTTPStatus.OK, text, "text/plain; version=0.0.4; charset=utf-8"
 
     def _failure(self) -> tuple[str, str]:
-        """Return why events cannot be stored, and why the spool takes none; "" if they can."""
+        """Return why events cannot be stored, and why the spool takes none: "" if they can, or it does."""
         if silent_s := self._writer.stuck_s():
             return f"the writer has not moved for {silent_s:.0f} s", ""
         reason = ""
@@ -4389,7 +4390,7 @@ class Monitor(Listener):
             return "", reason
         if self._replayer.is_up:
             return f"the spool is being replayed and takes no events: {reason}", reason
-        return f"the database is away, and {reason}" if self._replayer.has_database else reason, reason
+        return (f"the database is away, and {reason}" if self._replayer.has_database else reason), reason
 
 
 # --- systemd ------------------------------------------------------------------
