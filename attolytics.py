@@ -4430,7 +4430,7 @@ def inherited_sockets(environ: Mapping[str, str], pid: int) -> list[socket.socke
     if not re.fullmatch("[0-9]{1,4}", count):
         raise OperatorError(f"expected a number in $LISTEN_FDS, got {show(count)}")
     sockets = []
-    for descriptor in range(3, 3 + int(count)):
+    for descriptor in range(3, 3 + int(count)):  # 3 is SD_LISTEN_FDS_START
         try:
             sock = socket.socket(fileno=descriptor)
         except OSError as error:
@@ -4482,7 +4482,7 @@ examples:
 
 
 def parse_size(text: str, low: int = 1) -> int:
-    """Return a number of bytes, written as 1048576, 1024k, 1M or 1MiB."""
+    """Return a number of bytes, written as 1048576, 1024k, 1M or 1MiB. Raises ArgumentTypeError."""
     match = re.fullmatch(r"([0-9]{1,15})\s*([kmg]?)(?:i?b)?", text.strip().lower())
     size = int(match[1]) * 1024 ** ["", "k", "m", "g"].index(match[2]) if match else 0
     if not low <= size <= 1 << 40:
@@ -4491,12 +4491,13 @@ def parse_size(text: str, low: int = 1) -> int:
     return size
 
 
-def parse_count(low: int, high: int, text: str) -> int:
+def parse_count(text: str, low: int, high: int) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {show(text)}")
     return int(text)
 
 
+BUG = "a thread ended that must not"  # why the process ends then
 SWITCHES = {
     "--reuse_port": "share the port with other instances that have this option, run by the same user; the"
     " system spreads new connections over them",
@@ -4509,9 +4510,9 @@ SWITCHES = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("attolytics", None, DESCRIPTION, EPILOG, allow_abbrev=False)
+    parser = argparse.ArgumentParser("attolytics", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add, port, number = parser.add_argument, partial(parse_count, 0, 65535), partial(parse_count, 1, 100_000)
+    add, port = parser.add_argument, partial(parse_count, low=0, high=65535)
     add("-s", "--schema", metavar="PATH", default="schema.conf.yaml", help="schema file (%(default)s)")
     text = "database; or $ATTOLYTICS_DB_URL; or database_url in the schema file"
     add("-d", "--db_url", metavar="URL", help=text)
@@ -4521,6 +4522,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = f"largest request body in bytes, also when decompressed ({BODY_BYTES_MAX >> 20}M)"
     add("--max_body", metavar="SIZE", type=parse_size, default=BODY_BYTES_MAX, help=text)
     text = "client connections served at once; others get 503 (%(default)s)"
+    number = partial(parse_count, low=1, high=100_000)
     add("--max_connections", metavar="N", type=number, default=CONNECTIONS_MAX, help=text)
     text = "SQLite file for events that the database cannot take (%(default)s)"
     add("--spool", metavar="PATH", default="attolytics.sqlite3", help=text)
@@ -4539,12 +4541,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Repeats(logging.Filter):
-    """A complaint passes once in COMPLAINT_S, and says how often it has come up in between."""
+    """Lets a complaint pass once in COMPLAINT_S, with how often it has come up in between."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Clock) -> None:
         super().__init__()
         self._clock = clock
-        # Guards _known: by what complaints are about, when one passed, and how many were kept back since.
+        # Guards _known: when a complaint last passed and how many were kept back since, by what it is about.
         self._lock = threading.Lock()
         self._known: dict[str, tuple[float, int]] = {}
 
@@ -4574,7 +4576,7 @@ class JournalFormatter(logging.Formatter):
 
 def under_systemd(journal_stream: str | None) -> bool:
     """Return whether stderr goes to the journal (systemd.exec(5): $JOURNAL_STREAM is device:inode)."""
-    with contextlib.suppress(OSError):  # it was closed before we started
+    with contextlib.suppress(OSError):  # stderr was closed before we started
         status = os.fstat(2)
         return journal_stream == f"{status.st_dev}:{status.st_ino}"
     return False
@@ -4589,7 +4591,7 @@ def read_schema(path: str) -> Schema:
 
 
 def find_target(options: argparse.Namespace, environ: Mapping[str, str], schema: Schema) -> Target | None:
-    """Return where the database is, if there is one, with a password from .pgpass. Raises OperatorError."""
+    """Return where the database is, with .pgpass's password; None without a URL. Raises OperatorError."""
     url = options.db_url or environ.get("ATTOLYTICS_DB_URL") or schema.database_url
     if not url:
         return None
@@ -4611,6 +4613,7 @@ def find_target(options: argparse.Namespace, environ: Mapping[str, str], schema:
 
 
 def raise_file_limit(connections: int) -> None:
+    """Allow ourselves as many open files as we need. Raises OperatorError if the system does not."""
     needed = connections + TURN_AWAY_THREADS + 64  # and for the database, the log, libraries
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -4622,10 +4625,10 @@ def raise_file_limit(connections: int) -> None:
 
 
 def stay_on_one_cpu() -> socket.socket:
-    """Run all our threads on one CPU, as only one can run Python at a time. Returns what claims it.
+    """Run all our threads on one CPU, as only one can run Python at a time; return the socket that claims it.
 
     Spread over several they wait for each other: on one, 64 clients get 1.6 times the requests per second.
-    The CPUs with the fewest interrupts of devices are taken first: a busy disk costs a quarter.
+    CPUs with few interrupts of devices come first, as a busy disk costs a quarter.
     """
     interrupts: Counter[int] = Counter()
     with contextlib.suppress(OSError, ValueError):
@@ -4636,7 +4639,7 @@ def stay_on_one_cpu() -> socket.socket:
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         cpus = sorted(os.sched_getaffinity(0), key=lambda cpu: (interrupts[cpu], cpu))
-        for cpu in (*cpus, cpus[os.getpid() % len(cpus)]):  # the last if others have claimed them all
+        for cpu in (*cpus, cpus[os.getpid() % len(cpus)]):  # some CPU or other if all have been claimed
             with contextlib.suppress(OSError):
                 claim.bind(f"\0attolytics-cpu-{cpu}")
                 break
@@ -4651,7 +4654,7 @@ def stay_on_one_cpu() -> socket.socket:
 
 def use_memory_sparingly() -> None:
     """Let glibc keep little memory for itself (mallopt(3)), and Python look for cycles less often."""
-    with contextlib.suppress(OSError, AttributeError):  # another library
+    with contextlib.suppress(OSError, AttributeError):  # another library than glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(-8, 1)  # M_ARENA_MAX: in each arena rows and bodies leave holes
         libc.mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD: larger pieces go back to the system at once
@@ -4662,7 +4665,7 @@ def use_memory_sparingly() -> None:
 
 
 def first_session(opener: Opener, epochs: Iterable[str]) -> Session | None:
-    """Return a session, or None while PostgreSQL is not up yet. Raises OperatorError for the rest."""
+    """Return a session, or None while the database is away. Raises OperatorError for all other errors."""
     try:
         return opener.open(epochs)
     except DatabaseError as error:
@@ -4672,23 +4675,20 @@ def first_session(opener: Opener, epochs: Iterable[str]) -> Session | None:
         return None
 
 
-BUG = "a thread ended that must not"
-
-
 def end_for_bug(news: queue.SimpleQueue[str], args: threading.ExceptHookArgs) -> None:
-    """Let the process end after a bug has ended a thread: better restarted by systemd than half alive."""
+    """End the process, as threading.excepthook: better restarted by systemd than half alive."""
     log.critical("the thread %s ended: %s", args.thread and args.thread.name, describe_bug(args.exc_value))
     news.put(BUG)
 
 
 def attend(news: queue.SimpleQueue[str], writer: Writer, notify: partial[None], interval_s: float) -> str:
-    """Ping the watchdog while the writer gets on, until there is news; return it."""
+    """Block until there is news, and return it; meanwhile ping the watchdog while the writer gets on."""
     pinged_at = time.monotonic()
     while True:
         if time.monotonic() - pinged_at >= interval_s / 2 and writer.beat_at > pinged_at:
             notify("WATCHDOG=1")
             pinged_at = time.monotonic()
-        # A signal that arrives just before the wait begins does not interrupt it.
+        # A signal that arrives just before the wait begins does not interrupt it: it must be short.
         with contextlib.suppress(queue.Empty):
             return news.get(timeout=min(interval_s / 8, SIGNAL_CHECK_S))
 
@@ -4703,9 +4703,9 @@ class Reloader:
     service: Service
 
     def work(self, told: queue.SimpleQueue[int], notify: partial[None], status: str) -> None:
-        """Reload whenever it is told to; `status` is for systemd in between."""
+        """Reload whenever a signal's number is told; `status` is what systemd shows in between."""
         while told.get():
-            while not told.empty():  # once for all who have asked by now
+            while not told.empty():  # one reload is for all who have asked by now
                 told.get()
             now = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
             notify("RELOADING=1", now, "STATUS=reading the schema file again")
@@ -4759,14 +4759,15 @@ def write_report(lines: Iterable[str]) -> None:
     if not sys.stdout:  # it was closed before we started
         return
     try:
-        with open(sys.stdout.fileno(), "w", -1, "utf-8", "backslashreplace", closefd=False) as output:
+        number = sys.stdout.fileno()
+        with open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False) as output:
             output.writelines(f"{line}\n" for line in lines)
     except OSError as error:
         raise OperatorError(f"cannot write the report: {reason_of(error)}") from None
 
 
 def check(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int, list[str]]:
-    """Return the exit code, and a report of what is wrong with the schema file and the database."""
+    """Return the exit code of --check and the lines of its report. Raises OperatorError if it cannot."""
     schema = read_schema(options.schema)
     size = f"{counted(len(schema.tables), 'table')}, {counted(len(schema.apps), 'app')}"
     report = [comment(f"{options.schema}: {size}: no mistakes")]
@@ -4786,7 +4787,7 @@ def check(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int,
 
 def serve(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     """Run the server until SIGTERM or SIGINT. Raises OperatorError when it cannot start or go on."""
-    # Made for handlers of signals: why we are to end, and when to read the schema file again.
+    # What the handlers of signals put in: why we are to end, and that the schema file is to be read again.
     news: queue.SimpleQueue[str] = queue.SimpleQueue()
     told: queue.SimpleQueue[int] = queue.SimpleQueue()
     signal.signal(signal.SIGHUP, lambda number, _frame: told.put(number))
@@ -4796,20 +4797,17 @@ def serve(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
     target = find_target(options, environ, schema)
     opener = Opener(target, schema, options.migrate) if target else None
     spool = Spool(options.spool, options.spool_limit, schema, str(uuid.uuid4()))
-    metrics = Metrics(schema)
-    apps = intakes(schema)
+    metrics, apps = Metrics(schema), intakes(schema)
     writer = Writer(spool, Replayer(apps, spool, opener, metrics), metrics)
     service = Service(apps, writer, spool, metrics, options.max_body, time.monotonic)
     pool, turning_away = Pool(options.max_connections, "http"), Pool(TURN_AWAY_THREADS, "turning-away")
-    _claim = stay_on_one_cpu()  # until we end
+    _claim = stay_on_one_cpu()  # kept open until we end
     use_memory_sparingly()
     session = first_session(opener, spool.epochs) if opener else None
     if options.retry_quarantine:
         writer.retry_quarantine()
-    servers = [
-        Server(sock, service, pool, turning_away)
-        for sock in sockets or listen(options.host, options.port, reuse_port=options.reuse_port)
-    ]
+    public = sockets or listen(options.host, options.port, reuse_port=options.reuse_port)
+    servers = [Server(sock, service, pool, turning_away) for sock in public]
     monitors: list[Monitor] = []
     if options.monitor_port is not None:
         watching = Pool(MONITOR_CONNECTIONS_MAX + LIVE_WATCHERS_MAX, "monitor")
