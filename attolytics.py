@@ -2297,8 +2297,10 @@ class Opener:
     def _check(self, session: Session) -> None:
         """Raise OperatorError if somebody has changed a table so that it does not fit; DatabaseError."""
         session.timeout_s = PATIENCE_MIN_S  # clients wait
-        permitted(session, self._schema, self.target.user, migrates=False)
-        session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
+        try:
+            permitted(session, self._schema, self.target.user, migrates=False)
+        finally:
+            session.timeout_s = STATEMENT_TIMEOUT_S + ANSWER_GRACE_S
 
     def prepare(self, schema: Schema) -> None:
         """Prepare or migrate the tables for another schema, over a new connection, and open sessions by it.

@@ -1393,6 +1393,13 @@ class PrepareTest(TablesCase):
         self.assertEqual(self.indexes("events"), [(name, True) for name in names])
         self.assertEqual(self.query("SELECT count(*) FROM events"), [[1]])
 
+    def test_a_session_that_finds_a_table_changed_keeps_its_time_out(self) -> None:
+        session = self.open()
+        self.query("ALTER TABLE marks DROP COLUMN text")
+        with self.assertRaisesRegex(OperatorError, "does not fit"):
+            session.check_tables(session)
+        self.assertEqual(session.timeout_s, attolytics.STATEMENT_TIMEOUT_S + attolytics.ANSWER_GRACE_S)
+
     def test_other_columns_and_an_index_of_another_name_may_be_there(self) -> None:
         self.query(
             "CREATE TABLE marks (mark bigint NOT NULL PRIMARY KEY, text text, more int,"
