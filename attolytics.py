@@ -2070,7 +2070,7 @@ def open_socket(target: Target, context: ssl.SSLContext | None) -> socket.socket
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if context:  # pg8000's own negotiation takes an end of input for a server without TLS
             sock.sendall(struct.pack("!ii", 8, 80877103))  # SSLRequest (PostgreSQL manual, 55.7)
-            if answer := sock.recv(1).replace(b"S", b""):
+            if (answer := sock.recv(1)) not in (b"S", b""):  # after an end of input the handshake fails
                 reason = f"sslmode={target.sslmode}, but the server does not offer TLS ({answer!r})"
                 raise DatabaseError(reason, Fault.OPERATOR)
             sock = context.wrap_socket(sock, server_hostname=target.host)
@@ -2104,14 +2104,14 @@ def start_session(target: Target, context: ssl.SSLContext | None) -> Session:
 
 def connect(target: Target) -> Session:
     """Return a session. Each step blocks for connect_timeout at most. Raises DatabaseError, OperatorError."""
-    first, *others = ssl_contexts(target)
+    ways = ssl_contexts(target)
     try:
-        return start_session(target, first)
+        return start_session(target, ways[0])
     except DatabaseError as error:
-        # With sslmode prefer or allow the other way is tried when the server refuses this one.
-        if not others or error.fault is not Fault.OPERATOR or error.sqlstate not in ("", "28000"):
+        # With sslmode prefer or allow the other way is tried when the server refuses the first one.
+        if len(ways) < 2 or error.fault is not Fault.OPERATOR or error.sqlstate not in ("", "28000"):
             raise
-    return start_session(target, *others)
+    return start_session(target, ways[1])
 
 
 def take_over(session: Session, epochs: Iterable[str], token: str) -> None:
@@ -2609,7 +2609,7 @@ class Spool(SpoolFile):
                 self.check_room(sum(len(text or "") for item in items for text in item))
             self._db.executemany(update, [(text, id_) for id_, text in left.items()])
             for item in items:
-                values = (now, *(text and storable(text) for text in item))
+                values = (now, *(None if text is None else storable(text) for text in item))
                 ids.append(self._db.execute(insert, values).lastrowid or 0)
         return ids
 
@@ -3006,7 +3006,7 @@ def divide(part: Sequence[Batch], error: DatabaseError, left: list[Batch]) -> li
 
     The batch at fault, if known, is refused or, if its app quarantines, put into `left` for the replay.
     """
-    culprit, index = refused_row(error, part) or (part[0], None)
+    culprit, index = refused_row(error, part) or (part[0], None)  # the only one, or else it is not known
     if index is None and len(part) > 1:
         middle = len(part) // 2
         return [part[middle:], part[:middle]]
