@@ -2221,7 +2221,7 @@ def prepare(session: Session, schema: Schema, user: str, migrates: bool) -> None
     """
     session.timeout_s = PREPARE_TIMEOUT_S
     # Time-outs of the role or the database would end builds. A pooler would pass these settings on to others.
-    # Without --migrate a server rather starts while the database is away than wait for long.
+    # Without --migrate a server rather starts without the database, and spools, than wait for long.
     if session.is_direct():
         session.run(f"SET statement_timeout = 0; SET lock_timeout = {0 if migrates else 2000}")
     plan = partial(permitted, session, schema, user, migrates)
@@ -2580,7 +2580,7 @@ class Spool(SpoolFile):
         return next((oldest for (oldest,) in self.rows(query)), None)
 
     def append(self, number: int, events: int, texts: Iterable[str], kept: Sequence[int] = ()) -> None:
-        """Keep a flush, by the JSON of its batches, which may be made of events `kept` in quarantine so far.
+        """Keep a flush, by the JSON of its batches. Delete the events `kept` in quarantine, which are in it.
 
         One that was sent to PostgreSQL has its number (others: 0) and may exceed the limit: its message may
         arrive late and store it all the same, so its client must not be asked to send it again.
@@ -2913,8 +2913,8 @@ class Replayer:
                 came = self._spool.events - (left - events)
                 replayed, left = replayed + events, self._spool.events
                 slow_until = now + SLOW_S if now - began > SLOW_REPLAY_S else 0.0
-                # Clients that send all they can would outrun the replay for ever: set() and clear() let only
-                # what waits in between two transactions. When little is left, new events wait for the end.
+                # Clients that send all they can would outrun the replay for ever: then set() and clear() let
+                # in only what waits between two transactions. When little is left, all wait for the end.
                 is_outrun = is_outrun or came > events / 2
                 if left > FLUSH_EVENTS_MAX:
                     self.turn.set()
@@ -3167,7 +3167,7 @@ class Writer:
         self._tell_stored()
         started = self._clock()
         ready = [(n, batches, [b.spooled or b.text() for b in batches]) for n, batches in flushes if batches]
-        done: list[tuple[Sequence[Batch], SpoolError | None]] = []  # what failed, for clients told later
+        done: list[tuple[Sequence[Batch], SpoolError | None]] = []  # clients are told without the lock
         with self._spool.switch:
             session, self.session = self.session, None
             if session:  # the replayer goes on with it, but has to wait for the switch
@@ -3272,7 +3272,7 @@ def parse_request_line(line: str) -> tuple[str, str, str]:
 
 
 def check_partial_head(head: bytes, start: int) -> None:
-    """Raise Refusal for the beginning of a head if it cannot become a good one; up to `start` it can."""
+    """Raise Refusal if the beginning of a head cannot become a good one; from `start` on it is new."""
     if FORBIDDEN.search(head, start):
         raise Refusal("malformed_request", "a control character, or a line that does not end in CR LF")
     line, is_whole, _ = head.removeprefix(b"\r\n").partition(b"\r\n")
@@ -3514,7 +3514,7 @@ class Incoming:
 
 
 class Pool:
-    """Runs jobs in at most `limit` threads, which are reused. Who lets a job return true calls release()."""
+    """Runs jobs in at most `limit` threads. A job that returns true keeps its place until release()."""
 
     def __init__(self, limit: int, name: str) -> None:
         self._limit, self._name = limit, name
