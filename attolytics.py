@@ -99,6 +99,8 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("attolytics")
 TRACE = 5  # The level of -vv, below DEBUG (-v)
+
+
 # --- Limits -------------------------------------------------------------------
 # Every bound and time-out, with its unit in the name and its reason beside it.
 
@@ -174,6 +176,8 @@ SIGNAL_CHECK_S = 0.5  # How late a signal may be noticed in the worst case.
 DRAIN_S = 9  # All of it, until the last answer; Docker kills after 10 s, systemd after 90 s.
 
 NAME_BYTES_MAX = 63  # PostgreSQL manual, 4.1.1: longer identifiers are cut silently.
+
+
 # --- Errors -------------------------------------------------------------------
 # Three families: what the operator must mend (one clear text, exit code 1), what a client did wrong (a status
 # and a reason), and what PostgreSQL and SQLite said. And how a complaint that comes up again is logged.
@@ -731,6 +735,8 @@ CONVERTERS: Mapping[Type, Callable[[object], str]] = {
     Type.JSON: to_json,
     Type.UUID: to_uuid,
 }
+
+
 # --- Batches ------------------------------------------------------------------
 # How a request's body and headers become a Batch, or a Refusal with the reason. Pure. Each app has an Intake,
 # made when the schema is read, which also converts what comes back from the spool.
