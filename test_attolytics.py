@@ -1880,18 +1880,6 @@ class ConnectTest(DatabaseCase):
         reader.run("SET standard_conforming_strings = on")
         self.assertEqual(reader.run(equal), [[True, True]])
 
-    def test_commits_are_durable_whatever_the_server_is_set_to_and_one_that_takes_back_fails(self) -> None:
-        database = self.open()
-        for configured, ours in [("off", "local"), ("remote_apply", "remote_apply"), ("on", "on")]:
-            with self.subTest(configured):
-                database.run(f"SET synchronous_commit = {configured}")
-                database.run(f"{attolytics.FLUSH_START}SELECT {attolytics.NOW_DURABLY}")
-                self.assertEqual(database.run("SHOW synchronous_commit"), [[ours]])
-                with self.assertRaises(DatabaseError):
-                    database.run("SELECT 1 / 0")
-                with self.assertRaisesRegex(DatabaseError, "^expected COMMIT, got ROLLBACK$"):
-                    database.run("COMMIT")
-
     def test_nothing_of_a_flush_stays_in_a_session_that_others_share(self) -> None:
         database = attolytics.connect(self.postgres.target(self.database))
         self.addCleanup(database.close)
@@ -2234,12 +2222,17 @@ class WriterTest(WriterCase):
                 good = [number for i, pair in enumerate(pairs) if i % 5 for number in pair]
                 self.assertEqual(self.stored(table), sorted([*good, 999]))
 
-    def test_a_flush_has_the_settings_that_it_relies_on(self) -> None:
-        names = ("lock_timeout", "statement_timeout", "client_min_messages")
+    def test_a_flush_has_the_settings_that_it_relies_on_and_is_durable_whatever_is_configured(self) -> None:
+        names = ("lock_timeout", "statement_timeout", "client_min_messages", "synchronous_commit")
         settings = " || ' ' || ".join(f"current_setting('{name}')" for name in names)
         self.trigger(f"NEW.text := {settings}")
-        self.assertEqual(self.place(mark(1, table="plain")), "database")
-        self.assertEqual(self.query("SELECT text FROM plain"), [["1s 9s error"]])
+        for configured, ours in [("off", "local"), ("remote_apply", "remote_apply"), ("on", "on")]:
+            with self.subTest(configured):
+                self.query("TRUNCATE plain")
+                self.alter(f"synchronous_commit = {configured}")
+                self.wait_for_database()
+                self.assertEqual(self.place(mark(1, table="plain")), "database")
+                self.assertEqual(self.query("SELECT text FROM plain"), [[f"1s 9s error {ours}"]])
 
     def test_the_event_that_a_trigger_refuses_is_named_where_copy_names_its_line(self) -> None:
         refuse = "IF NEW.text = 'bad' THEN RAISE EXCEPTION 'no bad texts'; END IF"
@@ -2532,20 +2525,6 @@ class HandOverTest(WriterCase):
             self.place(mark(sent, table="plain"))
             sent += 1
         wait_until(lambda: self.stored() == list(range(sent)), 5)
-
-
-class LostAtOnceTest(WriterCase):
-    # The replayer needs some time for what it does after it has handed the session over.
-    SLOW = "(lambda accept: lambda *given: accept(*given) and (attolytics.time.sleep(1.5) or True))"
-    LIMITS: ClassVar = {**WriterCase.LIMITS, "Writer._accept": f"{SLOW}(attolytics.Writer._accept)"}
-
-    @not_pooled("the pooler keeps the session")
-    def test_it_is_known_how_long_the_database_was_away(self) -> None:
-        self.terminate()
-        wait_until(lambda: "the database is there again" in self.log())
-        self.terminate()
-        wait_until(lambda: self.log().count("the database is there again") == 2)
-        self.assertNotIn("inf", re.findall("after (.*) s", self.log())[-1])
 
 
 class ComplaintsTest(unittest.TestCase):
@@ -3478,7 +3457,7 @@ class SpoolTest(BreakableCase):
             for sock in socks:
                 sock.sendall(raw_post(body))
             self.assertEqual({read_answer(sock).status for sock in socks}, {200})
-        self.assertLess(clients.slowest, 1.2)  # written by the writer they took 1.5 s and more
+        self.assertGreater(len(clients.accepted), 50)  # written by the writer they let 30 through
 
     def test_the_spool_is_bounded_and_shrinks_after_the_replay(self) -> None:
         server = self.serve("--spool_limit", "2M")
@@ -3692,6 +3671,7 @@ class FaultTest(BreakableCase):
         self.wait_for_database(server)
         self.assertEqual(self.stored(), sorted(clients.accepted))
         self.assertEqual(self.read("SELECT * FROM attolytics_spool"), [])
+        self.assertEqual(self.said(server, "after inf s"), [])  # how long it was away
 
     @not_pooled("it chooses the backend")
     def test_a_backend_that_hangs_in_the_middle_of_load_and_runs_its_flush_late(self) -> None:
@@ -5914,7 +5894,7 @@ class PgBouncerTest(unittest.TestCase):
         "ConnectTest.test_settings_of_the_database_do_not_harm_quoting",
         "ConnectTest.test_nothing_of_a_flush_stays_in_a_session_that_others_share",
         "WriterTest.test_a_bad_batch_does_not_harm_those_that_share_its_flush",
-        "WriterTest.test_a_flush_has_the_settings_that_it_relies_on",
+        "WriterTest.test_a_flush_has_the_settings_that_it_relies_on_and_is_durable_whatever_is_configured",
         "CommitTest",
         "SpoolTextTest.test_values_come_back_equal",
     )
