@@ -1598,39 +1598,22 @@ class MigrateTest(TablesCase):
         self.check_all_is_there()
 
     @contextlib.contextmanager
-    def building(self, sql: str, end: str) -> Iterator[concurrent.futures.Future[Any]]:
-        """Build the index t_b_idx, which waits for a transaction that ends with `end` after the block."""
+    def building(self) -> Iterator[concurrent.futures.Future[Any]]:
+        """Build the index t_b_idx, which waits for a transaction that ends after the block."""
         blocker, builder = self.session(), self.session()
         blocker.run("BEGIN; INSERT INTO t (a) VALUES (0)")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            build = pool.submit(builder.run, sql)
+            build = pool.submit(builder.run, "CREATE INDEX CONCURRENTLY ON t (b)")
             try:
                 wait_until(lambda: ("t_b_idx", False) in self.indexes("t"))
                 yield build
             finally:
-                blocker.run(end)
-
-    def test_what_interrupted_builds_left_behind_is_built_anew(self) -> None:
-        self.create()
-        value = "00000000-0000-0000-0000-000000000007"
-        self.query(f"INSERT INTO t (c) SELECT '{value}' FROM generate_series(1, 2)")
-        for name in ("", "mine"):
-            with self.assertRaises(pg8000.exceptions.DatabaseError):
-                self.query(f"CREATE UNIQUE INDEX CONCURRENTLY {name} ON t (c)")
-        with self.building("CREATE INDEX CONCURRENTLY ON t (b)", "ROLLBACK") as build:
-            self.query("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE query ~ '^CREATE INDEX'")
-            self.assertIsInstance(build.exception(20), pg8000.exceptions.DatabaseError)
-        self.query("DELETE FROM t")
-        left = [("mine", False), ("t_b_idx", False), ("t_c_idx", False)]
-        self.assertEqual(self.indexes("t"), left)
-        self.migrate()
-        # An index under another name is the operator's.
-        self.assertEqual(self.indexes("t"), [("mine", False), *self.ALL_INDEXES])
+                blocker.run("COMMIT")
 
     def test_an_index_that_somebody_else_builds_is_waited_for(self) -> None:
         self.create()
         watcher = self.session()
-        with self.building("CREATE INDEX CONCURRENTLY ON t (b)", "COMMIT") as build:
+        with self.building() as build:
             identity = self.query("SELECT 't_b_idx'::regclass::oid")
             self.assertIn('index "t_b_idx": its build goes on, or was interrupted', self.report())
             [migrating] = self.migrating()
@@ -2961,10 +2944,6 @@ class MutationTest(ServerCase):
                 self.assertEqual(self.check(body), 200 if is_json(body) else 400, body)
                 accepted += is_json(body)
         self.assertGreater(accepted, 5)
-
-    def test_what_is_nested_too_deeply(self) -> None:
-        for value in (b"[" * 100_000, b'[{"":' * 50_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000):
-            self.assertEqual((self.check(value), self.check(self.IGNORED % value)), (400, 400))
 
 
 class LateReaderTest(ServerCase):
@@ -4637,22 +4616,6 @@ class LiveTest(LiveCase):
         writes, loads = r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", r"url\(|@import"
         self.assertEqual(re.findall(rf"{writes}|{loads}|(?:src|href)=\"(?!data:)", page.text), [])
 
-    def test_the_state_says_since_when_and_why_the_database_is_away(self) -> None:
-        server = self.serve(url=self.url)
-        self.post(server, self.play())
-        wait_until(lambda: self.ask(server, "/live/state").json["samples"][-1][1:] == [1, 0])
-        state = self.ask(server, "/live/state").json
-        self.assertEqual((state["database"], sum(state["counts"])), ("up", 1))
-        self.assertAlmostEqual(state["since"], time.time(), delta=10)
-        stopped = time.time()
-        self.postgres.stop()
-        wait_until(lambda: self.ask(server, "/live/state").json["since"] >= stopped)
-        state = self.ask(server, "/live/state").json
-        self.assertEqual(state["database"], "away")
-        self.assertTrue(state["database_reason"])
-        self.postgres.start()
-        wait_until(lambda: self.ask(server, "/live/state").json["database"] == "up")
-
     def test_curl_gives_what_the_page_on_operating_says(self) -> None:
         text = (HERE / "docs" / "operating.md").read_text()
         [command] = re.findall(r"^(curl -sN localhost:9005/live .*)$", text, re.MULTILINE)
@@ -4815,12 +4778,14 @@ class LivePageTest(LiveCase):
         page = self.open_page(server)
         card = page.locator("#database")
         wait_until(lambda: "up since" in " ".join(card.inner_text().split()), 5)
+        since = card.inner_text()
         self.postgres.stop()
         wait_until(lambda: "refused" in card.inner_text() and "away" in card.inner_text(), 10)
         self.post(server, self.play())
         wait_until(lambda: "1 waiting" in page.locator("#spool").inner_text(), 5)
         self.postgres.start()
         wait_until(lambda: "up since" in " ".join(card.inner_text().split()), 10)
+        self.assertNotEqual(card.inner_text(), since)
         wait_until(lambda: "0 waiting" in page.locator("#spool").inner_text(), 10)
         wait_until(lambda: "p99" in page.locator("#latency").inner_text(), 5)
         self.assertIn("L300", page.locator("#accepted path").get_attribute("d").replace("L299", "L300"))
@@ -5315,16 +5280,9 @@ class CheckTest(ProgramCase):
         ]
 
     def test_what_cannot_be_compared_is_said(self) -> None:
-        for option, value, message in [
-            ("-s", "none.yaml", "cannot read the schema file"),
-            ("-d", f"postgres://127.0.0.1:{free_port()}/x", "Connection refused"),
-            ("-d", self.url + "x", "does not exist"),
-            ("-d", "mysql://x", "attolytics: "),
-        ]:
-            with self.subTest(message):
-                code, out, error = self.check(option, value)
-                self.assertEqual((code, out), (1, ""))
-                self.assertIn(message, error)
+        code, out, error = self.check("-d", f"postgres://127.0.0.1:{free_port()}/x")
+        self.assertEqual((code, out), (1, ""))
+        self.assertRegex(error, r"\Aattolytics: .*Connection refused")
         text = f"-- {self.schema_file}: 4 tables, 4 apps: no mistakes\n-- no database URL: no database was"
         self.assertEqual(self.check(), (0, f"{text} compared\n", ""))
         odd = self.schema_file.rename(self.directory / os.fsdecode(b"\xff.yaml"))
@@ -5392,7 +5350,7 @@ class CheckTest(ProgramCase):
         self.assertIn("interrupted_a_idx", dropped)
         for table in tables:
             self.assertIn(f' ON "{table}" ("a");', out)
-        self.psql(out)
+        self.serve("--migrate").stop()
         self.check_fits()
 
     def test_a_reader_that_went_away_is_no_traceback(self) -> None:
@@ -5861,8 +5819,7 @@ class PgBouncerTest(unittest.TestCase):
         "ConnectTest.test_nothing_of_a_flush_stays_in_a_session_that_others_share",
         "WriterTest.test_a_bad_batch_does_not_harm_those_that_share_its_flush",
         "WriterTest.test_a_flush_has_the_settings_that_it_relies_on_and_is_durable_whatever_is_configured",
-        "CommitTest",
-        "SpoolTextTest.test_values_come_back_equal",
+        "CommitTest.test_what_is_said_to_be_rolled_back_is_stored_once_all_the_same",
     )
 
     @not_pooled("once is enough")
