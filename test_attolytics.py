@@ -1129,7 +1129,7 @@ def addresses(line: str) -> list[tuple[str, int]]:
     return [(host.strip("[]"), int(port)) for host, port in re.findall(r"http://(\S+):(\d+)", line)]
 
 
-ENVIRON = {name: text for name, text in os.environ.items() if not name.startswith(("PG", "ATTOLYTICS"))}
+ENVIRON = rig.child_environment(RES_OPTIONS="timeout:1 attempts:1")  # when a name server does not answer
 # Becomes a command that finds descriptors where systemd puts them, and is told of them as by systemd.
 HAND_OVER = """
 import fcntl, os, sys
@@ -1140,6 +1140,11 @@ for place, number in enumerate(high, 3):
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(count), LISTEN_FDNAMES="a:b")
 os.execv(sys.argv[2 + count], sys.argv[2 + count :])
 """
+
+
+# As a module it is compiled once.
+START = f"import sys; sys.path.insert(0, {str(HERE)!r}); import attolytics; {{}}sys.exit(attolytics.main())"
+PROGRAM = [sys.executable, "-c", START.format("")]
 
 
 class Attolytics:
@@ -1156,10 +1161,9 @@ class Attolytics:
         limits: Mapping[str, object] | None = None,
     ) -> None:
         """Start it: after `wrapper`, with `sockets` as from systemd, with other `limits` than usual."""
-        if not script:  # As a module it is compiled once.
+        if not script:
             patch = "".join(f"attolytics.{name} = {value}; " for name, value in (limits or {}).items())
-            start = f"import sys; sys.path.insert(0, {str(HERE)!r}); import attolytics; {patch}"
-            script = ["-c", f"{start}sys.exit(attolytics.main())"]
+            script = ["-c", START.format(patch)]
         if sockets:
             descriptors = [str(sock.fileno()) for sock in sockets]
             wrapper = [sys.executable, "-c", HAND_OVER, str(len(sockets)), *descriptors]
@@ -2075,6 +2079,7 @@ class WriterCase(ServerCase):
     OPTIONS: ClassVar = ["--max_body", "16M"]
     LIMITS: ClassVar = {
         "SPOOL_BUSY_S": 0.5,
+        "BACKOFF_MAX_S": 1,
         "COMPLAINT_S": 0,
         "FLUSH_START": f"attolytics.FLUSH_START.replace('{attolytics.LOCK_TIMEOUT_MS}', '1000')",
     }
@@ -3086,9 +3091,6 @@ def breakable() -> Postgres:
     return own
 
 
-PROGRAM = [sys.executable, str(HERE / "attolytics.py")]
-
-
 def connect(server: Attolytics) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(*server.listening()[0], timeout=30)
 
@@ -3150,6 +3152,8 @@ class Clients:
 class ProgramCase(DatabaseCase):
     """Servers in processes of their own, the directory that they work in, and the spool there."""
 
+    LIMITS: ClassVar[dict[str, object]] = {"BACKOFF_MAX_S": 0.2}  # others than usual
+
     def setUp(self) -> None:
         super().setUp()
         self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -3161,6 +3165,7 @@ class ProgramCase(DatabaseCase):
         """Start a server; with an empty `url` one without a database."""
         database = [] if url == "" else ["-d", url or self.url]
         usual = ["-s", self.schema_file, *database, "-p", "0", "--monitor_port", "0"]
+        how["limits"] = {**self.LIMITS, **how.get("limits", {})}
         server = Attolytics(*usual, *options, directory=self.directory, **how)
         self.addCleanup(self.kill, server)
         return server
@@ -3733,8 +3738,7 @@ class FaultTest(BreakableCase):
 
 class PoisonTest(ProgramCase):
     def test_an_event_that_a_trigger_fails_at_is_found_among_others(self) -> None:
-        server = self.serve(limits={"BACKOFF_MAX_S": 0.2})
-        sent = 0
+        server, sent = self.serve(), 0
         for body, reason in [
             ("EXECUTE 'SELECT 1 FROM no_such_table'", "does not exist"),
             ("RAISE 'route is broken' USING ERRCODE = 'XX000'", "route is broken"),
@@ -3786,7 +3790,7 @@ class PoisonTest(ProgramCase):
         self.assertGreater(len(answer.json["events"][0]["reason"]), length)
 
     def test_a_code_of_a_busy_database_does_so_too_if_others_go_through(self) -> None:
-        server = self.serve(limits={"HELD_S_MAX": 1, "BACKOFF_MAX_S": 0.2})
+        server = self.serve(limits={"HELD_S_MAX": 1})
         self.trigger("IF NEW.text ~ 'bad' THEN RAISE 'no time' USING ERRCODE = '40001'; END IF")
         texts = ["bad", "good", "good", "good"]
         for number, text in enumerate(texts):
@@ -3807,7 +3811,7 @@ class PoisonTest(ProgramCase):
         self.serve().stop()
         self.trigger("IF NEW.text = 'bad' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF")
         self.fill_spool([mark(1, "bad", "plain")], [], [], [mark(2, "good", "plain")])
-        server = self.serve(limits={"BACKOFF_MAX_S": 0.2})
+        server = self.serve()
         self.wait_for_database(server)
         self.assertEqual((self.stored(), [*self.quarantined()]), ([2], [1]))
 
@@ -3966,7 +3970,7 @@ class CommitTest(ProgramCase):
             return data
 
         self.proxy.change = garble
-        server = self.serve(url=self.proxied, limits={"BACKOFF_MAX_S": 0.1})
+        server = self.serve(url=self.proxied)
         wait_until(lambda: self.changed >= 5)
         self.proxy.change = None
         self.wait_for_database(server)
@@ -5186,10 +5190,9 @@ class CommandTest(ProgramCase):
             (["-v", "-q"], "not allowed with"),
             (["--sch", "x"], "unrecognized arguments"),
         ]:
-            with self.subTest(options):
-                server = self.start(*options)
-                self.assertEqual(server.end(), 2)
-                self.assertIn(text, server.lines[-1])
+            with self.subTest(options), contextlib.redirect_stderr(io.StringIO()) as said:
+                self.assertRaisesRegex(SystemExit, "2", attolytics.main, options)
+                self.assertIn(text, said.getvalue().splitlines()[-1])
 
     @not_pooled("it checks the passwords itself")
     def test_a_wrong_password_is_refused_at_start_and_never_shown(self) -> None:
@@ -5238,7 +5241,9 @@ class CommandTest(ProgramCase):
             ("--help", "usage: attolytics .*--spool_limit LIMIT.*--migrate.*database URL:"),
             ("--version", rf"^attolytics {re.escape(attolytics.__version__)}\n$"),
         ]:
-            self.assertRegex(subprocess.check_output([*PROGRAM, option], text=True), f"(?s){text}")
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                self.assertRaisesRegex(SystemExit, "0", attolytics.main, [option])
+            self.assertRegex(said.getvalue(), f"(?s){text}")
 
 
 class CheckTest(ProgramCase):
@@ -5495,7 +5500,7 @@ apps:
 
     def test_while_the_database_is_away_keys_change_and_tables_do_not(self) -> None:
         self.postgres.stop()
-        server = self.serve("--migrate", limits={"BACKOFF_MAX_S": 0.3})
+        server = self.serve("--migrate")
         self.assertIn("cannot use database", server.lines[0])
         self.reload(server, self.SMALL.replace("secret_key: key", "secret_key: new"))
         self.assertEqual([self.status(server, 1), self.status(server, 2, "new")], [403, 200])
