@@ -2480,15 +2480,16 @@ class LateTest(WriterCase):
 
 
 class HandOverTest(WriterCase):
-    # Some time passes between a look at an empty spool and what is done about it.
-    SLOW = "(lambda head: lambda *events: head(*events) or attolytics.time.sleep(0.6) or [])"
-    LIMITS: ClassVar = {**WriterCase.LIMITS, "Spool.head": f"{SLOW}(attolytics.Spool.head)"}
+    # Longer than new events wait for their turn passes between the last look at the spool and the hand-over.
+    SLOW = "lambda spool, count, head=attolytics.Spool.head:"
+    SLOW += " head(spool, count) or count == 1 and attolytics.time.sleep(0.6)"
+    LIMITS: ClassVar = {**WriterCase.LIMITS, "Spool.head": SLOW}
 
     def test_what_is_spooled_just_before_the_hand_over_is_not_left_behind(self) -> None:
         release = self.hold("plain")
         self.assertEqual(self.place(mark(0, table="plain")), "spool")
         release()
-        sent, end = 1, time.monotonic() + 2
+        sent, end = 1, time.monotonic() + 1.5
         while time.monotonic() < end:
             self.place(mark(sent, table="plain"))
             sent += 1
@@ -3476,7 +3477,7 @@ class SpoolTest(BreakableCase):
         wait_until(second.listening)
 
     def test_a_spool_that_cannot_be_used_is_refused_and_left_as_it_is(self) -> None:
-        self.fill_spool(*([mark(number, "x" * 1000, "plain")] for number in range(60)))
+        self.fill_spool(*([mark(number, "x" * 3000, "plain")] for number in range(20)))
         good = self.spool.read_bytes()
         with contextlib.closing(sqlite3.connect(self.directory / "foreign")) as db:
             db.execute("CREATE TABLE t (a)")
@@ -3498,7 +3499,7 @@ class SpoolTest(BreakableCase):
         self.assertIn("with --spool PATH", self.fail_to_start("--spool", "/proc/nope/x"))
         self.spool.write_bytes(good)
         self.replay()
-        self.assertEqual(self.stored(), list(range(60)))
+        self.assertEqual(self.stored(), list(range(20)))
 
     def test_kill_9_at_any_moment_loses_and_doubles_nothing(self) -> None:
         accepted: list[int] = []
@@ -4424,7 +4425,7 @@ class LiveTest(LiveCase):
     def test_a_watcher_gets_20_rows_per_second_and_the_number_of_the_others(self) -> None:
         server = self.serve()
         watcher = self.watch(server)
-        sent = 600
+        sent = 300
         events = [self.play("no" if number % 100 == 50 else number) for number in range(sent)]
         requests = b"".join(raw_post(body_of(event), "game") for event in events)
         started = time.monotonic()
@@ -4437,9 +4438,9 @@ class LiveTest(LiveCase):
         while (skipped := sum(row["skipped"] for row in rows)) + len(rows) < sent:
             rows.append(watcher.row())
         self.assertEqual(len(rows) + skipped, sent)
-        self.assertGreater(skipped, 100)
+        self.assertGreater(skipped, 0)
         self.assertLessEqual(len(rows), 20 * (time.monotonic() - started) + 5)
-        self.assertEqual(sum(row["verdict"] == "refused" for row in rows), 6)
+        self.assertEqual(sum(row["verdict"] == "refused" for row in rows), 3)
 
     def test_a_watcher_that_does_not_read_is_cut_off_and_delays_nobody(self) -> None:
         server = self.serve("-v", limits={"LIVE_SEND_TIMEOUT_S": 4})
