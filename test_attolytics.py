@@ -2592,13 +2592,6 @@ class HttpTest(ServerCase):
         self.assertEqual(self.query("SELECT * FROM marks ORDER BY mark"), [[1, None], [2, "x"]])
         self.assertEqual(self.post().json, {"accepted": 0, "stored": "database"})
 
-    def test_refused_events_are_explained_and_nothing_is_stored(self) -> None:
-        answer = self.post(mark(1), mark("x"))
-        problem = {"index": 1, "column": "mark", "reason": 'expected an integer, got "x"'}
-        error = "1 of 2 events do not fit, none was stored"
-        self.assertEqual((answer.status, answer.json), (400, {"error": error, "events": [problem]}))
-        self.assertEqual(self.stored("marks"), [])
-
     def test_statuses(self) -> None:
         post, zipped = functools.partial(self.raw, self.BODY), gzip.compress(self.BODY)
         not_gzip = (self.BODY, b"", zipped[:-1], zipped + b"x")
@@ -3196,6 +3189,11 @@ class ProgramCase(DatabaseCase):
         server = self.serve(*options, **how)
         self.wait_for(server, "replayed all")
         return server
+
+    def psql(self, script: str, url: str = "") -> None:
+        psql = str(rig.find_program("psql", "postgresql-client"))
+        command = [psql, "-X", "-q", "-v", "ON_ERROR_STOP=1", url or self.url]
+        subprocess.run(command, input=script, text=True, stdout=subprocess.DEVNULL, check=True)
 
     def check_exactly_once(self, accepted: Sequence[int]) -> None:
         stored = self.stored()
@@ -4907,7 +4905,7 @@ class SystemdTest(BreakableCase):
                 self.assertEqual(first, "RELOADING=1")
                 self.assertLess(abs(int(second.removeprefix("MONOTONIC_USEC=")) - now), 5_000_000)
                 self.assertRegex(self.notice(), r"^READY=1\nSTATUS=listening on ")
-                time.sleep(0.5)
+                time.sleep(0.2)  # in which two pings would come
                 self.assertEqual(server.stop(), 0)
                 self.assertRegex(self.notice(), r"^STOPPING=1\nSTATUS=")
 
@@ -4952,7 +4950,6 @@ class SystemdTest(BreakableCase):
     @not_pooled("it chooses the backend")
     def test_pings_come_under_load_and_while_the_database_hangs_or_is_down(self) -> None:
         server = self.serve_watched()
-        self.assertGreaterEqual(self.pings(1), 1)
         with Clients(16, server) as clients:
             wait_for_more(clients.accepted, 100)
             self.assertGreaterEqual(self.pings(1), 1)
@@ -5239,11 +5236,6 @@ class CheckTest(ProgramCase):
         code, out, error = self.check("-d", self.url, *options)
         self.assertEqual((code, error), (1, ""))
         return out
-
-    def psql(self, script: str) -> None:
-        psql = str(rig.find_program("psql", "postgresql-client"))
-        command = [psql, "-X", "-q", "-v", "ON_ERROR_STOP=1", self.url]
-        subprocess.run(command, input=script, text=True, check=True)
 
     def check_fits(self) -> None:
         code, out, error = self.check("-d", self.url)
@@ -5895,6 +5887,7 @@ class RepositoryTest(ProgramCase):
         self.assertEqual((result.status, result.json), (200, {"accepted": 2, "stored": "database"}))
         result = server.post(PATH, replaced(request, {'"score": 7': '"score": "7"'}).encode())
         self.assertEqual((result.status, result.json), (400, json.loads(answer)))
+        self.assertEqual(self.query("SELECT count(*) FROM events"), [[2]])  # none of it
         page = json.loads(code_blocks(OPERATING, "json")[0])
         _, health = self.health(server)
         self.assertEqual((health.keys(), health["spool"].keys()), (page.keys(), page["spool"].keys()))
@@ -6224,13 +6217,10 @@ class ExampleCase(ProgramCase):
         text = (HERE / "examples" / self.NAME / "schema.conf.yaml").read_text()
         self.schema_file.write_text(replaced(text, {"com.example.myapp": "app", "KEY": "key"}))
 
-    def psql(self, file: str, database: str = "", **changes: str) -> None:
-        """Run a file of the example as psql does: each statement in a transaction of its own."""
+    def run_file(self, file: str, database: str = "", **changes: str) -> None:
+        """Run a file of the example."""
         text = replaced((HERE / "examples" / self.NAME / file).read_text(), changes)
-        with contextlib.closing(self.postgres.connect(database or self.database)) as session:
-            for statement in re.sub("--.*", "", text).split(";\n"):
-                if statement.strip():
-                    session.run(statement)
+        self.psql(text, self.postgres.url(database or self.database))
 
 
 class PartmanTest(ExampleCase):
@@ -6247,7 +6237,7 @@ class PartmanTest(ExampleCase):
 
     def test_months_come_and_go_under_load(self) -> None:
         self.query(f"CREATE ROLE attolytics LOGIN; ALTER DATABASE {self.database} OWNER TO attolytics")
-        self.psql("setup.sql")
+        self.run_file("setup.sql")
         before = self.months()
         self.assertEqual(len(before), 7)
         old = "SELECT partman.create_partition_time('public.events', ARRAY[now() - interval '15 months'])"
@@ -6259,7 +6249,7 @@ class PartmanTest(ExampleCase):
         with Clients(2, server, "events") as crowd:
             wait_for_more(crowd.accepted, 200)
             changes = {"17 * * * *": "* * * * *", "'attolytics')": f"'{self.database}')"}
-            self.psql("cron.sql", "postgres", **changes)
+            self.run_file("cron.sql", "postgres", **changes)
             wait_until(lambda: before[-1] in self.months() and oldest not in self.months(), 90)
             wait_for_more(crowd.accepted, 200)
         self.assertLessEqual({*before}, {*self.months()})
@@ -6297,7 +6287,7 @@ class CitusTest(ExampleCase):
             with contextlib.closing(node.connect(self.database)) as session:
                 session.run("CREATE EXTENSION citus")
         places = {f"'{name}.example', 5432": f"'127.0.0.1', {node.port}" for name, node in nodes.items()}
-        self.psql("nodes.sql", **places)
+        self.run_file("nodes.sql", **places)
         readme = (HERE / "examples" / "citus" / "README.md").read_text()
         options = re.search(r"\?options=[^\s'`]+", readme)
         assert options
@@ -6306,7 +6296,7 @@ class CitusTest(ExampleCase):
         report = subprocess.run(command, capture_output=True, text=True, check=False)
         for statement in re.findall("^([^-].*);$", report.stdout, re.MULTILINE):
             self.query(statement)
-        self.psql("distribute.sql")
+        self.run_file("distribute.sql")
 
     def test_events_are_stored_once_and_tables_are_migrated(self) -> None:
         purchase = {"_t": "purchases", "id": str(uuid.UUID(int=1)), "price": 1}
