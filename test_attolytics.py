@@ -2341,17 +2341,6 @@ class WriterTest(WriterCase):
                 self.assertEqual(self.stored(), list(range(size)))
                 self.assertIn(said[how], self.log())
 
-    def test_small_batches_beside_large_ones_are_answered_soon(self) -> None:
-        large: list[Sent] = []
-        for number in range(30):
-            if number % 4 == 0:
-                large.append(self.submit(*[mark(i, "x" * 500, "plain") for i in range(2000)]))
-            with within(SOON_S):
-                self.place(mark(number))
-        for sent in large:
-            self.place_of(sent)
-        wait_until(lambda: len(self.stored()) == 2000 * len(large))
-
     def test_while_a_table_is_locked_events_go_to_the_spool_and_then_on_in_their_order(self) -> None:
         for isolation in ("read committed", "serializable"):
             with self.subTest(isolation):
