@@ -3699,7 +3699,7 @@ class FaultTest(BreakableCase):
         server = self.serve("--retry_quarantine")
         with Clients(4, server, "marks") as clients:
             self.wait_for(server, "quarantine: 600 of 1200 events went")
-        self.assertLess(clients.slowest, SOON_S)
+        self.assertGreater(len(clients.accepted), 150)  # behind all that they are at most 40
         self.assertEqual(clients.failed, [])
         self.assertEqual(self.stored(), list(range(1, 1200, 2)))
         self.assertEqual(self.quarantined().keys(), {*range(0, 1200, 2)})
