@@ -3736,7 +3736,7 @@ class PoisonTest(ProgramCase):
         self.trigger("IF NEW.text = 'bad' THEN RAISE 'route is broken' USING ERRCODE = 'XX000'; END IF")
         self.fill_spool([mark(1, "bad", "plain")])
         started = time.monotonic()
-        server = self.serve(limits={"HELD_S_MAX": 2, "HELD_UP_S": 1})
+        server = self.serve(limits={"HELD_S_MAX": 3, "HELD_UP_S": 1})
         self.assertEqual(self.post(server, mark(2, "good", "plain")).json["stored"], "spool")
         self.assertIsNone(self.health(server)[1]["replay"])
         wait_until(lambda: self.health(server)[1]["status"] == "degraded")
@@ -3745,7 +3745,7 @@ class PoisonTest(ProgramCase):
         self.assertEqual(health["reason"], health["replay"])
         self.wait_for(server, "the replay is held up: route is broken")
         wait_until(lambda: self.stored() == [2])
-        self.assertGreater(time.monotonic() - started, 2)
+        self.assertGreater(time.monotonic() - started, 3)
         self.assertEqual(self.quarantined(), {1: "route is broken"})
         wait_until(lambda: self.health(server)[1]["status"] == "ok")
         self.assertEqual(self.post(server, mark(3, "good", "plain")).json["stored"], "database")
@@ -6019,8 +6019,9 @@ class ReusePortTest(ProgramCase):
             wait_for_more(crowd.accepted, 100)
             second = self.serve_at(first.port, "second", "--reuse_port", "-v")
             wait_for_more(crowd.accepted, 500)
-        # What had not quite connected when the second one closed its port; bench/reuse_port.py counts it.
-        self.assertLessEqual(len(crowd.failed), 2, crowd.failed)
+        # What had not quite connected when the second one closed its port: at most each of the clients that
+        # connect anew. bench/reuse_port.py counts it.
+        self.assertLessEqual(len(crowd.failed), 8, crowd.failed)
         self.assertEqual(second.stop(), 0)
         self.assertTrue(self.said(second, "-> 200"))
         self.assertTrue(self.said(second, "stopping: SIGTERM"))
