@@ -2176,8 +2176,8 @@ class WriterTest(WriterCase):
         many = [mark(number, table="plain") for number in range(200)]
         first, second = self.together("plain", many, [mark(200, table="plain")])
         self.assertEqual(self.place_of(first), "database")
-        # The database is not done with the second one.
-        self.assertTrue(self.query(f"SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND {OURS}"))
+        asleep = f"SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND {OURS}"
+        wait_until(lambda: self.query(asleep))  # The database is not done with the second one.
         self.place_of(second)
         self.wait_for_database()
         self.assertEqual(self.stored(), [*range(201)])
