@@ -966,9 +966,9 @@ class TableIntake:
                 problems.append((column.name, str(error)))
         return fields, problems
 
-    def rows(self, batch: Batch, places: Iterable[int], limit: float) -> dict[int, str]:
-        """Return rows of a batch's events, by place; add the problems of the others to it, up to `limit`."""
-        events, problems, rows = batch.events, batch.problems, {}
+    def rows(self, batch: Batch, places: Iterable[int], limit: float) -> tuple[dict[int, str], list[Problem]]:
+        """Return rows of a batch's events, by place, and the problems of the others, up to `limit`."""
+        events, problems, rows = batch.events, [], {}
         filled, lacking = self.filled(batch.delivery)
         own, extra, null, join = self._own, self.extra, self._null, self._separator.join
         width = len(self.columns)
@@ -999,7 +999,7 @@ class TableIntake:
                 problems[-more:] = [Problem(index, None, f"and {counted(more, 'column')} more")]
             if len(problems) > limit:
                 break
-        return rows
+        return rows, problems
 
     def why_ignored(self, key: str) -> str:
         for c, _ in self._filled:
@@ -1149,7 +1149,9 @@ class Intake:
                 near = suggestion(name, self.tables) if len(problems) < UNKNOWN_KEYS_MAX else ""
                 problems.append(Problem(index, TABLE_KEY, f"the app has no table {show(name)}{near}"))
         for table, indexes in places.items():
-            if rows := table.rows(batch, indexes, limit):
+            rows, misfits = table.rows(batch, indexes, limit - len(problems))
+            problems += misfits
+            if rows:
                 batch.rows[table] = rows
                 batch.accepted += len(rows)
         problems.sort(key=lambda problem: problem.index or 0)
