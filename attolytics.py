@@ -1034,18 +1034,20 @@ class Batch:
     """The events of one request, and the rows of those that fit; the others have problems."""
 
     delivery: Delivery
-    events: list[Any]  # empty later, when it is enough to keep `body` or `spooled`
+    events: list[Any]  # empty in the writer, for which `body` or `spooled` is enough
     rows: dict[TableIntake, dict[int, str]] = field(default_factory=dict)  # by their places in `events`
     accepted: int = 0  # how many events fit
     problems: list[Problem] = field(default_factory=list)
     unknown: list[tuple[TableIntake, int]] = field(default_factory=list)  # events with keys that are ignored
-    warnings: Sequence[str] = ()
-    body: bytes = b""
-    spooled: str = ""  # text(), if it was made in advance
     quarantines: bool = False  # the app's policy for bad events
-    kept: Sequence[int] = ()  # the ids in the quarantine of those that are there already
-    since: float = 0.0  # when it was submitted, by the writer's clock
-    tell: Callable[[Batch, str | Refusal], object] = lambda *_: None  # see Writer.submit()
+    # Set when the batch comes in a request, before the writer gets it. (A replay has no use for this.)
+    body: bytes = b""
+    warnings: Sequence[str] = ()
+    kept: Sequence[int] = ()  # the ids in the quarantine of the events with problems
+    spooled: str = ""  # text(), if it was made in advance
+    # Set by Writer.submit().
+    since: float = 0.0  # when that was, by the writer's clock
+    tell: Callable[[Batch, str | Refusal], object] = lambda *_: None
 
     def text(self) -> str:
         """Return the batch's JSON for the spool, without the events that have problems."""
