@@ -3426,14 +3426,16 @@ class Incoming:
         self._sock, self._clock, self._buffer = sock, clock, b""
         self._waits_s = IDLE_SLICE_S  # what limit_wait() was told last, first by the listener
 
-    def wait(self) -> bool | None:
-        """Return True when the next request begins, False at the end of input, None after IDLE_SLICE_S."""
+    def wait(self) -> bool:
+        """Return whether the next request begins within IDLE_SLICE_S. Raises EOFError at the end of input."""
         if self._buffer in (b"", b"\r\n"):  # some clients send an empty line behind a body
             try:
                 self._buffer = self._receive(self._clock() + IDLE_SLICE_S)
             except Refusal:
-                return None
-        return bool(self._buffer) if self._buffer != b"\r\n" else None
+                return False
+            if not self._buffer:
+                raise EOFError
+        return self._buffer != b"\r\n"
 
     def head(self, seconds: float = HEAD_DEADLINE_S) -> bytes:
         """Return a request's head without its final empty line. Call it after wait()."""
@@ -3646,21 +3648,18 @@ class Handler(BaseRequestHandler):
         self.started = 0.0
 
     def handle(self) -> None:
-        while self._keeps and self._await_request():
-            self._exchange()
-        if not self.has_parted:
-            self._finish_answer()
-        if self.body is None:
-            self._incoming.drain()
+        with contextlib.suppress(EOFError):
+            while self._keeps and self._await_request():
+                self._exchange()
 
     def finish(self) -> None:
         if not self.has_parted:
-            self._answered.acquire()  # an answer must not meet a closed socket, nor that of another client
+            self._finish_answer()  # it must not meet a closed socket, nor that of another client
 
     def _await_request(self) -> bool:
-        """Return whether there is another request to serve."""
+        """Return whether there is another request to serve. Raises EOFError if the client sends no more."""
         since = self._service.clock()
-        while (has_begun := self._incoming.wait()) is None:
+        while not self._incoming.wait():
             if self._answered.locked() or self._rest:  # a client that waits for its answer is not idle
                 self._finish_answer()
                 since = self._service.clock()
@@ -3669,7 +3668,7 @@ class Handler(BaseRequestHandler):
             if self._service.ended or self._service.clock() - since > limit_s:
                 return False
         self._finish_answer()
-        return has_begun and self._keeps
+        return self._keeps
 
     def _exchange(self) -> None:
         """Read a request, and answer it or leave that to the writer's thread. Raises OSError."""
@@ -3679,6 +3678,8 @@ class Handler(BaseRequestHandler):
             batch = self._read_request()
         except Refusal as refusal:
             self.request.sendall(self._answer(refusal))
+            if self.body is None:
+                self._incoming.drain()
             return
         if batch is None:
             self.request.sendall(self._answer(""))
@@ -3714,9 +3715,9 @@ class Handler(BaseRequestHandler):
     def _finish_answer(self) -> None:
         """Wait until the writer has answered, and send what the kernel did not take from it."""
         with self._answered:
-            if self._rest:
-                self.request.sendall(self._rest)
-                self._rest = b""
+            rest, self._rest = self._rest, b""
+            if rest:
+                self.request.sendall(rest)
 
     def _answer(self, verdict: str | Refusal, batch: Batch | None = None) -> bytes:
         """Return the answer to a refused request, a stored batch or a preflight; count and log it."""
@@ -3863,7 +3864,7 @@ class Server(Listener):
         refusal = Refusal("too_many_connections", "too many connections, try again later")
         status, headers, text = refusal.status, ANY_ORIGIN, answer_text(refusal)
         incoming, head = Incoming(sock, self.service.clock), None
-        with contextlib.suppress(Refusal, OSError):
+        with contextlib.suppress(Refusal, OSError, EOFError):
             # Without an answer to its preflight a page cannot read the 503 that its request gets.
             if not flags and incoming.wait():
                 head = parse_head(incoming.head(IDLE_SLICE_S))
