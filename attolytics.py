@@ -3644,7 +3644,8 @@ class Handler(BaseRequestHandler):
         # Of the request that is served, or that waits for its answer from the writer's thread.
         self.head: Head | None = None
         self.intake: Intake | None = None
-        self.body: bytes | None = b""  # None until it has been read, b"" after the answer
+        self.body = b""  # once it has been read, until the answer
+        self._is_read = True  # to its end; if not, no other request can be read behind it
         self.started = 0.0
 
     def handle(self) -> None:
@@ -3673,12 +3674,12 @@ class Handler(BaseRequestHandler):
     def _exchange(self) -> None:
         """Read a request, and answer it or leave that to the writer's thread. Raises OSError."""
         self.started = self._service.clock()
-        self.head = self.intake = self.body = None
+        self.head, self.intake, self._is_read = None, None, False
         try:
             batch = self._read_request()
         except Refusal as refusal:
             self.request.sendall(self._answer(refusal))
-            if self.body is None:
+            if not self._is_read:
                 self._incoming.drain()
             return
         if batch is None:
@@ -3732,9 +3733,8 @@ class Handler(BaseRequestHandler):
         seconds = service.clock() - self.started
         service.metrics.count("http_requests_total", 1, f"{status}")
         service.metrics.observe("http_request_duration_seconds", seconds)
-        self._keeps = self._keeps and self.body is not None and not service.draining
-        if self.body:
-            self.body = b""  # takes no memory while the connection is idle
+        self._keeps = self._keeps and self._is_read and not service.draining
+        self.body = b""  # takes no memory while the connection is idle
         cors = cors_headers(intake, head) if intake and head else ANY_ORIGIN
         headers = f"{cors}Connection: {'keep-alive' if self._keeps else 'close'}\r\n"
         answer = answer_bytes(head, status, headers, answer_text(verdict, batch))
@@ -3765,7 +3765,7 @@ class Handler(BaseRequestHandler):
                 # Read the body all the same, so that the connection can go on. Not if the client waits
                 # for a go-ahead that it will not get, nor if the body is too large.
                 if not head.expects_continue and (length or 0) <= limit:
-                    self.body = self._incoming.body(length, limit)
+                    self.body, self._is_read = self._incoming.body(length, limit), True
                 raise
             deliver = intake.delivery(head.headers, self.client_address[0])
             if (field := CONTENT_LENGTH.search(raw)) and "content-length" not in intake.headers:
@@ -3773,12 +3773,12 @@ class Handler(BaseRequestHandler):
                 self._known = head, intake, deliver
         if head.expects_continue and length != 0:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.body = self._incoming.body(length, limit)
+        self.body, self._is_read = self._incoming.body(length, limit), True
         if head.method == "OPTIONS":
             return None
         if coding := CODINGS[head.headers.get("content-encoding", "").lower()]:
-            body = self.body = inflate(body, coding, limit)
-        return self._service.batch(intake, body, deliver(time.time()))
+            self.body = inflate(self.body, coding, limit)
+        return self._service.batch(intake, self.body, deliver(time.time()))
 
 
 def describe_bug(error: BaseException | None) -> str:
@@ -4172,7 +4172,7 @@ class Live:
         if self._room < 1 and batch and not batch.problems:
             self._last_id = next(self._ids)
             return
-        head, intake, body = handler.head, handler.intake, handler.body or b""
+        head, intake, body = handler.head, handler.intake, handler.body
         problems: Sequence[Problem] = batch.problems if batch else []
         row: dict[str, Any] = {"time": time.time(), "app": intake and intake.app.id, "bytes": len(body)}
         row["client"] = client_ip(head.headers if head else {}, handler.client_address[0])
