@@ -3466,7 +3466,7 @@ class Incoming:
         parse_fields(trailers)
         return bytes(body)
 
-    def drain(self) -> None:
+    def linger(self) -> None:
         """End our side, and drop what still comes until the client ends its own. Blocks LINGER_S at most."""
         # Closing at once would reset the connection, and with it an answer that is on its way.
         deadline = self._clock() + LINGER_S
@@ -3602,13 +3602,13 @@ class Service:
         Its bad events go to the quarantine before anything of it is stored. Raises Refusal.
         """
         if len(body) <= LARGE_BODY_BYTES:
-            return self._keep(intake.batch(body, delivery))
+            return self._made_ready(intake.batch(body, delivery))
         with self._converting:
-            batch = self._keep(intake.batch(body, delivery))
+            batch = self._made_ready(intake.batch(body, delivery))
             self.large.acquire()
             return batch
 
-    def _keep(self, batch: Batch) -> Batch:
+    def _made_ready(self, batch: Batch) -> Batch:
         if batch.problems:
             try:
                 batch.kept = self.spool.quarantine(batch.quarantined(batch.problems))
@@ -3637,10 +3637,10 @@ class Handler(BaseRequestHandler):
         self._known: tuple[Head, Intake, Callable[[float], Delivery]] | None = None
         self._known_by: tuple[object, bytes, bytes] = None, b"", b""
         # Held while the writer has a batch of ours, from submit() until its answer is sent.
-        self._answered = threading.Lock()
+        self._answering = threading.Lock()
         self._rest = b""  # of that answer: what the kernel did not take
         self.has_parted = False  # from our thread: the writer's sends the last answer and ends the connection
-        self._keeps = True  # whether the connection stays open after the answer
+        self._stays_open = True  # whether the connection does, after the answer
         # Of the request that is served, or that waits for its answer from the writer's thread.
         self.head: Head | None = None
         self.intake: Intake | None = None
@@ -3650,7 +3650,7 @@ class Handler(BaseRequestHandler):
 
     def handle(self) -> None:
         with contextlib.suppress(EOFError):
-            while self._keeps and self._await_request():
+            while self._stays_open and self._await_request():
                 self._exchange()
 
     def finish(self) -> None:
@@ -3661,7 +3661,7 @@ class Handler(BaseRequestHandler):
         """Return whether there is another request to serve. Raises EOFError if the client sends no more."""
         since = self._service.clock()
         while not self._incoming.wait():
-            if self._answered.locked() or self._rest:  # a client that waits for its answer is not idle
+            if self._answering.locked() or self._rest:  # a client that waits for its answer is not idle
                 self._finish_answer()
                 since = self._service.clock()
             limit_s = IDLE_CROWDED_S if self.server.pool.is_full(0.75) else IDLE_S
@@ -3669,7 +3669,7 @@ class Handler(BaseRequestHandler):
             if self._service.ended or self._service.clock() - since > limit_s:
                 return False
         self._finish_answer()
-        return self._keeps
+        return self._stays_open
 
     def _exchange(self) -> None:
         """Read a request, and answer it or leave that to the writer's thread. Raises OSError."""
@@ -3680,13 +3680,13 @@ class Handler(BaseRequestHandler):
         except Refusal as refusal:
             self.request.sendall(self._answer(refusal))
             if not self._is_read:
-                self._incoming.drain()
+                self._incoming.linger()
             return
         if batch is None:
             self.request.sendall(self._answer(""))
             return
-        self._answered.acquire()
-        self.has_parted = not self._keeps  # everything is the writer's thread's from submit() on
+        self._answering.acquire()
+        self.has_parted = not self._stays_open  # everything is the writer's thread's from submit() on
         self._service.writer.submit(batch, self._tell)
         if not self.has_parted and batch.problems:  # the kernel may not take all of a long answer at once
             self._finish_answer()
@@ -3700,7 +3700,7 @@ class Handler(BaseRequestHandler):
             self._rest = answer[self.request.send(answer, socket.MSG_DONTWAIT) :]
         except OSError:  # if the client is gone, that is noticed when the rest is sent
             self._rest = answer
-        self._answered.release()  # unless we have parted, the next request may be served from here on
+        self._answering.release()  # unless we have parted, the next request may be served from here on
         if has_parted and self._rest:
             self.server.pool.jobs.put(self._part)
         elif has_parted:
@@ -3715,7 +3715,7 @@ class Handler(BaseRequestHandler):
 
     def _finish_answer(self) -> None:
         """Wait until the writer has answered, and send what the kernel did not take from it."""
-        with self._answered:
+        with self._answering:
             rest, self._rest = self._rest, b""
             if rest:
                 self.request.sendall(rest)
@@ -3733,10 +3733,10 @@ class Handler(BaseRequestHandler):
         seconds = service.clock() - self.started
         service.metrics.count("http_requests_total", 1, f"{status}")
         service.metrics.observe("http_request_duration_seconds", seconds)
-        self._keeps = self._keeps and self._is_read and not service.draining
+        self._stays_open = self._stays_open and self._is_read and not service.draining
         self.body = b""  # takes no memory while the connection is idle
         cors = cors_headers(intake, head) if intake and head else ANY_ORIGIN
-        headers = f"{cors}Connection: {'keep-alive' if self._keeps else 'close'}\r\n"
+        headers = f"{cors}Connection: {'keep-alive' if self._stays_open else 'close'}\r\n"
         answer = answer_bytes(head, status, headers, answer_text(verdict, batch))
         if log.isEnabledFor(logging.DEBUG):
             line = head.line() if head else "-"
@@ -3757,7 +3757,7 @@ class Handler(BaseRequestHandler):
             self.head, self.intake = head, intake
         else:
             head = self.head = parse_head(raw)
-            self._keeps, length = head.keep_alive, head.length  # a known one has kept the connection open
+            self._stays_open, length = head.keep_alive, head.length  # a known one kept the connection open
             try:
                 intake = self.intake = find_app(head, apps)
                 check_request(head, intake, limit)
@@ -3878,7 +3878,7 @@ class Server(Listener):
         with contextlib.suppress(OSError):  # the client is gone
             sock.send(answer_bytes(head, status, f"{headers}Connection: close\r\n", text), flags)
             if not flags:
-                incoming.drain()
+                incoming.linger()
         self.shutdown_request(sock)
 
 
