@@ -1122,10 +1122,10 @@ class Intake:
         if brackets >= BODY_DEPTH_MAX and is_deeper(document, BODY_DEPTH_MAX):
             raise Refusal("invalid_body", f"the body's JSON is nested deeper than {BODY_DEPTH_MAX} levels")
         batch = self.convert(events, delivery, math.inf if self.app.quarantines else PROBLEMS_MAX)
-        if batch.problems and not self.app.quarantines:
-            names = [p.column == TABLE_KEY and events[p.index or 0].get(TABLE_KEY) for p in batch.problems]
+        if (problems := batch.problems) and not self.app.quarantines:
+            names = [events[p.index or 0].get(TABLE_KEY) if p.column == TABLE_KEY else None for p in problems]
             label = "unknown_table" if all(type(name) is str for name in names) else "invalid_events"
-            raise refused_events(batch.problems, len(events), label)
+            raise refused_events(problems, len(events), label)
         has_unknown = batch.unknown or not REQUEST_KEYS.issuperset(document)
         batch.body, batch.warnings = body, unknown_keys(document, batch) if has_unknown else ()
         return batch
