@@ -2925,7 +2925,7 @@ class Replayer:
                 slow_until = now + SLOW_S if now - began > SLOW_REPLAY_S else 0.0
                 # Clients that send all they can would outrun the replay for ever: then set() and clear() let
                 # in only what waits between two transactions. When little is left, all wait for the end.
-                is_outrun = is_outrun or came > events / 2
+                is_outrun = is_outrun or (events > 0 and came > events / 2)
                 if left > FLUSH_EVENTS_MAX:
                     self.turn.set()
                 if left <= FLUSH_EVENTS_MAX or is_outrun:
@@ -2952,7 +2952,7 @@ class Replayer:
         return session
 
     def _store(self, session: Session, flushes: Sequence[SpooledFlush]) -> int:
-        """Move flushes into the database, or the quarantine; return how many events have left the spool."""
+        """Move flushes into the database, or first the unfit events; return how many have left the spool."""
         stored = [flush for flush in flushes if flush.number <= session.stored.get(flush.epoch, 0)]
         group = Group(stored or flushes, self.apps)
         if not stored:
@@ -2964,7 +2964,7 @@ class Replayer:
             if group.unfit:
                 set_apart(self._spool, self._metrics, group)
                 self._stuck = None
-                return self._store(session, self._spool.head(self._events_max))  # what is left of them
+                return 0  # what is left of them comes next
             # After so long a wait, these codes of a busy database are taken for the fault of an event.
             excused = RAISED_TOO if self._clock() - stuck.since > HELD_S_MAX else ()
             try:
