@@ -2778,7 +2778,23 @@ class Group:
         return Batch(delivery, events, problems=problems)
 
 
-def sift(session: Session, group: Group, one_by_one: bool, excused: Collection[str]) -> Counts:
+class Trial(NamedTuple):
+    """A try to store the head of the spool, and what those before it have shown, which all failed."""
+
+    since: float  # when the first of them began
+    is_again: bool = False  # so the session is a new one, and has seen that the tables are there and fit
+    losses: int = 0  # how many sessions were lost while its first flush was tried alone, or while ...
+    row: int | None = None  # ... this row of it was, by its place in Group.rows
+    is_overdue: bool = False  # whether the events behind the head have waited for HELD_S_MAX
+
+    def suspects_events(self, error: DatabaseError) -> bool:
+        """Return whether an error may be the fault of single events, so that a sift should look for them."""
+        if error.fault is Fault.AWAY:
+            return self.is_overdue and error.sqlstate in RAISED_TOO
+        return error.fault is Fault.DATA or self.is_again
+
+
+def sift(session: Session, group: Group, trial: Trial, one_by_one: bool) -> Counts:
     """Insert the rows of a group that the database takes, by bisection or one by one; the caller commits.
 
     The group refuses the others. Returns how many were there already, by table. Raises DatabaseError.
@@ -2796,7 +2812,7 @@ def sift(session: Session, group: Group, one_by_one: bool, excused: Collection[s
             session.run(message)
             skipped += skipped_rows(message, session.tags)
         except DatabaseError as error:
-            if error.fault is Fault.AWAY and error.sqlstate not in excused:
+            if not trial.suspects_events(error):
                 group.lost_at = part.start
                 raise
             session.run("ROLLBACK TO SAVEPOINT attempt")
@@ -2816,14 +2832,6 @@ def set_apart(spool: Spool, metrics: Metrics, group: Group) -> None:
         # What is complained about is not the reason, which may quote the event: each would be logged.
         about = f"quarantine {item.app_id} {item.table} {item.column}"
         complain(logging.WARNING, f"a spooled event goes to the quarantine: {item.reason}", about)
-
-
-class Stuck(NamedTuple):
-    """What is known of the head of the spool, which could not be stored."""
-
-    since: float  # when it was tried first
-    losses: int = 0  # how many sessions were lost while its first flush was tried alone, or while ...
-    row: int | None = None  # ... this row of it was, by its place in Group.rows
 
 
 class Replayer:
@@ -2846,7 +2854,7 @@ class Replayer:
         # These belong to the replayer's thread; others only look.
         self._backoff_s = 0.0
         self._got_on_at = math.inf  # when the replay last got on; infinity before the first take()
-        self._stuck: Stuck | None = None
+        self._failed: Trial | None = None  # the last try to store the head of the spool, if it failed
         self._events_max = REPLAY_EVENTS_MAX  # in a group; fewer after a failure
 
     def stop(self) -> None:
@@ -2956,54 +2964,51 @@ class Replayer:
         stored = [flush for flush in flushes if flush.number <= session.stored.get(flush.epoch, 0)]
         group = Group(stored or flushes, self.apps)
         if not stored:
-            stuck = self._stuck or Stuck(self._clock())
-            # (When a reload makes events unfit, the rows behind them move up: stuck.row is another then.)
-            if stuck.row is not None and stuck.losses >= LOSSES_MAX and not group.unfit:
+            trial = self._failed or Trial(self._clock())
+            trial = trial._replace(is_overdue=self._clock() - trial.since > HELD_S_MAX)
+            # (When a reload makes events unfit, the rows behind them move up: trial.row is another then.)
+            if trial.row is not None and trial.losses >= LOSSES_MAX and not group.unfit:
                 reason = "whenever it is stored, the connection to the database is lost"
-                group.refuse(stuck.row, DatabaseError(reason))
+                group.refuse(trial.row, DatabaseError(reason))
             if group.unfit:
                 set_apart(self._spool, self._metrics, group)
-                self._stuck = None
+                self._failed = None
                 return 0  # what is left of them comes next
-            # After so long a wait, these codes of a busy database are taken for the fault of an event.
-            excused = RAISED_TOO if self._clock() - stuck.since > HELD_S_MAX else ()
             try:
-                skipped = self._send(session, group, stuck, excused)
+                skipped = self._send(session, group, trial)
             except DatabaseError as error:
-                is_loss = len(flushes) == 1 and not error.sqlstate and str(error) != NO_ANSWER
-                before = stuck.losses if group.lost_at == stuck.row else 0
-                self._stuck = Stuck(stuck.since, before + 1, group.lost_at) if is_loss else Stuck(stuck.since)
-                is_excused = error.sqlstate in excused  # then the next group needs other events beside it
-                self._events_max = REPLAY_EVENTS_MAX // 8 if is_excused else max(self._events_max // 8, 1)
+                self._failed = Trial(trial.since, is_again=True)
+                if len(flushes) == 1 and not error.sqlstate and str(error) != NO_ANSWER:  # a loss
+                    losses = trial.losses if group.lost_at == trial.row else 0
+                    self._failed = Trial(trial.since, True, losses + 1, group.lost_at)
+                needs_others = trial.is_overdue and error.sqlstate in RAISED_TOO  # to go through beside it
+                self._events_max = REPLAY_EVENTS_MAX // 8 if needs_others else max(self._events_max // 8, 1)
                 raise
             self._metrics.count_all("events_duplicate_total", skipped)
         # Deleted only after COMMIT: a crash here repeats the delete, never the events.
         self._spool.delete(group.flushes)
         self._metrics.count("events_replayed_total", sum(batch.accepted for batch in group.batches))
-        self._backoff_s, self.reason, self._stuck = 0.0, "", None
+        self._backoff_s, self.reason, self._failed = 0.0, "", None
         self._events_max = min(self._events_max * 2, REPLAY_EVENTS_MAX)
         return sum(flush.events for flush in group.flushes)
 
-    def _send(self, session: Session, group: Group, stuck: Stuck, excused: Collection[str]) -> Counts:
+    def _send(self, session: Session, group: Group, trial: Trial) -> Counts:
         """Store a group, but for what goes to the quarantine; return how many rows were there already."""
-        is_again = stuck is self._stuck
-        one_by_one = stuck.losses >= LOSSES_MAX or stuck.row is not None
+        one_by_one = trial.losses >= LOSSES_MAX or trial.row is not None
         if not one_by_one:
             try:
                 # A single flush cannot be divided: it may take longer.
-                is_long = is_again and len(group.flushes) == 1
+                is_long = trial.is_again and len(group.flushes) == 1
                 limit_s = (LONG_STATEMENT_TIMEOUT_S if is_long else STATEMENT_TIMEOUT_S) + ANSWER_GRACE_S
                 return session.store(group.epoch, group.number, [b.rows for b in group.batches], limit_s)
             except DatabaseError as error:
-                is_away = error.fault is Fault.AWAY and error.sqlstate not in excused
-                # At the second try the session is a new one, and has seen that the tables are there and fit.
-                if is_away or not group.rows or (error.fault is Fault.OPERATOR and not is_again):
+                if not (group.rows and trial.suspects_events(error)):
                     raise
-        skipped = sift(session, group, one_by_one, excused)
+        skipped = sift(session, group, trial, one_by_one)
         # The events are to blame if most others go through: none does while the database is away.
         is_away = any(error.fault is Fault.AWAY for error in group.refused)
-        is_culprit = len(group.refused) * 2 < len(group.rows) or (excused and not is_away)
-        if group.refused and not (is_again and is_culprit):
+        are_to_blame = len(group.refused) * 2 < len(group.rows) or (trial.is_overdue and not is_away)
+        if group.refused and not are_to_blame:
             raise group.refused[0]
         if group.unfit:  # durable before COMMIT: afterwards nobody would look at these flushes again
             set_apart(self._spool, self._metrics, group)
