@@ -2931,13 +2931,8 @@ class Replayer:
                 came = self._spool.events - (left - events)
                 replayed, left = replayed + events, self._spool.events
                 slow_until = now + SLOW_S if now - began > SLOW_REPLAY_S else 0.0
-                # Clients that send all they can would outrun the replay for ever: then set() and clear() let
-                # in only what waits between two transactions. When little is left, all wait for the end.
                 is_outrun = is_outrun or (events > 0 and came > events / 2)
-                if left > FLUSH_EVENTS_MAX:
-                    self.turn.set()
-                if left <= FLUSH_EVENTS_MAX or is_outrun:
-                    self.turn.clear()
+                self._give_turn(left, is_outrun)
                 if now - logged > 5:
                     logged, rate = now, replayed / (now - started)
                     text = "replayed %d events, %d left, %.0f per second, about %.0f s left"
@@ -2958,6 +2953,15 @@ class Replayer:
                 self.turn.set()
                 self._stop.wait(POLL_S)
         return session
+
+    def _give_turn(self, left: int, is_outrun: bool) -> None:
+        """Decide, between two transactions of the replay, whether new events may go to the spool now."""
+        if left <= FLUSH_EVENTS_MAX:
+            self.turn.clear()  # all wait for the end, which is near
+            return
+        self.turn.set()
+        if is_outrun:  # clients send all they can, so that the end would never come
+            self.turn.clear()  # only those that were waiting are let in
 
     def _store(self, session: Session, flushes: Sequence[SpooledFlush]) -> int:
         """Move flushes into the database, or first the unfit events; return how many have left the spool."""
