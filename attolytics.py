@@ -3944,22 +3944,22 @@ LIVE_ITEMS_MAX, LIVE_DEPTH_MAX = 50, 10  # Events of a request, members of an ob
 LIVE_SEND_TIMEOUT_S, LIVE_BUFFER_BYTES = 5, 128 << 10  # A watcher that does not read is cut off.
 LIVE_HEARTBEAT_TICKS, LIVE_SAMPLES_MAX = 60, 301  # Tunnels cut what is silent; five minutes of seconds.
 STYLE = """
-:root { color-scheme: light dark; --card: light-dark(#fff, #1c1f26); --line: light-dark(#dfe3e9, #333944);
---dim: light-dark(#586174, #9aa4b5); --good: light-dark(#18774c, #4cc38a); --soft: light-dark(#925500,
-#f0b048); --bad: light-dark(#bd232b, #ff8a84); background: light-dark(#f5f6f8, #13151a) } * { box-sizing:
-border-box; margin: 0; font: inherit; color: inherit } [hidden] { display: none !important } body { margin:
-auto; padding: 1rem; max-width: 72rem; font: 14px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; color:
-light-dark(#1a1e26, #e3e7ee) } h1, b { font-size: 1.15rem; font-weight: 650 } summary { cursor: pointer }
-header, nav, #filters, summary, .pair { display: flex; flex-wrap: wrap; gap: .3rem .9rem; align-items:
-baseline } #cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem } ol
-{ padding: 0 } #cards, nav, #filters { margin: .7rem 0 } li { display: block; margin-bottom: .35rem } .card,
-details, button, select, input { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-padding: .45rem .8rem } button, select, input { padding: .2rem .6rem } svg { width: 100%; height: 2rem; fill:
-#5b8def33; stroke: #5b8def } #text, summary > :nth-child(4) { flex: 1; min-width: 8rem } summary >
-:nth-child(2) { min-width: 8.5rem } h2, h3, time, .dim { color: var(--dim) } .database, .up { color:
-var(--good) } .spool, .quarantined, .warn { color: var(--soft) } .refused, .away, .why { color: var(--bad) }
-[aria-selected=true] { font-weight: 650 } .event { margin: .5rem 0; padding-left: .7rem; border-left: 3px
-solid var(--line) } code, pre, time { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap }
+:root { color-scheme: light dark; background: light-dark(#f5f6f8, #13151a) } ol { padding: 0 }
+* { box-sizing: border-box; margin: 0; font: inherit; color: inherit } [hidden] { display: none !important }
+body { margin: auto; padding: 1rem; max-width: 72rem; overflow-wrap: anywhere } summary { cursor: pointer }
+body { font: 14px/1.5 system-ui, sans-serif; color: light-dark(#1a1e26, #e3e7ee) }
+header,nav,#filters,summary,.pair { display: flex; flex-wrap: wrap; gap: .3rem .9rem; align-items: baseline }
+#cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem }
+.card, details, button, select, input { background: light-dark(#fff, #1c1f26); padding: .45rem .8rem;
+  border: 1px solid light-dark(#dfe3e9, #333944); border-radius: .5rem }
+button, select, input { padding: .2rem .6rem } h2, h3, time, .dim { color: light-dark(#586174, #9aa4b5) }
+svg { width: 100%; height: 2rem; fill: #5b8def33; stroke: #5b8def } [aria-selected=true] { font-weight: 650 }
+#text, summary > :nth-child(4) { flex: 1; min-width: 8rem } summary > :nth-child(2) { min-width: 8.5rem }
+h1, b { font-size: 1.15rem; font-weight: 650 } .database, .up { color: light-dark(#18774c, #4cc38a) }
+#cards, nav, #filters { margin: .7rem 0 } .spool, .quarantined, .warn { color: light-dark(#925500, #f0b048) }
+li { display: block; margin-bottom: .35rem } .refused, .away, .why { color: light-dark(#bd232b, #ff8a84) }
+.event { margin: .5rem 0; padding-left: .7rem; border-left: 3px solid light-dark(#dfe3e9, #333944) }
+code, pre, time { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap }
 """
 SCRIPT = r"""
 const $ = id => document.getElementById(id), own = Object.hasOwn, held = [], KEPT = 300;
@@ -3993,7 +3993,7 @@ const rowItem = row => {
     el("span", "", row.app ?? row.request ?? "no HTTP"),
     el("span", "", counts.map(([table, n]) => `${number(n)} ${table}`).join(", ")),
     el("span", "dim", `${row.client}, ${row.ms} ms`)));
-  box.ontoggle = () => box.children[1] || box.append(el("div", "event", el("p", "why", row.reason),
+  box.ontoggle = () => box.children[1] ?? box.append(el("div", "event", el("p", "why", row.reason),
     others.map(p => el("p", "why", `events[${p.index ?? "?"}] ${p.column ?? ""}: ${p.reason}`)),
     row.warnings.map(text => el("p", "warn", text)), row.events.map(event => eventBox(row, event)),
     el("p", "dim", more > 0 ? `and ${number(more)} more events` : ""), el("pre", "", row.sent),
@@ -4002,14 +4002,13 @@ const rowItem = row => {
 const sift = item => item.hidden = !item.text.includes($("text").value.toLowerCase()) ||
   $("table").value && !own(item.row.tables, $("table").value) ||
   ["app", "verdict"].some(name => $(name).value && item.row[name] !== $(name).value);
-const go = () => $(location.hash.slice(1))?.scrollIntoView(
-  $(location.hash.slice(1)).firstChild.open = true);
+const unfold = item => { item.firstChild.open = true; item.scrollIntoView(); };
 const add = row => {
   if ($(row.id)) return;
   const item = Object.assign(rowItem(row), {id: row.id, row, text: json(row).toLowerCase()});
   sift($("rows").insertBefore(item, [...$("rows").children].find(other => +other.id < row.id) ?? null));
   $("rows").children[KEPT]?.remove();
-  if (location.hash === `#${row.id}`) go(); };
+  if (location.hash === `#${row.id}`) unfold(item); };
 const listen = () => {
   const stream = new EventSource("/live"), says = text => $("said").textContent = text;
   stream.onopen = () => says("live");
@@ -4029,7 +4028,7 @@ const quantile = (share, counts, bounds) => {  // in ms, about, as Prometheus do
   return i < 0 ? "-" : +(1000 * (low + (high - low) * (1 + left / counts[i]))).toPrecision(2); };
 const look = async () => {
   const state = await fetch("/live/state").then(answer => answer.json()).catch(() => null);
-  if (setTimeout(look, 1000) && !state) return card("database", "no answer", "is it there?", "away");
+  setTimeout(look, 1000); if (!state) return card("database", "no answer", "is it there?", "away");
   const {spool, counts, bounds, samples} = state, full = (100 * spool.bytes / spool.limit).toPrecision(2);
   const up = state.database, ms = share => `${quantile(share, counts, bounds)} ms`;
   card("database", up, `since ${clock(state.since)} ${state.database_reason ?? ""}`, up);
@@ -4057,10 +4056,11 @@ const look = async () => {
       el("pre", "", script), copy("Copy JavaScript", script)); })); };
 const choose = tab => document.querySelectorAll("nav button").forEach(other => {
   other.onclick = () => choose(other);
-  other.ariaSelected = !($(other.value).hidden = other !== tab); });
+  [other.ariaSelected, $(other.value).hidden] = [other === tab, other !== tab]; });
 $("pause").onclick = () => {
   $("pause").textContent = (paused = !paused) ? "Resume" : held.splice(0).forEach(add) ?? "Pause"; };
-[onhashchange, $("filters").oninput] = [go, () => [...$("rows").children].forEach(sift)];
+$("filters").oninput = () => [...$("rows").children].forEach(sift);
+onhashchange = () => [...$("rows").children].filter(item => location.hash === `#${item.id}`).forEach(unfold);
 look(choose(document.querySelector("nav button"))).then(listen);
 """
 CARD = """<div class="card" id="{}"><h2>{}</h2><b></b><p class="dim"></p>
