@@ -175,6 +175,22 @@ DRAIN_IDLE_S = 1  # A connection that is kept open may bring a request for so lo
 SIGNAL_CHECK_S = 0.5  # How late a signal may be noticed in the worst case.
 DRAIN_S = 9  # All of it, until the last answer; Docker kills after 10 s, systemd after 90 s.
 
+LIVE_WATCHERS_MAX = 8  # A thread each; some browsers, and programs that read along.
+LIVE_TICK_S = 0.25  # Between two looks at what is new; nobody notices the delay.
+LIVE_ROWS = 5  # Sent in a tick: more than 20 a second nobody can read, so the rest is only counted.
+LIVE_STORED_MAX = 40  # Stored requests that are kept, for who watches or comes back within LIVE_GRACE_S.
+LIVE_GRACE_S = 10
+LIVE_REFUSED_MAX = 100  # Kept also while nobody watches: who comes to look comes because of them.
+LIVE_REFUSED_BYTES_MAX = 1 << 20  # Of memory for these.
+LIVE_BODY_BYTES_MAX = 32 << 10  # Kept of a body; nearly all are smaller.
+LIVE_TEXT_CHARS_MAX = 1_000  # Shown of a text or a key: about ten lines.
+LIVE_ITEMS_MAX = 50  # Shown of a request's events, and of the members of an object or array.
+LIVE_DEPTH_MAX = 10  # Shown of their nesting.
+LIVE_SEND_TIMEOUT_S = 5  # A watcher that does not read is cut off after so long ...
+LIVE_BUFFER_BYTES = 128 << 10  # ... and until then so much waits for it in the kernel.
+LIVE_HEARTBEAT_TICKS = 60  # Between two signs of life: tunnels cut what is silent for longer.
+LIVE_SAMPLES_MAX = 301  # One a second, for the curves of the last five minutes.
+
 NAME_BYTES_MAX = 63  # PostgreSQL manual, 4.1.1: longer identifiers are cut silently.
 
 
@@ -3935,14 +3951,6 @@ def addresses_text(servers: Iterable[Listener]) -> str:
 # it, if it is refused or somebody watches. What is shown is made in the watcher's thread, and only of the few
 # that are sent. Texts of clients go through without_keys() before they leave.
 
-LIVE_WATCHERS_MAX = 8  # A thread each.
-LIVE_TICK_S, LIVE_ROWS = 0.25, 5  # So many rows are sent in that time, 20 per second; the rest is counted.
-LIVE_REFUSED_MAX, LIVE_REFUSED_BYTES_MAX = 100, 1 << 20  # Kept also while nobody watches.
-LIVE_STORED_MAX, LIVE_GRACE_S = 40, 10  # Kept while somebody does, and that long after, for who comes back.
-LIVE_BODY_BYTES_MAX, LIVE_TEXT_CHARS_MAX = 32 << 10, 1_000  # Kept of a body; shown of a text or a key.
-LIVE_ITEMS_MAX, LIVE_DEPTH_MAX = 50, 10  # Events of a request, members of an object or array; their nesting.
-LIVE_SEND_TIMEOUT_S, LIVE_BUFFER_BYTES = 5, 128 << 10  # A watcher that does not read is cut off.
-LIVE_HEARTBEAT_TICKS, LIVE_SAMPLES_MAX = 60, 301  # Tunnels cut what is silent; five minutes of seconds.
 STYLE = """
 :root { color-scheme: light dark; background: light-dark(#f5f6f8, #13151a) } ol { padding: 0 }
 * { box-sizing: border-box; margin: 0; font: inherit; color: inherit } [hidden] { display: none !important }
