@@ -3074,7 +3074,7 @@ class Writer:
         self.replayer, self._spool, self._metrics, self._clock = replayer, spool, metrics, clock
         # These belong to the writer's thread.
         self._stopping = False
-        self._untold: Callable[[], object] = NOTHING  # answers the clients of the last flush, if none has yet
+        self._untold: Meanwhile = NOTHING  # answers the clients of the last flush, if none has yet
 
     def retry_quarantine(self) -> None:
         """Move the events in quarantine that fit by now into the spool. Before start(). Raises SpoolError."""
